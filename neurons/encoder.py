@@ -1,0 +1,383 @@
+"""Dynamic spike encoding of activations: a threshold and a bias charge per token and channel group.
+
+For one token (row) and one channel group g of capacity ``qmax = T_g * (L-1)``::
+
+    lo = min(0, min_g x)        hi = max(0, max_g x)
+    s  = max((hi - lo) / qmax, 1e-5)                  threshold
+    z  = clip(round(-lo / s), 0, qmax)                bias charge, round half to even
+    q  = clip(floor(x / s + (z + 1/2)), 0, qmax)      spike count
+    x_hat = s * (q - z)
+
+in float32 with IEEE division and without fused multiply-add, so that every execution of this
+expression (the closed form here, the neuron step by step, a kernel) gives the same integers.
+
+Source: SpikeLLM (arXiv 2407.04752), saliency-based spiking of LLM activations.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from neurons import functional
+from neurons.gif import GIFNode
+
+__all__ = [
+    "Capacity",
+    "Encoding",
+    "SpikeEncoder",
+    "ValueRange",
+    "encode_parameters",
+    "spike_capacity",
+]
+
+MIN_THRESHOLD = 1e-5
+MAX_CAPACITY = torch.iinfo(torch.int16).max
+
+
+class ValueRange(StrEnum):
+    """Over which channels of a token the range of a group is taken."""
+
+    SPLIT = "split"  # over the channels of the group
+    SHARED = "shared"  # over all channels
+
+
+class Capacity(StrEnum):
+    """Largest spike count of a channel of T steps and b bits."""
+
+    STEPS = "steps"  # T * (2**b - 1), what the neuron can emit
+    POWER_OF_TWO = "power_of_two"  # 2**(b + log2 T) - 1, the published fake-quantised numbers
+
+
+class Encoding(NamedTuple):
+    """Spike counts of activations with what decodes them; channels in their original order.
+
+    Attributes:
+        count: q, spike counts ``[.., C]``, uint8 when every capacity is at most 255, else int16.
+        threshold: s, firing thresholds ``[.., G]``, float32, in units of the activation.
+        zero_point: z, bias charges ``[.., G]``, int32, in thresholds.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    threshold: Tensor
+    zero_point: Tensor
+
+
+def spike_capacity(steps: int, bits: int, capacity: Capacity | str = Capacity.STEPS) -> int:
+    """Largest spike count: ``T * (2**b - 1)``, or ``2**(b + log2 T) - 1`` as published.
+
+    Args:
+        steps: T, time steps a channel may fire.
+        bits: b, bits of one multi-level spike.
+        capacity: which of the two rules.
+
+    Returns:
+        qmax.
+
+    Raises:
+        ValueError: if the power-of-two rule meets steps that are no power of two.
+    """
+    if capacity == Capacity.STEPS:
+        return int(steps * (2**bits - 1))
+    if steps & (steps - 1):
+        raise ValueError(f'capacity="power_of_two" needs steps 1, 2, 4, ..., got {steps}.')
+    return int(steps * 2**bits - 1)
+
+
+def _per_channel(values: Tensor, channel_group: Tensor) -> Tensor:
+    """Spread values per group ``[.., G]`` over channels ``[.., C]``; G = 1 stays ``[.., 1]``."""
+    spread = values[..., :1]
+    for g in range(1, values.shape[-1]):
+        spread = torch.where(channel_group == g, values[..., g : g + 1], spread)
+    return spread
+
+
+def _row_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    lo, hi = torch.aminmax(x, dim=-1, keepdim=True)
+    return lo.clamp(max=0), hi.clamp(min=0)
+
+
+def _group_ranges(x: Tensor, channel_group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    # The range includes zero, so zeros may stand for the channels of the other groups.
+    ranges = [_row_range(x.masked_fill(channel_group != g, 0.0)) for g in range(groups)]
+    return torch.cat([lo for lo, _ in ranges], -1), torch.cat([hi for _, hi in ranges], -1)
+
+
+def _align(channel_group: Tensor) -> Tensor:
+    """Groups as they broadcast against x: ``[C]``, or ``[H, 1, C]`` for heads ``[H, C]``."""
+    return channel_group if channel_group.dim() == 1 else channel_group.unsqueeze(-2)
+
+
+def encode_parameters(
+    x: Tensor,
+    channel_group: Tensor,
+    capacities: Sequence[int],
+    value_range: ValueRange | str = ValueRange.SPLIT,
+) -> tuple[Tensor, Tensor]:
+    """Threshold and bias charge of every token and channel group.
+
+    ``s = max((hi - lo) / qmax, 1e-5)``, ``z = clip(round(-lo / s), 0, qmax)`` with
+    ``lo = min(0, min x)``, ``hi = max(0, max x)`` over the group ("split") or all channels
+    ("shared"). A group without channels gets ``s = 1e-5``, ``z = 0`` from a split range.
+
+    Args:
+        x: activations ``[.., C]``, or ``[.., H, S, C]`` with groups per head; any float dtype.
+        channel_group: group of each channel, integers in ``0..G-1``, ``[C]`` or ``[H, C]``.
+        capacities: qmax of each group, G of them.
+        value_range: "split" or "shared".
+
+    Returns:
+        Thresholds, float32 ``[.., G]``, in units of x; bias charges, int32 ``[.., G]``.
+
+    Source: SpikeLLM (arXiv 2407.04752); the range includes zero, so that 0 encodes to 0.
+    """
+    x = x.to(torch.float32)
+    groups = len(capacities)
+    if groups == 1 or value_range == ValueRange.SHARED:
+        lo, hi = _row_range(x)
+    else:
+        lo, hi = _group_ranges(x, _align(channel_group), groups)
+    # A tensor divisor: CUDA would multiply by the reciprocal of a Python one.
+    capacity = torch.tensor(capacities, dtype=torch.float32, device=x.device)
+    threshold = ((hi - lo) / capacity).clamp(min=MIN_THRESHOLD)
+    zero_point = torch.minimum(torch.round(-lo / threshold).clamp(min=0), capacity)
+    return threshold, zero_point.to(torch.int32)
+
+
+def _check_steps(steps: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(steps, int) or any(isinstance(t, bool) or not isinstance(t, int) for t in steps):
+        raise TypeError(f"steps must be a sequence of ints, one for each group, got {steps!r}.")
+    if not steps or min(steps) < 1:
+        raise ValueError(f"steps must hold at least one group and steps >= 1, got {tuple(steps)}.")
+    return tuple(steps)
+
+
+def _check_groups(channel_group: Tensor | int, groups: int) -> Tensor:
+    if isinstance(channel_group, int):
+        if channel_group < 1:
+            raise ValueError(f"channel_group as a channel count must be >= 1, got {channel_group}.")
+        return torch.zeros(channel_group, dtype=torch.uint8)
+    if not isinstance(channel_group, Tensor) or channel_group.dtype != torch.uint8:
+        got = getattr(channel_group, "dtype", type(channel_group).__name__)
+        raise TypeError(f"channel_group must be a uint8 tensor or a channel count, got {got}.")
+    if channel_group.dim() not in (1, 2) or channel_group.numel() == 0:
+        shape = tuple(channel_group.shape)
+        raise ValueError(f"channel_group must be [C] or [H, C] and not empty, got {shape}.")
+    if not channel_group.is_meta and int(channel_group.max()) >= groups:
+        raise ValueError(
+            f"channel_group must lie in 0..{groups - 1} (steps has {groups} groups), "
+            f"got {int(channel_group.max())}."
+        )
+    return channel_group
+
+
+class SpikeEncoder(nn.Module):
+    """Encode activations as spikes of GIF neurons with dynamic thresholds, and decode them.
+
+    The equations are those of this module's docstring. Each call starts from fresh neurons: an
+    encoder carries no state from one call to the next.
+
+    Args:
+        channel_group: uint8 group of each channel, ``[C]``, or ``[H, C]`` for operands
+            ``[.., H, S, C]`` with groups per head; or the number of channels, all in group 0.
+        steps: T of each group, in time steps.
+        bits: b, bits of one multi-level spike, 1 to 8; ``L = 2**b``.
+        value_range: "split" (each group its own range) or "shared".
+        capacity: "steps", or "power_of_two" to reproduce published fake-quantised numbers, which a
+            neuron cannot emit.
+        name: name of the layer, for messages.
+
+    Attributes:
+        channel_group: the groups, a persistent uint8 buffer.
+        capacities: qmax of each group.
+        levels: L.
+        node: the :class:`.GIFNode` that :meth:`encode_spikes` runs; monitors attach to it.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if an argument is out of range.
+
+    Source: SpikeLLM (arXiv 2407.04752).
+    """
+
+    channel_group: Tensor
+
+    def __init__(
+        self,
+        channel_group: Tensor | int,
+        steps: Sequence[int] = (1,),
+        bits: int = 4,
+        value_range: ValueRange | str = ValueRange.SPLIT,
+        capacity: Capacity | str = Capacity.STEPS,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        if isinstance(bits, bool) or not isinstance(bits, int):
+            raise TypeError(f"bits must be an int, got {type(bits).__name__}.")
+        if not 1 <= bits <= 8:
+            raise ValueError(f"bits must be 1 to 8, got {bits}.")
+        for option, modes in ((value_range, ValueRange), (capacity, Capacity)):
+            if option not in list(modes):
+                raise ValueError(f"expected one of {[str(m) for m in modes]}, got {option!r}.")
+        self.steps = _check_steps(steps)
+        self.bits, self.levels, self.name = bits, 2**bits, name
+        self.value_range, self.capacity = ValueRange(value_range), Capacity(capacity)
+        self.capacities = tuple(spike_capacity(t, bits, capacity) for t in self.steps)
+        if max(self.capacities) > MAX_CAPACITY:
+            raise ValueError(
+                f"capacity {max(self.capacities)} exceeds {MAX_CAPACITY}; use fewer steps or bits."
+            )
+        self.register_buffer("channel_group", _check_groups(channel_group, len(self.steps)))
+        self.node = GIFNode(self.levels, step_mode="m")
+
+    def extra_repr(self) -> str:
+        """Parameters shown by ``repr``."""
+        return (
+            f"channels={tuple(self.channel_group.shape)}, steps={self.steps}, bits={self.bits}, "
+            f"value_range={self.value_range}, capacity={self.capacity}, name={self.name!r}"
+        )
+
+    def _label(self) -> str:
+        return self.name or type(self).__name__
+
+    def _check_input(self, x: Tensor) -> None:
+        shape, groups = tuple(x.shape), tuple(self.channel_group.shape)
+        if not x.is_floating_point():
+            raise TypeError(f"{self._label()}: expected floating-point activations, got {x.dtype}.")
+        # The axes that the groups describe: channels, and heads (two axes further left) if any.
+        if shape[-1::-2][: len(groups)] != groups[::-1]:
+            axes = "[.., C]" if len(groups) == 1 else "[.., H, S, C]"
+            raise ValueError(
+                f"{self._label()}: expected activations {axes} for channel groups {groups}, "
+                f"got {shape}."
+            )
+
+    def _parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        threshold, zero_point = encode_parameters(
+            x, self.channel_group, self.capacities, self.value_range
+        )
+        # NaN and inf reach the threshold of their row, so this small tensor tells for all of x.
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(threshold).all()):
+            raise ValueError(
+                f"{self._label()}: activations hold NaN or inf, or a range beyond float32; "
+                "check the weights and the input of this layer."
+            )
+        return threshold, zero_point
+
+    def _charge(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Charge ``x / s`` [.., C] and bias ``z + 1/2``, with the parameters they come from."""
+        self._check_input(x)
+        threshold, zero_point = self._parameters_of(x)
+        group = _align(self.channel_group)
+        charge = x.to(torch.float32) / _per_channel(threshold, group)
+        bias = _per_channel(zero_point.to(torch.float32) + 0.5, group)
+        return charge, bias, threshold, zero_point
+
+    def _compact(self, count: Tensor) -> Tensor:
+        return count.to(torch.uint8 if max(self.capacities) <= 255 else torch.int16)
+
+    def encode(self, x: Tensor) -> Encoding:
+        """Encode by the closed form, ``q = clip(floor(x / s + (z + 1/2)), 0, qmax)``.
+
+        Args:
+            x: activations ``[.., C]`` (``[.., H, S, C]`` with groups per head), any float dtype.
+
+        Returns:
+            Counts, thresholds and bias charges.
+
+        Raises:
+            TypeError: if x is not floating point.
+            ValueError: if the channels do not match, or x holds NaN or inf; names the layer.
+        """
+        charge, bias, threshold, zero_point = self._charge(x)
+        capacity: Tensor | int = self.capacities[0]
+        if len(self.capacities) > 1:
+            capacities = torch.tensor(self.capacities, dtype=torch.float32, device=x.device)
+            capacity = _per_channel(capacities, _align(self.channel_group))
+        count = functional.gif_count(charge, bias, capacity)
+        return Encoding(self._compact(count), threshold, zero_point)
+
+    def forward(self, x: Tensor) -> Encoding:
+        """Encode by the closed form; see :meth:`encode`."""
+        return self.encode(x)
+
+    def encode_spikes(self, x: Tensor) -> tuple[Tensor, Encoding]:
+        """Encode by running the neurons: charge ``x / s`` at step 0, ``v[-1] = z + 1/2``.
+
+        The node is called as a module, so that its hooks, monitors and ``store_v_seq`` work.
+
+        Args:
+            x: activations ``[.., C]`` (``[.., H, S, C]`` with groups per head), any float dtype.
+
+        Returns:
+            float32 spikes ``[T, .., C]`` in ``0..L-1``, T the most steps of a group; the encoding,
+            whose counts are the summed spikes and equal those of :meth:`encode`.
+
+        Raises:
+            TypeError: if x is not floating point.
+            ValueError: if the channels do not match, x holds NaN or inf, or the capacity is
+                "power_of_two", which T steps cannot emit.
+        """
+        if self.capacity != Capacity.STEPS:
+            raise ValueError(
+                f"{self._label()}: neurons cannot emit the capacity {self.capacity}; "
+                'use capacity="steps", or encode() for the fake-quantised numbers.'
+            )
+        charge, bias, threshold, zero_point = self._charge(x)
+        x_seq = charge.new_zeros((max(self.steps), *charge.shape))
+        x_seq[0] = charge
+        spike_seq = self._run_node(x_seq, bias.expand_as(charge))
+        count = self._compact(functional.spikes_to_count(spike_seq))
+        return spike_seq, Encoding(count, threshold, zero_point)
+
+    def _run_node(self, x_seq: Tensor, v: Tensor) -> Tensor:
+        # Set here, not in __init__: channel_group may come from a checkpoint later.
+        self.node.steps_per_channel = None
+        if len(self.steps) > 1:
+            steps = torch.tensor(self.steps, dtype=torch.int32, device=x_seq.device)
+            self.node.steps_per_channel = _per_channel(steps, _align(self.channel_group))
+        self.node.reset()
+        self.node.v = v
+        spike_seq: Tensor = self.node(x_seq)
+        # Drop the membrane, which would stay in memory for every layer of a model; v_seq stays.
+        self.node.v = self.node.v_init
+        return spike_seq
+
+    def centre(self, encoding: Encoding) -> Tensor:
+        """Centred counts ``q - z``: the signed number of events, 0 for x = 0.
+
+        Args:
+            encoding: from this encoder.
+
+        Returns:
+            int16 ``[.., C]``.
+        """
+        zero_point = _per_channel(encoding.zero_point.to(torch.int16), _align(self.channel_group))
+        return encoding.count.to(torch.int16) - zero_point
+
+    def decode(self, encoding: Encoding, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Decode counts: ``x_hat = s * (q - z)``, in float32 and then rounded to dtype.
+
+        Args:
+            encoding: from this encoder.
+            dtype: floating dtype of the result.
+
+        Returns:
+            ``x_hat`` ``[.., C]``, in units of the activation.
+        """
+        threshold = _per_channel(encoding.threshold, _align(self.channel_group))
+        return (threshold * self.centre(encoding)).to(dtype)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Encode and decode with a straight-through gradient: ``x_hat``, ``dx_hat/dx = 1``.
+
+        Args:
+            x: activations ``[.., C]`` (``[.., H, S, C]`` with groups per head).
+
+        Returns:
+            ``x_hat`` of the shape and dtype of x.
+        """
+        x_hat = self.decode(self.encode(x.detach()), x.dtype)
+        return x_hat + (x - x.detach())

@@ -1,0 +1,56 @@
+"""Spiking LLaMA models: convert, run, evaluate and simulate.
+
+The public names load on first use, so that ``import snnllm`` costs little more than importing
+torch. Importing this package first also makes ``import transformers`` safe beside a CPU build of
+torch (see ``snnllm._compat``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from importlib import metadata
+from typing import Any
+
+from snnllm._compat import hide_broken_packages
+
+hide_broken_packages()
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+try:
+    __version__ = metadata.version("snnllm")
+except metadata.PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
+
+# Public name -> the module that defines it. A name must differ from every module of this package:
+# importing the module would put the module in the name's place.
+_PUBLIC_NAMES = {
+    "GIFNode": "neurons.gif",
+    "SignedGIFNode": "neurons.gif",
+    "SpikeEncoder": "neurons.encoder",
+    "SpikeConfig": "snnllm.config",
+    "SpikingLlamaConfig": "snnllm.modeling",
+    "SpikingLlamaForCausalLM": "snnllm.modeling",
+    "PerplexityResult": "snnllm.evaluate",
+    "token_perplexity": "snnllm.evaluate",
+    "load_text": "snnllm.data",
+    "random_windows": "snnllm.data",
+    "token_windows": "snnllm.data",
+    "tokenize": "snnllm.data",
+}
+
+__all__ = ["__version__", *_PUBLIC_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public name where it is used first (PEP 562)."""
+    if name not in _PUBLIC_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the lazy names too."""
+    return sorted({*globals(), *_PUBLIC_NAMES})

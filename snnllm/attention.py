@@ -1,0 +1,248 @@
+"""Spiking attention: Q, K and V as spikes, as a transformers attention function (method.md section 4).
+
+The attention of transformers is not rewritten. `SpikingLlamaAttention` only hands its parent an
+encoding stand-in for the cache, and the product Q K^T is done by a function that is registered
+under the name "spiking" in transformers' attention and mask registries.
+
+K and V are encoded per token and KV head after RoPE, Q per token and head with one step; P stays
+float. Q K^T is an integer product in all views. P V has a float operand, so the views share one float
+product with the decoded V: the outputs of all views are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, LlamaConfig
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
+
+from neurons import Encoding, SpikeEncoder
+from neurons.functional import count_to_spikes, spikes_to_events
+from snnllm.cache import EncodeOnWrite, from_payload, to_payload
+from snnllm.config import SpikeConfig
+from snnllm.execution import SpikingModule, View
+from snnllm.kernels import get_backend
+
+SPIKING_ATTENTION = "spiking"
+CALIBRATION_ATTENTION = "spiking_calibration"
+_INT8_MAX = 127
+_EXACT_FLOAT32 = 1 << 24
+# transformers 5.20 renamed the argument; both spellings are supported.
+_CACHE_ARGUMENT = (
+    "cache" if "cache" in inspect.signature(LlamaAttention.forward).parameters else "past_key_values"
+)
+
+
+class SpikingLlamaAttention(LlamaAttention, SpikingModule):
+    """LLaMA attention whose K and V are encoded to spikes at the write to the cache.
+
+    Args:
+        config: The LLaMA configuration.
+        layer_idx: Index of the block.
+        spike: The spiking configuration.
+
+    Attributes:
+        q_encoder: One step, all channels of a head in one group.
+        k_encoder: Own channel groups per KV head, `[H_kv, D]`.
+        v_encoder: Likewise.
+    """
+
+    def __init__(self, config: LlamaConfig, layer_idx: int, spike: SpikeConfig) -> None:
+        super().__init__(config, layer_idx)
+        prefix = f"model.layers.{layer_idx}.self_attn"
+        heads = config.num_key_value_heads
+        groups = torch.zeros(heads, self.head_dim, dtype=torch.uint8)
+        common: dict[str, Any] = {
+            "bits": spike.activation_bits,
+            "value_range": str(spike.value_range),
+            "capacity": str(spike.capacity),
+        }
+        self.q_encoder = SpikeEncoder(groups[0], steps=(1,), name=f"{prefix}.q", **common)
+        self.k_encoder = SpikeEncoder(
+            groups.clone(), steps=spike.kv_steps, name=f"{prefix}.k", **common
+        )
+        self.v_encoder = SpikeEncoder(
+            groups.clone(), steps=spike.kv_steps, name=f"{prefix}.v", **common
+        )
+
+    def set_channel_groups(self, key: Tensor, value: Tensor) -> None:
+        """Choose the saliency groups of K and V, uint8 `[H_kv, D]`."""
+        self.k_encoder.channel_group.copy_(key)
+        self.v_encoder.channel_group.copy_(value)
+
+    def check_view(self, view: View) -> None:
+        """Refuse a view that the configuration cannot run."""
+        if view is not View.COLLAPSED and self.k_encoder.capacity == "power_of_two":
+            raise ValueError(
+                f"model.layers.{self.layer_idx}.self_attn: capacity='power_of_two' has counts that a "
+                f"T-step neuron cannot emit, so it cannot run the {view} view. Use capacity='steps'."
+            )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Attention of the parent with an encoding stand-in for its cache."""
+        cache = kwargs.pop("past_key_values", None)
+        cache = kwargs.pop("cache", None) if cache is None else cache
+        kwargs[_CACHE_ARGUMENT] = EncodeOnWrite(cache, self._encode_key_value)
+        return super().forward(*args, **kwargs)
+
+    def _encode_key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            to_payload(self.run_encoder(self.k_encoder, key)),
+            to_payload(self.run_encoder(self.v_encoder, value)),
+        )
+
+    def run_encoder(self, encoder: SpikeEncoder, x: Tensor) -> Encoding:
+        """Encode an operand in the current view; outside the collapsed view the neurons really run."""
+        if self.view is View.COLLAPSED:
+            return encoder.encode(x)
+        spikes, encoding = encoder.encode_spikes(x)
+        return encoding._replace(count=spikes.sum(0).to(encoding.count.dtype))
+
+
+def query_key_accumulators(
+    module: SpikingLlamaAttention, query: Encoding, key: Encoding
+) -> list[Tensor]:
+    """Centred integer products of Q and K, one per channel group of K.
+
+        A_g[i, j] = sum_{c in g} (q_ic - z_i) (k_jc - z_jg)
+
+    Args:
+        module: The attention layer; its view decides how the sum is executed.
+        query: Counts `[B, H, S_q, D]`.
+        key: Counts `[B, H_kv, S_k, D]`.
+
+    Returns:
+        int32 `[B, H_kv, H/H_kv * S_q, S_k]` per group, the same integers in every view.
+    """
+    batch, kv_heads, _, dim = key.count.shape
+    q = module.q_encoder.centre(query).reshape(batch, kv_heads, -1, dim)
+    encoder = module.k_encoder
+    groups = encoder.channel_group.unsqueeze(1)  # [H_kv, 1, D]
+    bound_q, capacity = max(module.q_encoder.capacities), max(encoder.capacities)
+    if module.view is View.COLLAPSED:
+        centred = encoder.centre(key)
+        return [
+            integer_product(q, centred.masked_fill(groups != g, 0), bound_q, capacity)
+            for g in range(len(encoder.steps))
+        ]
+    steps = torch.tensor(encoder.steps, device=groups.device)[groups.long()]
+    spikes = count_to_spikes(key.count, encoder.levels, max(encoder.steps), steps)
+    if module.view is View.BINARY:
+        spikes = spikes_to_events(spikes.float(), encoder.levels)
+    total = []
+    for g in range(len(encoder.steps)):
+        member = groups == g
+        silent = member.to(torch.int16).expand(batch, kv_heads, 1, dim)
+        summed = torch.stack(
+            [integer_product(q, s.masked_fill(~member, 0), bound_q, capacity) for s in spikes]
+        ).sum(0, dtype=torch.int32)
+        # sum_c (q_c - z) over the group: what the bias charge of K multiplies.
+        row = integer_product(q, silent, bound_q, 1)
+        total.append(summed - row * key.zero_point[..., g].unsqueeze(-2))
+    return total
+
+
+def integer_product(a: Tensor, b: Tensor, bound_a: int, bound_b: int) -> Tensor:
+    """`a @ b^T` of integer tensors `[B, H, M, D]` and `[B, H, N, D]`, exact int32 `[B, H, M, N]`.
+
+    Args:
+        a: Integers with `|a| <= bound_a`.
+        b: Integers with `|b| <= bound_b`.
+        bound_a: Known before the values are, so that nothing has to be read back from a device.
+        bound_b: Likewise.
+    """
+    batch, heads, rows, dim = a.shape
+    if max(bound_a, bound_b) <= _INT8_MAX:
+        left, right = (t.to(torch.int8).reshape(batch * heads, -1, dim) for t in (a, b))
+        product = get_backend("auto", a.device).int_bmm(left, right)
+        return product.view(batch, heads, rows, b.shape[-2])
+    # 9-bit operands do not fit int8; a float matmul of integers below the mantissa is exact.
+    dtype = torch.float32 if bound_a * bound_b * dim < _EXACT_FLOAT32 else torch.float64
+    return torch.matmul(a.to(dtype), b.to(dtype).mT).to(torch.int32)
+
+
+def spiking_attention(
+    module: SpikingLlamaAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention over encoded K and V; the signature is transformers' attention interface.
+
+        P = softmax(scaling * sum_g s_q s_kg A_g + mask),   out = P (s_v (q_v - z_v))
+
+    Args:
+        module: The attention layer.
+        query: float `[B, H, S_q, D]` after RoPE.
+        key: payloads uint8 `[B, H_kv, S_k, bytes]`.
+        value: likewise.
+        attention_mask: additive float mask `[B, 1, S_q, S_k]` or None.
+        scaling: Factor of the scores, `D**-1/2`.
+        dropout: Dropout of P, used in training only.
+        **kwargs: What transformers passes to every attention function; not used.
+
+    Returns:
+        `[B, S_q, H, D]` in the dtype of the query, and P.
+    """
+    batch, heads, tokens, _ = query.shape
+    encoded_q = module.run_encoder(module.q_encoder, query)
+    encoded_k = from_payload(key, module.k_encoder)
+    encoded_v = from_payload(value, module.v_encoder)
+    kv_heads = key.shape[1]
+    s_q = encoded_q.threshold.view(batch, kv_heads, -1, 1)
+    scores: Tensor | None = None
+    for g, product in enumerate(query_key_accumulators(module, encoded_q, encoded_k)):
+        term = (product.float() * s_q) * encoded_k.threshold[..., g].unsqueeze(-2)
+        scores = term if scores is None else scores + term
+    assert scores is not None  # an encoder has at least one group
+    scores = scores.view(batch, heads, tokens, -1) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probability = nn.functional.softmax(scores, dim=-1)
+    weights = nn.functional.dropout(probability, p=dropout, training=module.training)
+    decoded = module.v_encoder.decode(encoded_v, torch.float32)
+    per_group = weights.view(batch, kv_heads, -1, decoded.shape[-2])
+    out = torch.matmul(per_group, decoded).view(batch, heads, tokens, -1)
+    return out.transpose(1, 2).to(query.dtype).contiguous(), probability
+
+
+def calibration_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Float attention that shows Q, K, V and P to the block's `attention_observer`."""
+    groups = query.shape[1] // key.shape[1]
+    scores = torch.matmul(query, repeat_kv(key, groups).mT) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probability = nn.functional.softmax(scores.float(), dim=-1)
+    observer = getattr(module, "attention_observer", None)
+    if observer is not None:
+        observer(query, key, value, probability)
+    out = torch.matmul(probability.to(query.dtype), repeat_kv(value, groups))
+    return out.transpose(1, 2).contiguous(), probability
+
+
+def register_attention() -> None:
+    """Register the attention functions with transformers. Idempotent."""
+    for name, function in (
+        (SPIKING_ATTENTION, spiking_attention),
+        (CALIBRATION_ATTENTION, calibration_attention),
+    ):
+        AttentionInterface.register(name, function)
+        # A name without a mask function would silently get no mask at all: no causality, no padding.
+        AttentionMaskInterface.register(name, eager_mask)

@@ -1,0 +1,153 @@
+"""Spiking checkpoints on disk: manifest, verification, loader shim, atomic publication."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from snnllm.config import SCHEMA_VERSION
+
+MANIFEST = "spikellm_manifest.json"
+SHIM = "spiking_llama_hf.py"
+_SHIM_TEXT = '''"""Loader of a spiking LLaMA: the code is in the package snnllm, this file only points to it."""
+
+try:
+    from snnllm.modeling import SpikingLlamaConfig, SpikingLlamaForCausalLM  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "This checkpoint is a spiking LLaMA and needs the package snnllm. Run `pip install snnllm`."
+    ) from error
+'''
+AUTO_MAP = {
+    "AutoConfig": "spiking_llama_hf.SpikingLlamaConfig",
+    "AutoModelForCausalLM": "spiking_llama_hf.SpikingLlamaForCausalLM",
+}
+
+
+class CheckpointError(ValueError):
+    """A folder that is not a sound spiking checkpoint."""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finish(folder: Path, config: PreTrainedConfig, extra: dict[str, Any] | None = None) -> None:
+    """Write what makes a folder of config and shards a spiking checkpoint: shim, auto_map, manifest.
+
+    Args:
+        folder: Holds `config.json` and safetensors shards already.
+        config: The configuration that was saved.
+        extra: Provenance to record in the manifest; kept from an existing manifest if None.
+    """
+    (folder / SHIM).write_text(_SHIM_TEXT)
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    values["auto_map"] = AUTO_MAP
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "files": {
+            p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)}
+            for p in sorted(folder.glob("*.safetensors"))
+        },
+        "provenance": extra or {},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: There is none, it is not JSON, or it has another schema version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: it is not a finished spiking checkpoint. Convert a LLaMA "
+            "with `snnllm convert`."
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); convert again.") from error
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{folder} was written with checkpoint schema {manifest.get('schema_version')}, this "
+            f"snnllm reads schema {SCHEMA_VERSION}. Install the matching release or convert again."
+        )
+    return manifest
+
+
+def verify(folder: Path) -> None:
+    """Check that a checkpoint is complete and unchanged since it was written.
+
+    Raises:
+        CheckpointError: A file is missing, truncated or altered, or the format is another.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a model folder.")
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != "spiking_llama":
+        raise CheckpointError(
+            f"{folder} holds a {kind!r} model, not a spiking LLaMA. Convert it first: "
+            f"snnllm convert {folder} OUTPUT."
+        )
+    files = read_manifest(folder)["files"]
+    if not files:
+        raise CheckpointError(f"{folder} lists no weight files; convert again.")
+    for name, recorded in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: {name} is missing; copy it again or convert again.")
+        size = path.stat().st_size
+        if size != recorded["bytes"]:
+            raise CheckpointError(
+                f"{path} has {size} bytes instead of {recorded['bytes']}: it is truncated or was "
+                "replaced; copy it again or convert again."
+            )
+        if file_digest(path) != recorded["sha256"]:
+            raise CheckpointError(
+                f"{path} was altered after it was written (its SHA-256 differs from the manifest); "
+                "copy it again or convert again."
+            )
+
+
+@contextmanager
+def published(output: Path) -> Iterator[Path]:
+    """A working folder that becomes `output` only when the block ends without an error.
+
+    Yields:
+        The folder to write to, beside `output`. It is removed on an error, so that nothing
+        half-written is left that loads.
+
+    Raises:
+        FileExistsError: `output` exists and is not empty.
+        OSError: The parent cannot be written to, or the disk is full.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not empty; choose another output or remove it.")
+    work = output.with_name(output.name + ".partial")
+    if work.exists():
+        shutil.rmtree(work)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir()
+    try:
+        yield work
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if output.exists():
+        output.rmdir()
+    os.replace(work, output)

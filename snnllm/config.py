@@ -1,0 +1,221 @@
+"""The spiking configuration: which operands are encoded, with how many bits and steps, and how it is serialised."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from neurons import Capacity, ValueRange
+
+SCHEMA_VERSION = 1
+FLOAT_BITS = 16
+"""Bit width that stands for "left in floating point" (`W16`: float weights, `A16`: float activations)."""
+
+_PRESET = re.compile(r"^(?:W(?P<w>\d+))?A(?P<a>\d+)(?:T(?P<t>\d+))?$")
+_RATIO_OF_STEPS = {1: 0.0, 2: 0.10, 4: 0.05}
+PRESETS = ("W4A4T2", "W4A4T4", "W4A4", "W4A8", "W2A8", "W8A8", "A4T2", "A4")
+"""Examples of preset names; any `W<bits>A<bits>T<steps>` is understood."""
+
+
+class Score(StrEnum):
+    """Saliency scores of method.md section 4."""
+
+    FIRST_ORDER = "first_order"
+    ABS = "abs"
+    GAUSS_NEWTON = "gauss_newton"
+    MAX_ABS = "max_abs"
+    HESSIAN = "hessian"
+    RANDOM = "random"
+
+
+class MaskScope(StrEnum):
+    """One mask per linear (the paper), or one for all linears that share an input (q/k/v, gate/up)."""
+
+    LINEAR = "linear"
+    INPUT = "input"
+
+
+class Operands(StrEnum):
+    """Whether the attention operands Q, K and V are encoded to spikes or left in float."""
+
+    ENCODED = "encoded"
+    FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class SpikeConfig:
+    """What a spiking LLaMA computes, independent of how it was calibrated.
+
+    Attributes:
+        weight_bits: Bits of a weight level, 2..8, or 16 for float weights.
+        activation_bits: Bits `b` of one multi-level spike (`L = 2**b`), 1..8, or 16 for float activations.
+        salient_ratio: Fraction `p` of the channels of an operand that is salient, in [0, 1].
+        salient_steps: Time steps `T` of the salient channels of a linear input.
+        kv_salient_steps: Time steps of the salient channels of K and V (method.md section 4: always 2).
+        value_range: Own threshold per channel group (`split`) or one range for all (`shared`).
+        capacity: `steps` (exact in every view) or `power_of_two` (published fake-quantised numbers only).
+        score: Saliency score that ranks the channels.
+        mask_scope: One mask per linear or per shared input.
+        attention: Encode Q, K and V, or leave the attention operands in float.
+        weight_group_size: Input channels that share one weight scale; None for one scale per output channel.
+        modules_to_not_convert: Names (suffixes) of linears that stay dense; the head always does.
+        group_steps: Steps of the channel groups of single modules, for explicit allocation maps.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    salient_ratio: float = 0.10
+    salient_steps: int = 2
+    kv_salient_steps: int = 2
+    value_range: ValueRange = ValueRange.SPLIT
+    capacity: Capacity = Capacity.STEPS
+    score: Score = Score.FIRST_ORDER
+    mask_scope: MaskScope = MaskScope.LINEAR
+    attention: Operands = Operands.ENCODED
+    weight_group_size: int | None = None
+    modules_to_not_convert: tuple[str, ...] = ("lm_head",)
+    group_steps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, enum in _ENUMS.items():
+            object.__setattr__(self, name, _member(enum, name, getattr(self, name)))
+        object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
+        steps = {k: tuple(int(t) for t in v) for k, v in dict(self.group_steps).items()}
+        object.__setattr__(self, "group_steps", steps)
+        _check_int("weight_bits", self.weight_bits, 2, 8, FLOAT_BITS)
+        _check_int("activation_bits", self.activation_bits, 1, 8, FLOAT_BITS)
+        _check_int("salient_steps", self.salient_steps, 1, 64)
+        _check_int("kv_salient_steps", self.kv_salient_steps, 1, 64)
+        if not 0.0 <= self.salient_ratio <= 1.0:
+            raise ValueError(
+                f"salient_ratio is a fraction of the channels in [0, 1], got {self.salient_ratio}."
+            )
+        if self.weight_group_size is not None:
+            _check_int("weight_group_size", self.weight_group_size, 8, 1 << 20)
+        if self.weight_bits == FLOAT_BITS and self.activation_bits == FLOAT_BITS:
+            raise ValueError(
+                "weight_bits=16 with activation_bits=16 leaves the model dense: nothing would be "
+                "converted. Choose at most 8 bits for one of them."
+            )
+        for name, values in steps.items():
+            if not values or min(values) < 1:
+                raise ValueError(f"group_steps[{name!r}] must hold steps >= 1, got {values}.")
+
+    @property
+    def encodes_activations(self) -> bool:
+        """Whether the inputs of the linears become spikes."""
+        return self.activation_bits != FLOAT_BITS
+
+    @property
+    def encodes_attention(self) -> bool:
+        """Whether Q, K and V become spikes."""
+        return self.encodes_activations and self.attention is Operands.ENCODED
+
+    def steps_of(self, module: str) -> tuple[int, ...]:
+        """Steps of the channel groups of one linear's input, ordinary group first."""
+        if module in self.group_steps:
+            return self.group_steps[module]
+        return (1,) if self.salient_ratio == 0.0 else (1, self.salient_steps)
+
+    @property
+    def kv_steps(self) -> tuple[int, ...]:
+        """Steps of the channel groups of K and V."""
+        return (1,) if self.salient_ratio == 0.0 else (1, self.kv_salient_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form with the schema version; inverse of `from_dict`."""
+        out: dict[str, Any] = {"quant_method": "spikellm", "schema_version": SCHEMA_VERSION}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, StrEnum):
+                value = str(value)
+            elif isinstance(value, tuple):
+                value = list(value)
+            elif isinstance(value, Mapping):
+                value = {k: list(v) for k, v in value.items()}
+            out[f.name] = value
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SpikeConfig:
+        """Read `to_dict`'s form.
+
+        Raises:
+            ValueError: Wrong quant_method, another schema version, or an unknown key.
+        """
+        values = dict(data)
+        method = values.pop("quant_method", "spikellm")
+        version = values.pop("schema_version", SCHEMA_VERSION)
+        if str(method) != "spikellm":
+            raise ValueError(f"quant_method 'spikellm' expected, got {str(method)!r}.")
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"This checkpoint has spiking schema version {version}; this snnllm reads version "
+                f"{SCHEMA_VERSION}. Install the snnllm release that wrote it, or convert again."
+            )
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"Unknown spiking config keys: {', '.join(unknown)}.")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> SpikeConfig:
+        """Build a config from a name such as `W4A4T2`; `overrides` replace single fields.
+
+        `W` is the weight width (float if absent), `A` the bits of one spike, `T` the steps of the
+        salient channels. The ratio follows method.md section 4: T = 2 on 10 %, T = 4 on 5 % (both
+        4.1 bits on average at A4), no salient channels without T.
+
+        Raises:
+            ValueError: The name is not of that form, or a field is out of range.
+        """
+        match = _PRESET.match(name.strip().upper())
+        if match is None:
+            raise ValueError(
+                f"Unknown preset {name!r}. Presets look like W<bits>A<bits>T<steps>, for example "
+                f"{', '.join(PRESETS)}."
+            )
+        weight, steps = match["w"], int(match["t"] or 1)
+        _check_int("T (salient steps)", steps, 1, 64)
+        values: dict[str, Any] = {
+            "weight_bits": FLOAT_BITS if weight is None else int(weight),
+            "activation_bits": int(match["a"]),
+            "salient_steps": steps,
+            "salient_ratio": _RATIO_OF_STEPS.get(steps, 0.10),
+        }
+        return cls(**{**values, **overrides})
+
+    @property
+    def label(self) -> str:
+        """Short name such as `W4A4T2`, for tables and file names."""
+        weight = "" if self.weight_bits == FLOAT_BITS else f"W{self.weight_bits}"
+        steps = f"T{self.salient_steps}" if self.salient_ratio > 0 else ""
+        return f"{weight}A{self.activation_bits}{steps}"
+
+
+_ENUMS: dict[str, type[StrEnum]] = {
+    "value_range": ValueRange,
+    "capacity": Capacity,
+    "score": Score,
+    "mask_scope": MaskScope,
+    "attention": Operands,
+}
+
+
+def _member(enum: type[StrEnum], name: str, value: Any) -> StrEnum:
+    try:
+        return enum(value)
+    except ValueError:
+        raise ValueError(f"{name} must be one of {[str(m) for m in enum]}, got {value!r}.") from None
+
+
+def _check_int(name: str, value: Any, low: int, high: int, also: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}.")
+    if not (low <= value <= high or value == also):
+        extra = f" or {also} (float)" if also is not None else ""
+        raise ValueError(f"{name} must be in {low}..{high}{extra}, got {value}.")

@@ -1,0 +1,78 @@
+"""The transformers quantizer plug-in behind `quant_method: spikellm`.
+
+`SpikingLlamaForCausalLM` builds its spiking modules from the configuration alone; the plug-in tells
+transformers that such a checkpoint is quantised, serialisable and compilable, and checks the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+)
+from transformers.quantizers.auto import register_quantizer as hf_register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from snnllm.config import SpikeConfig
+from snnllm.execution import spiking_modules
+from snnllm.linear import SpikingLinear
+
+QUANT_METHOD = "spikellm"
+
+
+class SpikeQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`SpikeConfig` in the form that transformers carries around."""
+
+    def __init__(self, **values: Any) -> None:
+        values.pop("quant_method", None)
+        self.quant_method = QUANT_METHOD
+        self.spike = SpikeConfig.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The serialised `SpikeConfig`."""
+        return self.spike.to_dict()
+
+
+class SpikeHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads and saves packed spiking checkpoints."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if not spiking_modules(model):
+            raise ValueError(
+                "quant_method 'spikellm' belongs to spiking_llama checkpoints, but the model has no "
+                "spiking modules. Load it with snnllm.SpikingLlamaForCausalLM or AutoModelForCausalLM."
+            )
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for _, module in spiking_modules(model):
+            if isinstance(module, SpikingLinear):
+                module.invalidate()
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Packed buffers are ordinary tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Weight levels are frozen integers."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The collapsed view has no data-dependent control flow on CUDA."""
+        return True
+
+
+def register_quantizer() -> None:
+    """Register the plug-in with transformers. Idempotent."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        hf_register_quantizer(QUANT_METHOD)(SpikeHfQuantizer)
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(SpikeQuantizationConfig)

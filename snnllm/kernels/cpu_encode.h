@@ -1,0 +1,157 @@
+/* Types of the CPU kernels, and the encoder: float rows to spike counts. See cpu.c. */
+#ifndef SNN_CPU_ENCODE_H
+#define SNN_CPU_ENCODE_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX2__) && !defined(SNN_PORTABLE)
+#define SNN_AVX2 1
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { NIBBLE = 0, BYTE = 1, WIDE = 2 };
+enum { OK = 0, NON_FINITE = 1, NO_MEMORY = 2 };
+enum { OCTET = 8, LANES = 8, COLUMNS = 32, ROWS = 4, ROW_BLOCK = 64, DOT_COLUMNS = 128 };
+enum { PARALLEL_WORK = 1 << 16 }; /* multiply-adds below which a second thread does not pay */
+
+typedef struct {
+    int64_t start, stop;  /* encoded channels */
+    int64_t padded_start; /* where they start in the padded count row, a multiple of 8 */
+    int64_t octets;       /* padded length / 8 */
+    int64_t act_group;
+    int64_t chunk;        /* octets whose products fit int16 (NIBBLE, BYTE) */
+} Segment;
+
+typedef struct {
+    int64_t k, n, k_padded, n_padded, groups, segments, layout, shared;
+    const int32_t *order;     /* original channel of every encoded position, or NULL */
+    const int64_t *sizes;     /* channels of every group */
+    const int64_t *capacity;  /* of every group */
+    const Segment *segment;
+    const uint8_t *weight;    /* packed */
+    const float *scale;       /* [segments][n_padded], as the two below */
+    const int32_t *count_coefficient;
+    const int32_t *zero_coefficient;
+    const float *bias;        /* [n_padded] or NULL */
+} Layer;
+
+_Static_assert(sizeof(void *) == 8, "the layer is described by 64-bit words");
+
+/* Encoded rows of one call. */
+typedef struct {
+    uint8_t *count; /* [m][k_padded], uint8 or int16 */
+    float *threshold;    /* [m][groups] */
+    int32_t *zero_point; /* [m][groups] */
+    int32_t *sum;        /* [m][segments], sums of counts */
+} Rows;
+
+static int64_t count_bytes(const Layer *layer) { return layer->layout == WIDE ? 2 : 1; }
+
+/* Widens [lo, hi] to the values; returns 0 when one is NaN or infinite. */
+static int widen_range(const float *x, int64_t n, float *lo, float *hi) {
+    int64_t i = 0;
+    uint32_t largest = 0; /* largest |x| as bits: NaN and infinity lie above all finite floats */
+#ifdef SNN_AVX2
+    if (n >= 8) {
+        __m256 low = _mm256_set1_ps(*lo), high = _mm256_set1_ps(*hi);
+        __m256i top = _mm256_setzero_si256();
+        const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+        for (; i + 8 <= n; i += 8) {
+            __m256 v = _mm256_loadu_ps(x + i);
+            low = _mm256_min_ps(low, v);
+            high = _mm256_max_ps(high, v);
+            top = _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(v), magnitude));
+        }
+        float lows[8], highs[8];
+        uint32_t tops[8];
+        _mm256_storeu_ps(lows, low);
+        _mm256_storeu_ps(highs, high);
+        _mm256_storeu_si256((__m256i *)tops, top);
+        for (int j = 0; j < 8; j++) {
+            *lo = lows[j] < *lo ? lows[j] : *lo;
+            *hi = highs[j] > *hi ? highs[j] : *hi;
+            largest = tops[j] > largest ? tops[j] : largest;
+        }
+    }
+#endif
+    for (; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
+        *lo = x[i] < *lo ? x[i] : *lo;
+        *hi = x[i] > *hi ? x[i] : *hi;
+    }
+    return largest < 0x7f800000u;
+}
+
+/* Threshold and zero point of one row and group. */
+static void set_parameters(float lo, float hi, float capacity, float *threshold, int32_t *zero) {
+    float s = (hi - lo) / capacity;
+    s = s < 1e-5f ? 1e-5f : s;
+    float z = rintf(-lo / s);
+    z = z < 0.0f ? 0.0f : z;
+    z = z > capacity ? capacity : z;
+    *threshold = s;
+    *zero = (int32_t)z;
+}
+
+/* Counts of n values. Clipped below at 0 first, so truncation is floor. Returns their sum. */
+#define DEFINE_COUNT(NAME, TYPE)                                                               \
+    static int32_t NAME(const float *restrict x, int64_t n, float s, int32_t zero, float top,  \
+                        TYPE *restrict count) {                                                \
+        const float bias = (float)zero + 0.5f;                                                 \
+        int32_t sum = 0;                                                                       \
+        for (int64_t i = 0; i < n; i++) {                                                      \
+            float v = x[i] / s + bias;                                                         \
+            v = v > 0.0f ? v : 0.0f;                                                           \
+            v = v < top ? v : top;                                                             \
+            int32_t q = (int32_t)v;                                                            \
+            count[i] = (TYPE)q;                                                                \
+            sum += q;                                                                          \
+        }                                                                                      \
+        return sum;                                                                            \
+    }
+DEFINE_COUNT(count_u8, uint8_t)
+DEFINE_COUNT(count_i16, int16_t)
+
+/* Encodes row m of x; `gathered` has room for k floats. Returns 0 for non-finite input. */
+static int encode_row(const Layer *layer, const float *x, int64_t m, Rows rows, float *gathered) {
+    const int64_t groups = layer->groups, bytes = count_bytes(layer);
+    x += m * layer->k;
+    if (layer->order) {
+        for (int64_t k = 0; k < layer->k; k++) gathered[k] = x[layer->order[k]];
+        x = gathered;
+    }
+    float *threshold = rows.threshold + m * groups;
+    int32_t *zero = rows.zero_point + m * groups;
+    float lo = 0.0f, hi = 0.0f;
+    int finite = !layer->shared || widen_range(x, layer->k, &lo, &hi);
+    for (int64_t g = 0, start = 0; g < groups; start += layer->sizes[g++]) {
+        if (!layer->shared) {
+            lo = hi = 0.0f;
+            finite &= widen_range(x + start, layer->sizes[g], &lo, &hi);
+        }
+        set_parameters(lo, hi, (float)layer->capacity[g], threshold + g, zero + g);
+    }
+    if (!finite) return 0;
+    uint8_t *count = rows.count + m * layer->k_padded * bytes;
+    for (int64_t i = 0; i < layer->segments; i++) {
+        const Segment *seg = layer->segment + i;
+        const int64_t g = seg->act_group, length = seg->stop - seg->start;
+        const float top = (float)layer->capacity[g];
+        uint8_t *to = count + seg->padded_start * bytes;
+        memset(to + length * bytes, 0, (size_t)((seg->octets * OCTET - length) * bytes));
+        rows.sum[m * layer->segments + i] =
+            bytes == 1 ? count_u8(x + seg->start, length, threshold[g], zero[g], top, to)
+                       : count_i16(x + seg->start, length, threshold[g], zero[g], top, (int16_t *)to);
+    }
+    return 1;
+}
+
+#endif

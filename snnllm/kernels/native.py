@@ -1,0 +1,332 @@
+"""Native CPU backend: encoding, integer matmul and scaling in one C call a linear (`cpu.c`).
+
+Weights of up to 4 bits are packed two to a byte. A prepared layer is described by one int64 tensor,
+the C struct `Layer` word by word, which is all a call has to pass besides the input and the output.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from snnllm.kernels import compiler
+from snnllm.kernels.spec import (
+    EncoderSpec,
+    LinearSpec,
+    PreparedLinear,
+    Segment,
+    check_bmm,
+    check_input,
+    non_finite_error,
+    segments_of,
+)
+
+if TYPE_CHECKING:
+    from neurons.encoder import Encoding
+
+_OCTET = 8  # channels of a packed unit, and outputs of a vector
+_COLUMNS = 32  # outputs of a tile
+_NIBBLE, _BYTE, _WIDE = 0, 1, 2  # weight layouts of cpu.c
+_NON_FINITE, _NO_MEMORY = 1, 2  # return codes of cpu.c
+_INT16_MAX = 2**15 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class NativeLinear(PreparedLinear):
+    """A linear packed for the native backend.
+
+    Attributes:
+        descriptor: int64 words of the C struct; holds the addresses of `tensors`.
+        tensors: what the descriptor points to, kept alive here.
+        segments: number of segments, S.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    descriptor: Tensor
+    tensors: tuple[Tensor, ...]
+    segments: int
+    address: int
+
+
+class NativeBackend:
+    """Collapsed execution in C; bit for bit equal to the reference backend.
+
+    Args:
+        definitions: extra compiler flags; `-DSNN_PORTABLE` selects the plain C path.
+    """
+
+    name = "native"
+
+    def __init__(self, definitions: tuple[str, ...] = ()) -> None:
+        self._definitions = definitions
+        self._encoders: weakref.WeakKeyDictionary[EncoderSpec, NativeLinear] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def available(self) -> str | None:
+        """Return None when the library is or can be built, else the reason why not."""
+        try:
+            library(self._definitions)
+        except compiler.CompilerError as error:
+            return str(error)
+        return None
+
+    def prepare(self, spec: LinearSpec) -> NativeLinear:
+        """Pack the weight and precompute the epilogue's coefficients, once per layer."""
+        if spec.levels.device.type != "cpu":
+            raise ValueError(
+                f"{spec.encoder.name}: the native backend runs on the CPU, the weight is on "
+                f"{spec.levels.device}; choose backend='reference' or move the model"
+            )
+        return _prepare(spec)
+
+    def encode(self, x: Tensor, spec: EncoderSpec) -> Encoding:
+        """Encode x [.., K]: counts in original channel order, thresholds and zero points [.., G]."""
+        from neurons.encoder import Encoding
+
+        check_input(x, spec.channels, spec.name)
+        layer = self._encoders.get(spec)
+        if layer is None:
+            layer = self._encoders[spec] = _prepare_encoder(spec)
+        x32 = x.detach().float().contiguous()
+        count = torch.empty(x.shape, dtype=_count_dtype(spec))
+        threshold = torch.empty(*x.shape[:-1], len(spec.sizes))
+        zero_point = torch.empty(threshold.shape, dtype=torch.int32)
+        code = library(self._definitions).snn_encode(
+            layer.address,
+            x32.data_ptr(),
+            count.data_ptr(),
+            threshold.data_ptr(),
+            zero_point.data_ptr(),
+            x.numel() // spec.channels,
+            torch.get_num_threads(),
+        )
+        _check(code, spec.name)
+        return Encoding(count, threshold, zero_point)
+
+    def accumulate(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
+        """Return the centred accumulators of x [.., K]: int32 [S, M, N], M the number of rows."""
+        layer = _native(prepared)
+        check_input(x, layer.in_features, layer.name)
+        rows = x.numel() // layer.in_features
+        x32 = x.detach().float().contiguous()
+        out = torch.empty(layer.segments, rows, layer.out_features, dtype=torch.int32)
+        code = library(self._definitions).snn_linear(
+            layer.address, x32.data_ptr(), None, out.data_ptr(), rows, torch.get_num_threads()
+        )
+        _check(code, layer.name)
+        return out
+
+    def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
+        """Return y [.., N] in x.dtype of x [.., K]."""
+        layer = _native(prepared)
+        check_input(x, layer.in_features, layer.name)
+        if torch.compiler.is_compiling() and not self._definitions:
+            y: Tensor = native_linear(x, layer.descriptor, layer.out_features, layer.name)
+            return y
+        return _linear(x, layer.address, layer.out_features, layer.name, self._definitions)
+
+    def int_bmm(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a @ b^T` of int8 a [B, M, K] and b [B, N, K]: int32 [B, M, N], exact."""
+        check_bmm(a, b)
+        a, b = a.contiguous(), b.contiguous()
+        (batch, m, k), n = a.shape, b.shape[1]
+        out = torch.empty(batch, m, n, dtype=torch.int32)
+        code = library(self._definitions).snn_int_bmm(
+            a.data_ptr(), b.data_ptr(), out.data_ptr(), batch, m, n, k, torch.get_num_threads()
+        )
+        _check(code, "int_bmm")
+        return out
+
+
+@cache
+def library(definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """Build and load the C library once per process, with the signatures of its functions.
+
+    Raises:
+        CompilerError: it cannot be built or loaded; a later call tries again.
+    """
+    lib = compiler.load(compiler.build(definitions))
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    lib.snn_linear.argtypes = [pointer] * 4 + [size, number]
+    lib.snn_encode.argtypes = [pointer] * 5 + [size, number]
+    lib.snn_int_bmm.argtypes = [pointer] * 3 + [size] * 4 + [number]
+    return lib
+
+
+def _linear(
+    x: Tensor, address: int, out_features: int, name: str, definitions: tuple[str, ...]
+) -> Tensor:
+    """Call the C linear on x [.., K]; other dtypes than float32 are converted around it."""
+    shape = x.shape
+    x32 = x.detach().float().contiguous()
+    y = torch.empty(*shape[:-1], out_features)
+    code = library(definitions).snn_linear(
+        address,
+        x32.data_ptr(),
+        y.data_ptr(),
+        None,
+        x32.numel() // shape[-1],
+        torch.get_num_threads(),
+    )
+    if code:
+        _check(code, name)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+
+@torch.library.custom_op("snnllm::native_linear", mutates_args=(), device_types="cpu")
+def native_linear(x: Tensor, descriptor: Tensor, out_features: int, name: str) -> Tensor:
+    """Run the native linear as an operator that torch.compile can place in a graph."""
+    return _linear(x, descriptor.data_ptr(), out_features, name, ())
+
+
+@native_linear.register_fake
+def _(x: Tensor, descriptor: Tensor, out_features: int, name: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _check(code: int, name: str) -> None:
+    if code == _NON_FINITE:
+        raise non_finite_error(name)
+    if code == _NO_MEMORY:
+        raise MemoryError(f"{name}: no memory for the spike counts; use a smaller batch")
+
+
+def _native(prepared: PreparedLinear) -> NativeLinear:
+    if not isinstance(prepared, NativeLinear):
+        raise TypeError(
+            f"{prepared.name}: prepared by another backend ({type(prepared).__name__}); "
+            "prepare it again with this backend"
+        )
+    return prepared
+
+
+def _count_dtype(spec: EncoderSpec) -> torch.dtype:
+    return torch.uint8 if max(spec.capacities) <= 255 else torch.int16
+
+
+def _layout(weight_bits: int, capacity: int) -> int:
+    """Choose the weight layout: nibbles, bytes while two products fit int16, else wide."""
+    if weight_bits <= 4 and capacity <= 255:
+        return _NIBBLE
+    if capacity <= 255 and _safe_octets(_BYTE, weight_bits, capacity) >= 1:
+        return _BYTE
+    return _WIDE
+
+
+def _safe_octets(layout: int, weight_bits: int, capacity: int) -> int:
+    """Return how many octets of 8 channels an int16 lane sums without overflow.
+
+    vpmaddubsw adds one pair of products to a lane; an octet holds two pairs of every lane.
+    Nibbles are stored as level + 8, in 0..15.
+    """
+    largest = 15 if layout == _NIBBLE else 2 ** (weight_bits - 1)
+    return _INT16_MAX // (2 * 2 * capacity * largest)
+
+
+def _prepare(spec: LinearSpec) -> NativeLinear:
+    encoder = spec.encoder
+    layout = _layout(spec.weight_bits, max(encoder.capacities))
+    starts, padded = _padded_starts(spec.segments)
+    levels = torch.zeros(-(-spec.out_features // _COLUMNS) * _COLUMNS, padded, dtype=torch.int8)
+    shape = (len(spec.segments), levels.shape[0])
+    scale = torch.zeros(shape)
+    count_coefficient = torch.zeros(shape, dtype=torch.int32)
+    zero_coefficient = torch.zeros(shape, dtype=torch.int32)
+    n = spec.out_features
+    for i, (start, stop, _, weight_group) in enumerate(spec.segments):
+        level, zero = spec.levels[:, start:stop], spec.zero[:, weight_group]
+        levels[:n, starts[i] : starts[i] + stop - start] = level
+        scale[i, :n] = spec.scale[:, weight_group]
+        count_coefficient[i, :n] = zero + (8 if layout == _NIBBLE else 0)
+        zero_coefficient[i, :n] = level.sum(1, dtype=torch.int32) - zero * (stop - start)
+    bias = None if spec.bias is None else pad(spec.bias.detach(), (0, shape[1] - n))
+    weight = _pack(levels, layout)
+    words = _segment_words(spec.segments, starts, encoder, layout, spec.weight_bits)
+    tensors = (weight, scale, count_coefficient, zero_coefficient)
+    return _describe(encoder, (n, *levels.shape), layout, words, (*tensors, bias))
+
+
+def _prepare_encoder(spec: EncoderSpec) -> NativeLinear:
+    """Describe a layer without outputs, for `encode`."""
+    segments = segments_of(spec.sizes)
+    starts, padded = _padded_starts(segments)
+    layout = _BYTE if _count_dtype(spec) is torch.uint8 else _WIDE
+    words = _segment_words(segments, starts, spec, layout, 1)
+    return _describe(spec, (0, 0, padded), layout, words, (None,) * 5)
+
+
+def _padded_starts(segments: tuple[Segment, ...]) -> tuple[list[int], int]:
+    """Return where every segment starts when each is padded to whole octets, and the total."""
+    starts, position = [], 0
+    for start, stop, _, _ in segments:
+        starts.append(position)
+        position += -(-(stop - start) // _OCTET) * _OCTET
+    return starts, position
+
+
+def _segment_words(
+    segments: tuple[Segment, ...],
+    starts: list[int],
+    encoder: EncoderSpec,
+    layout: int,
+    weight_bits: int,
+) -> Tensor:
+    """Return the C structs `Segment`, int64 [S, 6]."""
+    rows = []
+    for segment, padded_start in zip(segments, starts, strict=True):
+        octets = -(-(segment.stop - segment.start) // _OCTET)
+        chunk = _safe_octets(layout, weight_bits, encoder.capacities[segment.act_group])
+        rows.append([*segment[:2], padded_start, octets, segment.act_group, max(chunk, 1)])
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _pack(levels: Tensor, layout: int) -> Tensor:
+    """Pack int8 [N, K] (N multiple of 32, K of 8) into the layout of cpu.c, one byte string."""
+    n, k = levels.shape
+    if layout == _WIDE:  # [block, lane, octet, pair, 2] -> [block, octet, pair, lane, 2]
+        tiles = levels.view(n // 8, 8, k // 8, 4, 2).permute(0, 2, 3, 1, 4)
+        return tiles.contiguous().flatten()
+    tiles = levels.view(n // 8, 8, k // 8, 2, 4).permute(0, 2, 3, 1, 4)
+    if layout == _BYTE:
+        return tiles.contiguous().flatten()
+    nibbles = (tiles + 8).to(torch.uint8)
+    return (nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)).contiguous().flatten()
+
+
+def _describe(
+    encoder: EncoderSpec,
+    sizes: tuple[int, int, int],
+    layout: int,
+    segment_words: Tensor,
+    weights: tuple[Tensor | None, ...],
+) -> NativeLinear:
+    """Write the C struct `Layer`; sizes are N, padded N and padded K."""
+    n, padded_n, padded_k = sizes
+    order = None if encoder.order is None else encoder.order.to("cpu", torch.int32).contiguous()
+    group_sizes = torch.tensor(encoder.sizes, dtype=torch.int64)
+    capacities = torch.tensor(encoder.capacities, dtype=torch.int64)
+    pointed = (order, group_sizes, capacities, segment_words, *weights)
+    words = [encoder.channels, n, padded_k, padded_n, len(encoder.sizes), len(segment_words)]
+    words += [layout, int(encoder.shared)]
+    words += [0 if tensor is None else tensor.data_ptr() for tensor in pointed]
+    descriptor = torch.tensor(words, dtype=torch.int64)
+    tensors = tuple(tensor for tensor in pointed if tensor is not None)
+    return NativeLinear(
+        encoder.name,
+        encoder.channels,
+        n,
+        descriptor,
+        tensors,
+        len(segment_words),
+        descriptor.data_ptr(),
+    )

@@ -1,0 +1,289 @@
+"""What a collapsed integer linear is: the encoder, the weight levels and the segments of the K axis.
+
+The specifications hold plain tensors and say nothing about how they are executed; a backend turns a
+`LinearSpec` into its own prepared form once (packing, layout) and runs that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from neurons.encoder import Encoding
+
+INT32_MAX = 2**31 - 1
+COUNT_MAX = 2**15 - 1
+
+
+class Segment(NamedTuple):
+    """A maximal run of the encoded K axis with one activation group and one weight group.
+
+    Attributes:
+        start: first encoded position.
+        stop: one past the last encoded position.
+        act_group: activation (saliency) group g, selects threshold, zero point and capacity.
+        weight_group: weight group j, selects the column of `scale` and `zero`.
+    """
+
+    start: int
+    stop: int
+    act_group: int
+    weight_group: int
+
+
+def segments_of(sizes: tuple[int, ...], weight_group: Tensor | None = None) -> tuple[Segment, ...]:
+    """Return the maximal runs of the encoded K axis, in order.
+
+    Args:
+        sizes: channels of every activation group, in encoded order.
+        weight_group: int [K], weight group of every *encoded* position; None for one group.
+
+    Returns:
+        Segments that cover 0..K-1 without gaps; empty groups have no segment.
+    """
+    act = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    weight = torch.zeros_like(act) if weight_group is None else weight_group.long().cpu()
+    if weight.shape != act.shape:
+        raise ValueError(
+            f"weight_group has shape {tuple(weight.shape)}, but the groups hold {len(act)} channels; "
+            "give one weight group per encoded position"
+        )
+    if len(act) == 0:
+        return ()
+    change = (act[1:] != act[:-1]) | (weight[1:] != weight[:-1])
+    bounds = [0, *(torch.nonzero(change).flatten() + 1).tolist(), len(act)]
+    return tuple(
+        Segment(start, stop, int(act[start]), int(weight[start]))
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderSpec:
+    """How one operand row becomes spike counts (method.md, section 2).
+
+    Attributes:
+        order: int64 [K], original channel of every encoded position (channels sorted by group,
+            stable); None when the encoded order is the original one.
+        sizes: channels of every activation group; their sum is K.
+        capacities: largest spike count of every group, `T_g * (L - 1)`.
+        shared: True when all groups share the range of the whole row.
+        name: layer name for error messages.
+    """
+
+    order: Tensor | None
+    sizes: tuple[int, ...]
+    capacities: tuple[int, ...]
+    shared: bool = False
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that the groups, the capacities and the order fit together."""
+        if len(self.sizes) == 0 or len(self.sizes) != len(self.capacities):
+            raise ValueError(
+                f"{self.name}: expected one size and one capacity per group and at least one group, "
+                f"got sizes={self.sizes} and capacities={self.capacities}"
+            )
+        if min(self.sizes) < 0 or sum(self.sizes) == 0:
+            raise ValueError(f"{self.name}: sizes={self.sizes} must be >= 0 and hold a channel")
+        if min(self.capacities) < 1 or max(self.capacities) > COUNT_MAX:
+            raise ValueError(
+                f"{self.name}: capacities={self.capacities} must be in 1..{COUNT_MAX}; "
+                "use fewer steps or bits"
+            )
+        if self.order is not None:
+            self._check_order(self.order)
+
+    def _check_order(self, order: Tensor) -> None:
+        expected = torch.arange(self.channels, device=order.device)
+        if order.shape != expected.shape or not torch.equal(order.long().sort().values, expected):
+            raise ValueError(
+                f"{self.name}: order must be a permutation of the {self.channels} channels, "
+                f"got shape {tuple(order.shape)}"
+            )
+
+    @property
+    def channels(self) -> int:
+        """K, the number of channels of a row."""
+        return sum(self.sizes)
+
+    @cached_property
+    def channel_group(self) -> Tensor:
+        """Return the group of every *original* channel, uint8 [K]."""
+        group = torch.repeat_interleave(
+            torch.arange(len(self.sizes), dtype=torch.uint8), torch.tensor(self.sizes)
+        )
+        if self.order is None:
+            return group
+        return torch.empty_like(group).scatter_(0, self.order.cpu().long(), group)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSpec:
+    """A linear on spike counts: `y = sum_seg (s * A_seg) * sw_seg + bias` (method.md, section 3).
+
+    Attributes:
+        encoder: encoder of the input rows.
+        levels: int8 [N, K] weight levels in encoded order, within the range of `weight_bits`.
+        scale: float32 [N, J] weight scales, one column per weight group.
+        zero: int32 [N, J] weight zero points; the real weight is `scale * (levels - zero)`.
+        bias: float32 [N] or None.
+        segments: maximal runs of K with one activation group and one weight group.
+        weight_bits: bits of a weight level, 1..8.
+
+    Raises:
+        ValueError: shapes, ranges or segments do not fit, or an int32 accumulator could overflow.
+    """
+
+    encoder: EncoderSpec
+    levels: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: Tensor | None
+    segments: tuple[Segment, ...]
+    weight_bits: int
+
+    def __post_init__(self) -> None:
+        """Check everything a backend relies on, so that no backend has to."""
+        _check_tensors(self)
+        _check_segments(self)
+        _check_levels(self)
+
+    @property
+    def out_features(self) -> int:
+        """N, the number of outputs."""
+        return self.levels.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K, the number of input channels."""
+        return self.levels.shape[1]
+
+
+class PreparedLinear:
+    """Base of what `Backend.prepare` returns: opaque, and only valid for the backend that made it."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+class Backend(Protocol):
+    """An execution of the collapsed view; all backends give the same bits."""
+
+    name: str
+
+    def available(self) -> str | None:
+        """Return None when the backend can run here, else the reason why not."""
+
+    def prepare(self, spec: LinearSpec) -> PreparedLinear:
+        """Pack the weight once per layer."""
+
+    def encode(self, x: Tensor, spec: EncoderSpec) -> Encoding:
+        """Encode x [.., K]: counts in original channel order, thresholds and zero points [.., G]."""
+
+    def accumulate(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
+        """Return the centred accumulators of x [.., K]: int32 [S, M, N], M the number of rows."""
+
+    def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
+        """Return y [.., N] in x.dtype of x [.., K]."""
+
+    def int_bmm(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a @ b^T` of int8 a [B, M, K] and b [B, N, K]: int32 [B, M, N], exact."""
+
+
+def check_input(x: Tensor, channels: int, name: str) -> None:
+    """Raise when x is not a float tensor [.., channels]."""
+    if x.dim() == 0 or x.shape[-1] != channels:
+        raise ValueError(
+            f"{name}: expected an input of {channels} channels, got {tuple(x.shape)}; "
+            "the last axis must be the channels"
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{name}: expected float32, bfloat16 or float16, got {x.dtype}; convert the input"
+        )
+
+
+def check_bmm(a: Tensor, b: Tensor) -> None:
+    """Raise when a and b are not int8 [B, M, K] and [B, N, K]."""
+    if a.dtype != torch.int8 or b.dtype != torch.int8:
+        raise TypeError(f"int_bmm: expected two int8 tensors, got {a.dtype} and {b.dtype}")
+    if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2]:
+        raise ValueError(
+            f"int_bmm: expected a [B, M, K] and b [B, N, K], got {tuple(a.shape)} and "
+            f"{tuple(b.shape)}"
+        )
+
+
+def non_finite_error(name: str) -> ValueError:
+    """Build the error of an input with NaN or infinity; it names the layer."""
+    return ValueError(
+        f"{name or 'encoder'}: the input holds NaN or infinity; spikes cannot encode it, "
+        "look for the first layer that produces it"
+    )
+
+
+def _check_tensors(spec: LinearSpec) -> None:
+    name = spec.encoder.name
+    if spec.levels.dtype != torch.int8 or spec.levels.dim() != 2:
+        raise ValueError(f"{name}: levels must be int8 [N, K], got {spec.levels.dtype}")
+    n, k = spec.levels.shape
+    if k != spec.encoder.channels:
+        raise ValueError(f"{name}: levels have {k} channels, the encoder {spec.encoder.channels}")
+    if spec.scale.dtype != torch.float32 or spec.zero.dtype != torch.int32:
+        raise ValueError(
+            f"{name}: expected float32 scale and int32 zero, got {spec.scale.dtype} and "
+            f"{spec.zero.dtype}"
+        )
+    if spec.scale.dim() != 2 or spec.scale.shape[0] != n or spec.scale.shape != spec.zero.shape:
+        raise ValueError(
+            f"{name}: scale and zero must both be [N={n}, J], got {tuple(spec.scale.shape)} and "
+            f"{tuple(spec.zero.shape)}"
+        )
+    if spec.bias is not None and (spec.bias.shape != (n,) or spec.bias.dtype != torch.float32):
+        raise ValueError(f"{name}: bias must be float32 [{n}], got {tuple(spec.bias.shape)}")
+
+
+def _check_segments(spec: LinearSpec) -> None:
+    groups = [g for g, size in enumerate(spec.encoder.sizes) for _ in range(size)]
+    position = 0
+    for segment in spec.segments:
+        start, stop, act_group, weight_group = segment
+        uniform = set(groups[start:stop]) == {act_group}
+        if start != position or not uniform or not 0 <= weight_group < spec.scale.shape[1]:
+            raise ValueError(
+                f"{spec.encoder.name}: {segment} does not continue at {position} inside one "
+                "activation group and one weight group; build segments with `segments_of`"
+            )
+        position = stop
+    if position != spec.in_features:
+        raise ValueError(
+            f"{spec.encoder.name}: segments cover {position} of {spec.in_features} channels"
+        )
+
+
+def _check_levels(spec: LinearSpec) -> None:
+    name, bits = spec.encoder.name, spec.weight_bits
+    if not 1 <= bits <= 8:
+        raise ValueError(f"{name}: weight_bits must be 1..8, got {bits}")
+    if spec.out_features == 0:
+        return
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    smallest, largest = spec.levels.amin(1), spec.levels.amax(1)
+    if int(smallest.min()) < low or int(largest.max()) > high:
+        raise ValueError(f"{name}: levels must be in {low}..{high} for {bits} bits; clip them")
+    for start, stop, act_group, weight_group in spec.segments:
+        zero = spec.zero[:, weight_group].long()
+        reach = int(torch.maximum(largest - zero, zero - smallest).max())
+        bound = reach * (stop - start) * spec.encoder.capacities[act_group]
+        if bound > INT32_MAX:
+            raise ValueError(
+                f"{name}: an accumulator over {stop - start} channels can reach {bound}, beyond "
+                f"int32; use fewer steps or bits, or split the channels into weight groups"
+            )

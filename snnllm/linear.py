@@ -1,0 +1,314 @@
+"""`SpikingLinear`: a linear whose input is spikes and whose weight is integer levels, in three equal views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neurons import Encoding, SpikeEncoder
+from neurons.functional import spikes_to_events
+from snnllm.config import FLOAT_BITS, Capacity, SpikeConfig
+from snnllm.execution import SpikingModule, View
+from snnllm.kernels import get_backend
+from snnllm.kernels.epilogue import centre, scale_and_sum
+from snnllm.kernels.spec import (
+    Backend,
+    EncoderSpec,
+    LinearSpec,
+    PreparedLinear,
+    Segment,
+    segments_of,
+)
+from snnllm.packing import pack, packed_width, unpack
+from snnllm.weights import QuantizedWeight, expand_groups, group_count
+
+_COLLAPSED_CAPACITY = 255
+_EXACT_FLOAT32 = 1 << 24
+
+
+@dataclass(frozen=True)
+class LinearLayout:
+    """What of a `SpikeConfig` one linear needs; fixes the shapes of its tensors.
+
+    Attributes:
+        weight_bits: 2..8, or 16 for a float weight.
+        activation_bits: Bits of a spike, or 16 for a float input.
+        steps: Steps of the channel groups.
+        value_range: `split` or `shared`.
+        capacity: `steps` or `power_of_two`.
+        group_size: Input channels (in encoded order) that share a weight scale, or None.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    steps: tuple[int, ...]
+    value_range: str
+    capacity: str
+    group_size: int | None
+
+    @classmethod
+    def of(cls, config: SpikeConfig, module: str) -> LinearLayout:
+        """The layout of the linear called `module`."""
+        steps = config.steps_of(module) if config.encodes_activations else (1,)
+        return cls(
+            config.weight_bits,
+            config.activation_bits,
+            steps,
+            str(config.value_range),
+            str(config.capacity),
+            config.weight_group_size,
+        )
+
+
+class SpikingLinear(SpikingModule):
+    """`y = x W^T + bias` with spiking inputs and integer weight levels (method.md section 3).
+
+        y = sum_groups s_g * sw * sum_c (q_c - z_g) (w_c - zw) + bias
+
+    Input channels are stored in encoded order: sorted by channel group, stable. The integers inside
+    the sum are the same in the three views, bit for bit, and so is `y`.
+
+    Args:
+        in_features: `K`.
+        out_features: `N`.
+        bias: Whether there is a bias.
+        layout: Bits, steps and ranges.
+        name: Name in messages, usually the module path.
+        dtype: Floating dtype of the bias and of a float weight.
+
+    Shape:
+        `[..., K]` -> `[..., N]`, in the dtype of the input.
+    """
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor
+    _keep_in_fp32_modules_strict = ("weight_scale",)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        layout: LinearLayout,
+        name: str = "",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.layout, self.name = layout, name
+        self.backend = "auto"
+        self.encoder = SpikeEncoder(
+            torch.zeros(in_features, dtype=torch.uint8),
+            steps=layout.steps,
+            bits=layout.activation_bits if layout.activation_bits != FLOAT_BITS else 8,
+            value_range=layout.value_range,
+            capacity=layout.capacity,
+            name=name,
+        )
+        if layout.weight_bits == FLOAT_BITS:
+            self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=dtype))
+        else:
+            groups = group_count(in_features, layout.group_size)
+            width = packed_width(in_features, layout.weight_bits)
+            self.register_buffer("weight_codes", torch.zeros(out_features, width, dtype=torch.uint8))
+            self.register_buffer("weight_scale", torch.zeros(out_features, groups))
+            self.register_buffer("weight_zero", torch.zeros(out_features, groups, dtype=torch.uint8))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
+        self._spec: LinearSpec | None = None
+        self._prepared: tuple[Backend, PreparedLinear] | None = None
+
+    # -- content -----------------------------------------------------------------------------------
+
+    @property
+    def order(self) -> Tensor:
+        """Original channel of every encoded position, int64 `[K]`."""
+        return torch.argsort(self.encoder.channel_group.long(), stable=True)
+
+    def set_channel_group(self, channel_group: Tensor) -> None:
+        """Choose the saliency groups (uint8 `[K]`, original order), before the weight is set."""
+        self.encoder.channel_group.copy_(channel_group)
+        self.invalidate()
+
+    def set_weight(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
+        """Store weight codes (`[N, K]` in encoded order) packed at their bit width."""
+        self.weight_codes.copy_(pack(quantized.codes, self.layout.weight_bits))
+        self.weight_scale.copy_(quantized.scale)
+        self.weight_zero.copy_(quantized.zero)
+        self._set_bias(bias)
+
+    def set_float_weight(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Store a float weight `[N, K]` (layouts with `weight_bits=16`), original channel order."""
+        self.get_buffer("weight").copy_(weight)
+        self._set_bias(bias)
+
+    def _set_bias(self, bias: Tensor | None) -> None:
+        if (bias is None) != (self.bias is None):
+            raise ValueError(f"{self.name}: the layer and its source disagree about a bias.")
+        if self.bias is not None and bias is not None:
+            self.bias.data.copy_(bias)
+        self.invalidate()
+
+    def codes(self) -> Tensor:
+        """Weight codes, uint8 `[N, K]` in encoded order."""
+        return unpack(self.weight_codes, self.in_features, self.layout.weight_bits)
+
+    def dequantized_weight(self) -> Tensor:
+        """The real weight that the integers stand for, float32 `[N, K]`, original channel order."""
+        if self.layout.weight_bits == FLOAT_BITS:
+            return self.get_buffer("weight").float()
+        size = self.layout.group_size
+        zero = expand_groups(self.weight_zero.float(), self.in_features, size)
+        scale = expand_groups(self.weight_scale, self.in_features, size)
+        encoded = (self.codes().float() - zero) * scale
+        return torch.empty_like(encoded).index_copy_(1, self.order, encoded)
+
+    def invalidate(self) -> None:
+        """Forget everything derived from the stored tensors (after they change)."""
+        self._spec = None
+        self._prepared = None
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        scale = self._buffers.get("weight_scale")
+        super()._apply(fn, recurse)
+        if scale is not None and self.weight_scale.dtype != torch.float32:
+            # A cast of the model (`.half()`) must not round the scales: codes would change meaning.
+            self.weight_scale = scale.to(self.weight_scale.device)
+        self.invalidate()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        super()._load_from_state_dict(*args, **kwargs)
+        self.invalidate()
+
+    def extra_repr(self) -> str:
+        """Bits, steps and view for `print(model)`."""
+        layout = self.layout
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, weight_bits={layout.weight_bits}, "
+            f"activation_bits={layout.activation_bits}, steps={layout.steps}, view={self.view}"
+        )
+
+    # -- execution ---------------------------------------------------------------------------------
+
+    def spec(self) -> LinearSpec:
+        """The integer linear for the kernels: levels in encoded order, segments, scales."""
+        if self._spec is None:
+            self._spec = self._build_spec()
+        return self._spec
+
+    def _build_spec(self) -> LinearSpec:
+        bits, size = self.layout.weight_bits, self.layout.group_size
+        group = self.encoder.channel_group.cpu().long()
+        sizes = tuple(torch.bincount(group, minlength=len(self.layout.steps)).tolist())
+        offset = 1 << (bits - 1)
+        positions = None if size is None else torch.arange(self.in_features) // size
+        return LinearSpec(
+            encoder=EncoderSpec(
+                order=self.order,
+                sizes=sizes,
+                capacities=tuple(self.encoder.capacities),
+                shared=self.layout.value_range == "shared",
+                name=self.name,
+            ),
+            levels=(self.codes().to(torch.int16) - offset).to(torch.int8),
+            scale=self.weight_scale,
+            zero=self.weight_zero.to(torch.int32) - offset,
+            bias=None if self.bias is None else self.bias.detach().float(),
+            segments=segments_of(sizes, positions),
+            weight_bits=bits,
+        )
+
+    def prepared(self) -> tuple[Backend, PreparedLinear]:
+        """The collapsed backend of this layer and the weight packed for it."""
+        if self._prepared is None:
+            backend = get_backend(self.backend, self.weight_codes.device)
+            self._prepared = backend, backend.prepare(self.spec())
+        return self._prepared
+
+    def check_view(self, view: View) -> None:
+        """Refuse a view that the layout cannot run.
+
+        Raises:
+            ValueError: Naming the layer, the limit and what to change.
+        """
+        layout = self.layout
+        if layout.activation_bits == FLOAT_BITS:
+            return
+        if view is not View.COLLAPSED and layout.capacity == Capacity.POWER_OF_TWO:
+            raise ValueError(
+                f"{self.name}: capacity='power_of_two' has counts that a T-step neuron cannot emit, "
+                f"so only the collapsed view can run it, not {view}. Use capacity='steps'."
+            )
+        largest = max(self.encoder.capacities)
+        if view is View.COLLAPSED and largest > _COLLAPSED_CAPACITY:
+            raise ValueError(
+                f"{self.name}: counts up to {largest} do not fit the 8-bit operand of the collapsed "
+                f"view (limit {_COLLAPSED_CAPACITY}). Use fewer bits or steps, or the unrolled view."
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the linear in the current view."""
+        if self.layout.activation_bits == FLOAT_BITS or self.layout.weight_bits == FLOAT_BITS:
+            return self._forward_float(x)
+        if self.view is View.COLLAPSED:
+            self.check_view(self.view)
+            backend, prepared = self.prepared()
+            return backend.linear(x, prepared)
+        rows = x.reshape(-1, self.in_features)
+        encoding, accumulators = self._accumulate_steps(rows)
+        y = scale_and_sum(accumulators, encoding.threshold, self.spec())
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def accumulators(self, x: Tensor) -> Tensor:
+        """Centred integer sums of the current view, int32 `[segments, tokens, N]`.
+
+        The same in every view: `A[m, n] = sum_k (q[m, k] - z[m]) (w[n, k] - zw[n])`.
+        """
+        rows = x.reshape(-1, self.in_features)
+        if self.view is View.COLLAPSED:
+            backend, prepared = self.prepared()
+            return backend.accumulate(rows, prepared)
+        return self._accumulate_steps(rows)[1]
+
+    def _accumulate_steps(self, rows: Tensor) -> tuple[Encoding, Tensor]:
+        """Run the neurons over T steps and sum one matmul per step (or per binary event slot)."""
+        spec = self.spec()
+        spikes, encoding = self.encoder.encode_spikes(rows)
+        order = self.order
+        raw = torch.stack([self._segment_sum(spikes, spec, s, order) for s in spec.segments])
+        count = encoding.count.index_select(-1, order).int()
+        return encoding, centre(raw, count, encoding.zero_point, spec)
+
+    def _segment_sum(self, spikes: Tensor, spec: LinearSpec, segment: Segment, order: Tensor) -> Tensor:
+        """Sum over steps of `spikes[t] @ levels^T` on one segment, int32 `[tokens, N]`."""
+        steps = self.layout.steps[segment.act_group]  # later steps are silent in this group
+        train = spikes[:steps].index_select(-1, order[segment.start : segment.stop])
+        if self.view is View.BINARY:
+            train = spikes_to_events(train, self.encoder.levels)
+        levels = spec.levels[:, segment.start : segment.stop]
+        reach = (self.encoder.levels - 1) * (1 << (spec.weight_bits - 1)) * levels.shape[1]
+        # Integers in a float matmul are exact while every partial sum stays below the mantissa.
+        dtype = torch.float32 if reach < _EXACT_FLOAT32 else torch.float64
+        weight = levels.to(dtype).T
+        total = torch.zeros(train.shape[1], levels.shape[0], dtype=torch.int32, device=train.device)
+        for step in train.to(dtype):
+            total += torch.mm(step, weight).to(torch.int32)
+        return total
+
+    def _forward_float(self, x: Tensor) -> Tensor:
+        """Layouts with a float operand: no integer sum exists, the spikes enter a float matmul."""
+        weight = self.dequantized_weight()
+        if self.layout.activation_bits == FLOAT_BITS:
+            value = x.float()
+        elif self.view is View.COLLAPSED:
+            value = self.encoder.decode(self.encoder.encode(x), torch.float32)
+        else:
+            spikes, encoding = self.encoder.encode_spikes(x)
+            summed = encoding._replace(count=spikes.sum(0).to(encoding.count.dtype))
+            value = self.encoder.decode(summed, torch.float32)
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(value, weight, bias).to(x.dtype)

@@ -1,0 +1,156 @@
+"""`SpikingLlamaForCausalLM`: transformers' own LLaMA with spiking linears and spiking attention."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from snnllm import checkpoint
+from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention, register_attention
+from snnllm.config import SpikeConfig
+from snnllm.hf_quantizer import register_quantizer
+from snnllm.linear import LinearLayout, SpikingLinear
+
+MODEL_TYPE = "spiking_llama"
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+"""The linears of a LLaMA block, in the order of execution."""
+
+
+class SpikingLlamaConfig(LlamaConfig):  # type: ignore[misc]
+    """A LLaMA configuration with a spiking `quantization_config` (`SpikeConfig.to_dict`)."""
+
+    model_type = MODEL_TYPE
+
+    @property
+    def spike(self) -> SpikeConfig:
+        """The spiking part.
+
+        Raises:
+            ValueError: There is none, or it was written by another schema version.
+        """
+        data = getattr(self, "quantization_config", None)
+        if data is None:
+            raise ValueError(
+                "This spiking_llama config has no quantization_config. Make checkpoints with "
+                "`snnllm convert`, or build configs with spiking_config(llama_config, spike_config)."
+            )
+        return SpikeConfig.from_dict(data if isinstance(data, dict) else data.to_dict())
+
+
+def spiking_config(config: LlamaConfig, spike: SpikeConfig) -> SpikingLlamaConfig:
+    """The spiking configuration of a LLaMA configuration."""
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "quantization_config", "_name_or_path", "auto_map"):
+        values.pop(key, None)
+    out = SpikingLlamaConfig(**values)
+    out.quantization_config = spike.to_dict()
+    out.architectures = ["SpikingLlamaForCausalLM"]
+    return out
+
+
+def spike_block(block: LlamaDecoderLayer, layer_idx: int, config: LlamaConfig, spike: SpikeConfig) -> None:
+    """Replace the linears and the attention of one decoder block by their spiking counterparts.
+
+    The new modules hold no weights yet (zeros); a pipeline or a checkpoint fills them.
+    """
+    if spike.encodes_attention:
+        attention = SpikingLlamaAttention(config, layer_idx, spike)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(attention, name, getattr(block.self_attn, name))
+        block.self_attn = attention
+    prefix = f"model.layers.{layer_idx}"
+    for path in LINEARS:
+        if path.endswith(spike.modules_to_not_convert):
+            continue
+        parent_name, name = path.split(".")
+        parent = block.get_submodule(parent_name)
+        dense = cast(nn.Linear, getattr(parent, name))
+        setattr(parent, name, spiking_linear(dense, spike, f"{prefix}.{path}"))
+
+
+def spiking_linear(dense: nn.Linear, spike: SpikeConfig, name: str) -> SpikingLinear:
+    """An empty spiking linear of the shape of `dense`."""
+    return SpikingLinear(
+        dense.in_features,
+        dense.out_features,
+        dense.bias is not None,
+        LinearLayout.of(spike, name),
+        name,
+        dense.weight.dtype,
+    )
+
+
+class SpikingLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+    """A causal LLaMA that computes with spikes; `generate`, caches and pipelines work as usual.
+
+    Runs in the collapsed view unless `snnllm.set_view` or `snnllm.use_view` chooses another.
+    """
+
+    config_class = SpikingLlamaConfig
+    config: SpikingLlamaConfig
+
+    def __init__(self, config: SpikingLlamaConfig) -> None:
+        register()
+        spike = config.spike
+        config._attn_implementation = SPIKING_ATTENTION if spike.encodes_attention else "sdpa"
+        super().__init__(config)
+        for index, block in enumerate(self.model.layers):
+            spike_block(block, index, config, spike)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint that `snnllm convert` or `save_pretrained` wrote.
+
+        A local folder is verified first: complete, unchanged since it was written, and of a schema
+        version that this package reads.
+
+        Raises:
+            snnllm.checkpoint.CheckpointError: Says which file is wrong and what to do.
+        """
+        register()
+        folder = Path(os.fspath(pretrained_model_name_or_path))
+        if folder.is_dir():
+            checkpoint.verify(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save as `snnllm convert` does: packed weights, manifest, and the loader shim."""
+        super().save_pretrained(save_directory, **kwargs)
+        checkpoint.finish(Path(save_directory), self.config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Spiking linears hold integers, which no initialiser may touch.
+        if not isinstance(module, SpikingLinear):
+            super()._init_weights(module)
+
+
+def register() -> None:
+    """Make transformers know the spiking LLaMA: Auto classes, attention, quantizer. Idempotent."""
+    register_attention()
+    register_quantizer()
+    AutoConfig.register(MODEL_TYPE, SpikingLlamaConfig, exist_ok=True)
+    AutoModelForCausalLM.register(SpikingLlamaConfig, SpikingLlamaForCausalLM, exist_ok=True)
+
+
+def load(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> SpikingLlamaForCausalLM:
+    """Load a spiking checkpoint for inference.
+
+    Raises:
+        snnllm.checkpoint.CheckpointError: The folder is not a sound spiking checkpoint.
+    """
+    model = SpikingLlamaForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    return cast(SpikingLlamaForCausalLM, model.eval())

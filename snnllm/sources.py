@@ -1,0 +1,266 @@
+"""Where a dense LLaMA comes from: a Hugging Face folder read tensor by tensor, a GGUF file, a hub id."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+_log = logging.getLogger(__name__)
+_CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "added_tokens.json",
+    "generation_config.json",
+)
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+SUPPORTED = "LLaMA (model_type 'llama': LLaMA 1, 2, 3 and models of that architecture)"
+
+
+class SourceError(ValueError):
+    """A model that cannot be converted, with the reason and the remedy."""
+
+
+class Source:
+    """A dense LLaMA whose tensors are read on demand.
+
+    Attributes:
+        name: What the user called it.
+        config: Its configuration.
+    """
+
+    name: str
+    config: LlamaConfig
+
+    def names(self) -> frozenset[str]:
+        """Names of the stored tensors."""
+        raise NotImplementedError
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor in its stored dtype."""
+        raise NotImplementedError
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the model."""
+        raise NotImplementedError
+
+    def carry_files(self, output: Path) -> None:
+        """Put tokenizer and generation config beside the converted weights."""
+        raise NotImplementedError
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """All tensors of decoder block `index`, names relative to the block."""
+        prefix = f"model.layers.{index}."
+        found = sorted(n for n in self.names() if n.startswith(prefix) and "rotary_emb" not in n)
+        if not found:
+            raise SourceError(f"{self.name} has no weights for block {index} ({prefix}*).")
+        return {n[len(prefix) :]: self.tensor(n) for n in found}
+
+
+class FolderSource(Source):
+    """A Hugging Face folder with safetensors weights, sharded or not."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.config = check_config(read_config(folder), name)
+        self._files = _weight_map(folder)
+
+    def names(self) -> frozenset[str]:
+        """Names of the stored tensors."""
+        return frozenset(self._files)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor from its shard.
+
+        Raises:
+            SourceError: It is not stored, or its shard is missing or corrupt.
+        """
+        if name not in self._files:
+            raise SourceError(f"{self.name} has no tensor {name}; the checkpoint is incomplete.")
+        path = self.folder / self._files[name]
+        try:
+            with safe_open(path, framework="pt") as shard:
+                return shard.get_tensor(name)
+        except FileNotFoundError as error:
+            raise SourceError(f"{path} is missing; download the checkpoint again.") from error
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise SourceError(
+                f"{path} is corrupt or truncated ({error}); download it again."
+            ) from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer in the folder."""
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self.name} has no usable tokenizer ({error}).") from error
+
+    def carry_files(self, output: Path) -> None:
+        """Copy tokenizer and generation config files."""
+        for pattern in _CARRIED:
+            for path in self.folder.glob(pattern):
+                shutil.copy(path, output / path.name)
+
+
+class ModelSource(Source):
+    """A dense model in memory, for example dequantised from a GGUF file.
+
+    Args:
+        model: The LLaMA; its config is copied.
+        name: What the user called it.
+        tokenizer: Its tokenizer, if there is one.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, name: str, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        self.name = name
+        self.config = check_config(model.config, name)  # type: ignore[arg-type]
+        self._state: Mapping[str, Tensor] = model.state_dict()
+        self._tokenizer = tokenizer
+        self._generation: Any = getattr(model, "generation_config", None)
+
+    def names(self) -> frozenset[str]:
+        """Names of the stored tensors."""
+        return frozenset(self._state)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor in memory."""
+        if name not in self._state:
+            raise SourceError(f"{self.name} has no tensor {name}.")
+        return self._state[name].detach()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was given."""
+        if self._tokenizer is None:
+            raise SourceError(f"{self.name} came without a tokenizer; pass token windows instead.")
+        return self._tokenizer
+
+    def carry_files(self, output: Path) -> None:
+        """Save tokenizer and generation config, as far as they exist."""
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(output)
+        if self._generation is not None:
+            self._generation.save_pretrained(output)
+
+
+def open_source(model: str | Path) -> Source:
+    """Open a dense LLaMA for conversion.
+
+    Args:
+        model: A Hugging Face folder, a `.gguf` file, or a hub id.
+
+    Raises:
+        SourceError: Nothing is there, it is not a LLaMA, or the files are unusable.
+    """
+    path = Path(model)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return _open_gguf(path)
+        raise SourceError(f"{path} is a file, but not .gguf; give the folder that holds the model.")
+    if path.is_dir():
+        return FolderSource(path, str(model))
+    return FolderSource(_download(str(model)), str(model))
+
+
+def check_config(config: PreTrainedConfig, name: str) -> LlamaConfig:
+    """Refuse everything that is not a dense LLaMA.
+
+    Raises:
+        SourceError: Says what came and what is supported.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind == "spiking_llama":
+        raise SourceError(f"{name} is a spiking LLaMA already; convert the dense model it came from.")
+    if kind != "llama":
+        raise SourceError(f"{name} is a {kind!r} model. Supported: {SUPPORTED}.")
+    quantized = getattr(config, "quantization_config", None)
+    method = str(_get(quantized, "quant_method")) if quantized is not None else ""
+    if quantized is not None and "gguf" not in method.lower():
+        raise SourceError(
+            f"{name} is already quantised ({method}). Convert the unquantised checkpoint instead."
+        )
+    return LlamaConfig(**{k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+
+
+def _get(data: Any, key: str) -> Any:
+    return data.get(key) if isinstance(data, dict) else getattr(data, key, None)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a model folder.
+
+    Raises:
+        SourceError: There is none, or transformers cannot read it.
+    """
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{folder}/config.json cannot be read ({error}). Supported: {SUPPORTED}.") from error
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weights: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return weights
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        hint = " (only .bin weights: save them as safetensors first)" if list(folder.glob("*.bin")) else ""
+        raise SourceError(f"{folder} has no model.safetensors and no index of shards{hint}.")
+    try:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single.name)
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"{single} is corrupt or truncated ({error}); download it again.") from error
+
+
+def _open_gguf(path: Path) -> Source:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise SourceError(f"{path} cannot be read as a GGUF LLaMA ({error}). Supported: {SUPPORTED}.") from error
+    _log.info("dequantised %s to float32", path.name)
+    return ModelSource(model, path.name, tokenizer)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+    except HFValidationError as error:
+        raise SourceError(f"{name} does not exist (neither a folder, a .gguf file nor a hub id).") from error
+    except Exception as error:  # the hub client raises many types; each means "not to be had"
+        raise SourceError(
+            f"{name} is no local folder or file, and the hub did not deliver it "
+            f"({type(error).__name__}: {error})."
+        ) from error
