@@ -115,7 +115,12 @@ class _MultiLevelNode(neuron.BaseNode):
                 "pass float32 or use fewer levels."
             )
         steps = self.steps_per_channel
-        if steps is not None and torch.broadcast_shapes(x.shape, steps.shape) != x.shape:
+        if steps is None:
+            return
+        trailing = tuple(x.shape[x.dim() - steps.dim() :]) if steps.dim() <= x.dim() else ()
+        if len(trailing) != steps.dim() or any(
+            n not in (1, size) for n, size in zip(steps.shape, trailing, strict=True)
+        ):
             raise ValueError(
                 f"steps_per_channel {tuple(steps.shape)} must broadcast to the trailing "
                 f"dimensions of one step of the input, {tuple(x.shape)}."
@@ -151,7 +156,8 @@ class _MultiLevelNode(neuron.BaseNode):
         if isinstance(v, Tensor):
             v = v.to(dtype=torch.float32, device=x.device)
         else:
-            v = torch.full(x.shape, v, dtype=torch.float32, device=x.device)
+            # full_like and not full: SpikingJelly's state counter looks for it.
+            v = torch.full_like(x, v, dtype=torch.float32, requires_grad=False)
         if isinstance(step, Tensor):
             return v, step.to(x.device)
         return v, torch.full((), int(step), dtype=torch.int32, device=x.device)

@@ -31,6 +31,7 @@ _PUBLIC_NAMES = {
     "SpikeConfig": "snnllm.config",
     "SpikingLlamaConfig": "snnllm.modeling",
     "SpikingLlamaForCausalLM": "snnllm.modeling",
+    "convert": "snnllm.conversion",
     "PerplexityResult": "snnllm.evaluate",
     "token_perplexity": "snnllm.evaluate",
     "load_text": "snnllm.data",

@@ -1,18 +1,16 @@
 """Text for calibration and evaluation, as windows of tokens.
 
-A text comes from a file or from a named dataset with a split (``load_text``), is tokenised once as a
-whole (``tokenize``), and is cut into windows: one after the other for perplexity (``token_windows``)
-or at random offsets for calibration (``random_windows``).
+A text comes from a file or from a named dataset with a split (``load_text``), is tokenised once as
+a whole (``tokenize``), and is cut into windows: one after the other for perplexity
+(``token_windows``) or at random offsets for calibration (``random_windows``).
 
-Named datasets, each with its splits (a bare name means ``test``):
+Named datasets (a bare name means the split ``test``):
 
-========================  =========================================================================
-``pydoc:train|test``      the English prose of ``pydoc_data.topics``, which every Python ships;
-                          two halves without a common paragraph; differs between Python versions
-``wikitext2:train|...``   WikiText-2 raw (``train``, ``valid``, ``test``) joined as in GPTQ: from
-                          ``$SNNLLM_DATA/wikitext2/wiki.SPLIT*.raw`` where there is such a file, else
-                          from the Hugging Face hub through ``datasets`` (the package or its cache)
-========================  =========================================================================
+- ``pydoc:train``, ``pydoc:test``: the English prose of ``pydoc_data.topics``, which every Python
+  ships, in two halves without a common paragraph. It differs between Python versions.
+- ``wikitext2:train``, ``wikitext2:valid``, ``wikitext2:test``: WikiText-2 raw, joined as in the
+  GPTQ protocol; from ``$SNNLLM_DATA/wikitext2/wiki.SPLIT*.raw`` where there is such a file, else
+  through the package ``datasets`` (its cache or the Hugging Face hub).
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from torch import Tensor
 __all__ = ["DATA_VARIABLE", "load_text", "random_windows", "token_windows", "tokenize"]
 
 DATA_VARIABLE = "SNNLLM_DATA"
-"""Environment variable: the folder with local copies of datasets (`wikitext2/wiki.test.raw`, ...)."""
+"""Environment variable: the folder with local copies of datasets (`wikitext2/wiki.test.raw`)."""
 
 _ROW_SEPARATOR = "\n\n"
 
@@ -41,7 +39,7 @@ def load_text(source: str | Path, field: str = "text") -> str:
     """Read a text file, a JSONL file or a named dataset.
 
     Args:
-        source: Path of a file, or a dataset name of the table above, such as ``"pydoc:test"``.
+        source: Path of a file, or a dataset name of the list above, such as ``"pydoc:test"``.
             ``*.jsonl`` files hold one JSON object per line; ``*.raw`` files are WikiText files,
             whose rows are joined as in the GPTQ protocol; any other file is taken as it is.
         field: The key of the text in each JSON object of a JSONL file; rows are joined by a blank
@@ -99,8 +97,8 @@ def token_windows(ids: Tensor, window: int, limit: int | None = None) -> Tensor:
     """Cut the tokens into windows that follow each other and do not overlap.
 
     With N' = floor(N / window) windows available and a limit n < N', window number
-    ``round(i (N' - 1) / (n - 1))`` is taken for i = 0 .. n-1, so that a few windows sample the whole
-    text. Tokens after the last whole window are dropped, as in the GPTQ protocol.
+    ``floor(i N' / n)`` is taken for i = 0 .. n-1, so that a few windows sample the whole text.
+    Tokens after the last whole window are dropped, as in the GPTQ protocol.
 
     Args:
         ids: Token ids, ``[N]``.
@@ -119,8 +117,7 @@ def token_windows(ids: Tensor, window: int, limit: int | None = None) -> Tensor:
         return windows
     if limit < 1:
         raise ValueError(f"The limit must be at least 1 window, got {limit}.")
-    # float64: the index of a window of a very long text is still exact
-    return windows[torch.linspace(0, len(windows) - 1, limit, dtype=torch.float64).round().long()]
+    return windows[torch.arange(limit, device=ids.device) * len(windows) // limit]
 
 
 def random_windows(ids: Tensor, window: int, count: int, seed: int) -> Tensor:

@@ -19,7 +19,7 @@ Progress = Callable[[Sequence[Tensor]], Iterable[Tensor]]
 """A wrapper that shows progress while its argument is iterated over, such as `tqdm.tqdm`."""
 
 _TOKENS_PER_CHUNK = 256
-"""Rows of logits turned into losses at once: the float32 copy stays below 50 MB for 49,152 words."""
+"""Rows of logits made into losses at once: the float32 copy takes 50 MB for 49,152 words."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Collapsed integer execution of a spiking linear (method.md, section 3) and its backends.
 
+Use::
+
     spec = LinearSpec(encoder, levels, scale, zero, bias, segments, weight_bits)
     backend = get_backend("auto", torch.device("cpu"))
     prepared = backend.prepare(spec)      # once per layer

@@ -1,7 +1,7 @@
 """Compiles the C kernels with the system compiler at first use and keeps the library in a cache.
 
-The cache key hashes the sources, the flags and the compiler's predefined macros (its version and the
-instruction set of this CPU), so a library never runs on a machine it was not built for.
+The cache key hashes the sources, the flags and the compiler's predefined macros (its version and
+the instruction set of this CPU), so a library never runs on a machine it was not built for.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 #ifndef SNN_CPU_ENCODE_H
 #define SNN_CPU_ENCODE_H
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -17,6 +18,8 @@
 enum { NIBBLE = 0, BYTE = 1, WIDE = 2 };
 enum { OK = 0, NON_FINITE = 1, NO_MEMORY = 2 };
 enum { OCTET = 8, LANES = 8, COLUMNS = 32, ROWS = 4, ROW_BLOCK = 64, DOT_COLUMNS = 128 };
+enum { BLOCKS = COLUMNS / LANES };
+enum { UNPACK_ROWS = 8 }; /* rows from which unpacking nibbles to memory pays */
 enum { PARALLEL_WORK = 1 << 16 }; /* multiply-adds below which a second thread does not pay */
 
 typedef struct {
@@ -35,12 +38,19 @@ typedef struct {
     const Segment *segment;
     const uint8_t *weight;    /* packed */
     const float *scale;       /* [segments][n_padded], as the two below */
-    const int32_t *count_coefficient;
-    const int32_t *zero_coefficient;
+    const int32_t *low;       /* int16 pairs c1, c2 mod 2^15: see centre() in cpu.c */
+    const int32_t *high;      /* int16 pairs c1, c2 div 2^15 */
     const float *bias;        /* [n_padded] or NULL */
 } Layer;
 
 _Static_assert(sizeof(void *) == 8, "the layer is described by 64-bit words");
+
+/* The weights of 32 outputs, packed or unpacked to bytes. */
+typedef struct {
+    const uint8_t *weight;
+    int64_t layout, octet_bytes;
+    int64_t block_stride; /* bytes from 8 outputs to the next 8 */
+} Panel;
 
 /* Encoded rows of one call. */
 typedef struct {
@@ -138,6 +148,7 @@ static int encode_row(const Layer *layer, const float *x, int64_t m, Rows rows, 
             finite &= widen_range(x + start, layer->sizes[g], &lo, &hi);
         }
         set_parameters(lo, hi, (float)layer->capacity[g], threshold + g, zero + g);
+        finite &= threshold[g] <= FLT_MAX; /* hi - lo may overflow */
     }
     if (!finite) return 0;
     uint8_t *count = rows.count + m * layer->k_padded * bytes;

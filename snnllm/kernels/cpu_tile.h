@@ -6,114 +6,111 @@
 
 #ifdef SNN_AVX2
 
+#define UNROLL _Pragma("GCC unroll 8")
+
 INLINE __m256i broadcast(const uint8_t *four_bytes) {
     int32_t word;
     memcpy(&word, four_bytes, sizeof word);
     return _mm256_set1_epi32(word);
 }
 
-/* raw[r][lane] += sum over octets of count x level, for R rows and C blocks of 8 outputs.
+INLINE void add_to(int32_t *to, __m256i value) {
+    __m256i old = _mm256_loadu_si256((const __m256i *)to);
+    _mm256_storeu_si256((__m256i *)to, _mm256_add_epi32(old, value));
+}
+
+/* raw[r][lane] += sum over octets of count x level, for R rows and C blocks of 8 outputs, in int16
+ * until the end: the caller keeps the number of octets below the segment's chunk.
  * R, C and the layout are constants at every call, so all inner loops unroll into registers. */
 INLINE void tile_narrow(const int R, const int C, const int layout, const uint8_t *count,
                         int64_t row_stride, const uint8_t *weight, int64_t block_stride,
-                        int64_t octets, int64_t chunk, int32_t *raw) {
+                        int64_t octets, int32_t *raw) {
     const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    for (int64_t begin = 0; begin < octets; begin += chunk) {
-        const int64_t end = begin + chunk < octets ? begin + chunk : octets;
-        __m256i sum[R][C];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++) sum[r][c] = _mm256_setzero_si256();
-        for (int64_t o = begin; o < end; o++) {
-            __m256i low[C], high[C];
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++) {
-                const uint8_t *at = weight + c * block_stride;
-                if (layout == NIBBLE) {
-                    __m256i both = _mm256_loadu_si256((const __m256i *)(at + o * 32));
-                    low[c] = _mm256_and_si256(both, mask);
-                    high[c] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-                } else {
-                    low[c] = _mm256_loadu_si256((const __m256i *)(at + o * 64));
-                    high[c] = _mm256_loadu_si256((const __m256i *)(at + o * 64 + 32));
-                }
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
-                const __m256i first = broadcast(count + r * row_stride + o * OCTET);
-                const __m256i second = broadcast(count + r * row_stride + o * OCTET + 4);
-#pragma GCC unroll 8
-                for (int c = 0; c < C; c++) {
-                    sum[r][c] = _mm256_add_epi16(sum[r][c], _mm256_maddubs_epi16(first, low[c]));
-                    sum[r][c] = _mm256_add_epi16(sum[r][c], _mm256_maddubs_epi16(second, high[c]));
-                }
+    __m256i sum[ROWS][BLOCKS];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < C; c++) sum[r][c] = _mm256_setzero_si256();
+    for (int64_t o = 0; o < octets; o++) {
+        __m256i low[BLOCKS], high[BLOCKS];
+        UNROLL for (int c = 0; c < C; c++) {
+            const uint8_t *at = weight + c * block_stride;
+            if (layout == NIBBLE) {
+                __m256i both = _mm256_loadu_si256((const __m256i *)(at + o * 32));
+                low[c] = _mm256_and_si256(both, mask);
+                high[c] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+            } else {
+                low[c] = _mm256_loadu_si256((const __m256i *)(at + o * 64));
+                high[c] = _mm256_loadu_si256((const __m256i *)(at + o * 64 + 32));
             }
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++) {
-                __m256i *to = (__m256i *)(raw + r * COLUMNS + c * LANES);
-                __m256i wide = _mm256_madd_epi16(sum[r][c], ones);
-                _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), wide));
+        UNROLL for (int r = 0; r < R; r++) {
+            const __m256i first = broadcast(count + r * row_stride + o * OCTET);
+            const __m256i second = broadcast(count + r * row_stride + o * OCTET + 4);
+            UNROLL for (int c = 0; c < C; c++) {
+                sum[r][c] = _mm256_add_epi16(sum[r][c], _mm256_maddubs_epi16(first, low[c]));
+                sum[r][c] = _mm256_add_epi16(sum[r][c], _mm256_maddubs_epi16(second, high[c]));
             }
+        }
     }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < C; c++)
+            add_to(raw + r * COLUMNS + c * LANES, _mm256_madd_epi16(sum[r][c], ones));
 }
 
+/* The same for int16 counts, with int32 sums. */
 INLINE void tile_wide(const int R, const int C, const uint8_t *count, int64_t row_stride,
                       const uint8_t *weight, int64_t block_stride, int64_t octets, int32_t *raw) {
-    __m256i sum[R][C];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) sum[r][c] = _mm256_setzero_si256();
+    __m256i sum[ROWS][BLOCKS];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < C; c++) sum[r][c] = _mm256_setzero_si256();
     for (int64_t pair = 0; pair < 4 * octets; pair++) {
-        __m256i level[C];
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) {
+        __m256i level[BLOCKS];
+        UNROLL for (int c = 0; c < C; c++) {
             const uint8_t *at = weight + c * block_stride + pair * 16;
             level[c] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)at));
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int r = 0; r < R; r++) {
             const __m256i two = broadcast(count + r * row_stride + pair * 4);
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++)
+            UNROLL for (int c = 0; c < C; c++)
                 sum[r][c] = _mm256_add_epi32(sum[r][c], _mm256_madd_epi16(two, level[c]));
         }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++)
-            _mm256_storeu_si256((__m256i *)(raw + r * COLUMNS + c * LANES), sum[r][c]);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < C; c++) add_to(raw + r * COLUMNS + c * LANES, sum[r][c]);
 }
 
-/* raw[rows][32], zeroed by the caller: sum_k q w' of one segment; rows is 1 or 4. */
-static void tile_raw(const Layer *layer, const Segment *seg, int rows, const uint8_t *count,
-                     const uint8_t *weight, int64_t block_stride, int32_t *raw) {
-    const int64_t stride = layer->k_padded * count_bytes(layer);
-#define NARROW(R, C, LAYOUT)                                                               \
-    for (int c = 0; c < COLUMNS / LANES; c += C)                                           \
-        tile_narrow(R, C, LAYOUT, count, stride, weight + c * block_stride, block_stride,  \
-                    seg->octets, seg->chunk, raw + c * LANES)
-#define WIDER(R, C)                                                                        \
-    for (int c = 0; c < COLUMNS / LANES; c += C)                                           \
-        tile_wide(R, C, count, stride, weight + c * block_stride, block_stride,            \
-                  seg->octets, raw + c * LANES)
-    if (layer->layout == NIBBLE) {
-        if (rows == ROWS) NARROW(ROWS, 2, NIBBLE);
-        else NARROW(1, 4, NIBBLE);
-    } else if (layer->layout == BYTE) {
-        if (rows == ROWS) NARROW(ROWS, 2, BYTE);
-        else NARROW(1, 4, BYTE);
-    } else {
-        if (rows == ROWS) WIDER(ROWS, 2);
-        else WIDER(1, 4);
+/* Functions of their own, because the inner loops need every register. */
+#define DEFINE_TILE(NAME, CALL)                                                                \
+    static __attribute__((noinline)) void NAME(const uint8_t *count, int64_t row_stride,       \
+                                               const uint8_t *weight, int64_t block_stride,    \
+                                               int64_t octets, int32_t *raw) {                 \
+        CALL;                                                                                  \
     }
-#undef NARROW
-#undef WIDER
+#define ARGUMENTS count, row_stride, weight, block_stride, octets, raw
+DEFINE_TILE(nibble_4x2, tile_narrow(ROWS, 2, NIBBLE, ARGUMENTS))
+DEFINE_TILE(nibble_1x4, tile_narrow(1, 4, NIBBLE, ARGUMENTS))
+DEFINE_TILE(byte_4x2, tile_narrow(ROWS, 2, BYTE, ARGUMENTS))
+DEFINE_TILE(byte_1x4, tile_narrow(1, 4, BYTE, ARGUMENTS))
+DEFINE_TILE(wide_4x2, tile_wide(ROWS, 2, ARGUMENTS))
+DEFINE_TILE(wide_1x4, tile_wide(1, 4, ARGUMENTS))
+#undef ARGUMENTS
+
+typedef void Tile(const uint8_t *, int64_t, const uint8_t *, int64_t, int64_t, int32_t *);
+
+/* raw[rows][32], zeroed by the caller: sum_k q w' of one segment; rows is 1 or 4. */
+static void tile_raw(const Segment *seg, const Panel *panel, int rows, const uint8_t *count,
+                     int64_t row_stride, int32_t *raw) {
+    static Tile *const tiles[3][2] = {
+        {nibble_1x4, nibble_4x2}, {byte_1x4, byte_4x2}, {wide_1x4, wide_4x2}};
+    Tile *const tile = tiles[panel->layout][rows == ROWS];
+    const int blocks = rows == ROWS ? 2 : 4;
+    const int64_t stride = panel->block_stride;
+    const int64_t octet_counts = panel->layout == WIDE ? 2 * OCTET : OCTET;
+    const uint8_t *weight = panel->weight + seg->padded_start / OCTET * panel->octet_bytes;
+    for (int c = 0; c < BLOCKS; c += blocks)
+        for (int64_t o = 0; o < seg->octets; o += seg->chunk)
+            tile(count + o * octet_counts, row_stride,
+                 weight + c * stride + o * panel->octet_bytes, stride,
+                 seg->octets - o < seg->chunk ? seg->octets - o : seg->chunk, raw + c * LANES);
 }
 
 #else /* portable */
@@ -125,23 +122,39 @@ INLINE int32_t level_at(int64_t layout, const uint8_t *octet, int c, int lane) {
     return (int8_t)octet[16 * (c / 2) + 2 * lane + c % 2];
 }
 
-static void tile_raw(const Layer *layer, const Segment *seg, int rows, const uint8_t *count,
-                     const uint8_t *weight, int64_t block_stride, int32_t *raw) {
-    const int64_t bytes = count_bytes(layer), octet_bytes = layer->layout == NIBBLE ? 32 : 64;
+static void tile_raw(const Segment *seg, const Panel *panel, int rows, const uint8_t *count,
+                     int64_t row_stride, int32_t *raw) {
+    const uint8_t *weight = panel->weight + seg->padded_start / OCTET * panel->octet_bytes;
     for (int64_t o = 0; o < seg->octets; o++)
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < OCTET; c++) {
-                const int64_t at = r * layer->k_padded + o * OCTET + c;
-                const int32_t q = bytes == 1 ? count[at] : ((const int16_t *)count)[at];
+                const uint8_t *row = count + r * row_stride;
+                const int64_t at = o * OCTET + c;
+                const int32_t q = panel->layout == WIDE ? ((const int16_t *)row)[at] : row[at];
                 for (int column = 0; column < COLUMNS; column++) {
-                    const uint8_t *octet =
-                        weight + column / LANES * block_stride + o * octet_bytes;
-                    raw[r * COLUMNS + column] = (int32_t)((uint32_t)raw[r * COLUMNS + column] +
-                        (uint32_t)(q * level_at(layer->layout, octet, c, column % LANES)));
+                    const uint8_t *octet = weight + column / LANES * panel->block_stride +
+                                           o * panel->octet_bytes;
+                    const int32_t level = level_at(panel->layout, octet, c, column % LANES);
+                    uint32_t *to = (uint32_t *)raw + r * COLUMNS + column;
+                    *to += (uint32_t)(q * level);
                 }
             }
 }
 
 #endif
+
+/* Unpacks the nibbles of 32 outputs once for many rows: the bytes are levels + 8. */
+static void unpack_panel(Panel *panel, int64_t octets, uint8_t *to) {
+    for (int block = 0; block < BLOCKS; block++)
+        for (int64_t o = 0; o < octets; o++) {
+            const uint8_t *from = panel->weight + block * panel->block_stride + o * 32;
+            uint8_t *at = to + (block * octets + o) * 64;
+            for (int i = 0; i < 32; i++) {
+                at[i] = from[i] & 15;
+                at[32 + i] = from[i] >> 4;
+            }
+        }
+    *panel = (Panel){to, BYTE, 64, octets * 64};
+}
 
 #endif

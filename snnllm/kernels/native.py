@@ -9,13 +9,13 @@ from __future__ import annotations
 import ctypes
 import weakref
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from neurons.encoder import Encoding
 from snnllm.kernels import compiler
 from snnllm.kernels.spec import (
     EncoderSpec,
@@ -27,9 +27,6 @@ from snnllm.kernels.spec import (
     non_finite_error,
     segments_of,
 )
-
-if TYPE_CHECKING:
-    from neurons.encoder import Encoding
 
 _OCTET = 8  # channels of a packed unit, and outputs of a vector
 _COLUMNS = 32  # outputs of a tile
@@ -72,10 +69,14 @@ class NativeBackend:
             weakref.WeakKeyDictionary()
         )
 
+    @cached_property
+    def _library(self) -> ctypes.CDLL:
+        return library(self._definitions)
+
     def available(self) -> str | None:
         """Return None when the library is or can be built, else the reason why not."""
         try:
-            library(self._definitions)
+            _ = self._library
         except compiler.CompilerError as error:
             return str(error)
         return None
@@ -90,18 +91,15 @@ class NativeBackend:
         return _prepare(spec)
 
     def encode(self, x: Tensor, spec: EncoderSpec) -> Encoding:
-        """Encode x [.., K]: counts in original channel order, thresholds and zero points [.., G]."""
-        from neurons.encoder import Encoding
-
-        check_input(x, spec.channels, spec.name)
+        """Encode x [.., K]: counts in original channel order, parameters [.., G]."""
         layer = self._encoders.get(spec)
         if layer is None:
             layer = self._encoders[spec] = _prepare_encoder(spec)
-        x32 = x.detach().float().contiguous()
+        x32 = _float_rows(x, layer)
         count = torch.empty(x.shape, dtype=_count_dtype(spec))
         threshold = torch.empty(*x.shape[:-1], len(spec.sizes))
         zero_point = torch.empty(threshold.shape, dtype=torch.int32)
-        code = library(self._definitions).snn_encode(
+        code = self._library.snn_encode(
             layer.address,
             x32.data_ptr(),
             count.data_ptr(),
@@ -116,32 +114,37 @@ class NativeBackend:
     def accumulate(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
         """Return the centred accumulators of x [.., K]: int32 [S, M, N], M the number of rows."""
         layer = _native(prepared)
-        check_input(x, layer.in_features, layer.name)
+        x32 = _float_rows(x, layer)
         rows = x.numel() // layer.in_features
-        x32 = x.detach().float().contiguous()
         out = torch.empty(layer.segments, rows, layer.out_features, dtype=torch.int32)
-        code = library(self._definitions).snn_linear(
+        code = self._library.snn_linear(
             layer.address, x32.data_ptr(), None, out.data_ptr(), rows, torch.get_num_threads()
         )
         _check(code, layer.name)
         return out
 
     def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
-        """Return y [.., N] in x.dtype of x [.., K]."""
+        """Return y [.., N] in x.dtype of x [.., K].
+
+        A decoding step makes one call a layer, so what a call costs in Python counts: every
+        attribute here is read once.
+        """
         layer = _native(prepared)
-        check_input(x, layer.in_features, layer.name)
         if torch.compiler.is_compiling() and not self._definitions:
+            check_input(x, layer.in_features, layer.name)
             y: Tensor = native_linear(x, layer.descriptor, layer.out_features, layer.name)
             return y
-        return _linear(x, layer.address, layer.out_features, layer.name, self._definitions)
+        return _linear(self._library, x, layer)
 
     def int_bmm(self, a: Tensor, b: Tensor) -> Tensor:
         """Return `a @ b^T` of int8 a [B, M, K] and b [B, N, K]: int32 [B, M, N], exact."""
         check_bmm(a, b)
+        if not (a.is_cpu and b.is_cpu):
+            raise ValueError(f"int_bmm: expected CPU tensors, got {a.device} and {b.device}")
         a, b = a.contiguous(), b.contiguous()
         (batch, m, k), n = a.shape, b.shape[1]
         out = torch.empty(batch, m, n, dtype=torch.int32)
-        code = library(self._definitions).snn_int_bmm(
+        code = self._library.snn_int_bmm(
             a.data_ptr(), b.data_ptr(), out.data_ptr(), batch, m, n, k, torch.get_num_threads()
         )
         _check(code, "int_bmm")
@@ -163,30 +166,47 @@ def library(definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
     return lib
 
 
-def _linear(
-    x: Tensor, address: int, out_features: int, name: str, definitions: tuple[str, ...]
-) -> Tensor:
+def _linear(lib: ctypes.CDLL, x: Tensor, layer: NativeLinear) -> Tensor:
     """Call the C linear on x [.., K]; other dtypes than float32 are converted around it."""
-    shape = x.shape
-    x32 = x.detach().float().contiguous()
-    y = torch.empty(*shape[:-1], out_features)
-    code = library(definitions).snn_linear(
-        address,
+    x32 = _float_rows(x, layer)
+    shape = x32.shape
+    y = torch.empty(*shape[:-1], layer.out_features, dtype=torch.float32)
+    code = lib.snn_linear(
+        layer.address,
         x32.data_ptr(),
         y.data_ptr(),
         None,
-        x32.numel() // shape[-1],
+        shape[0] if len(shape) == 2 else x32.numel() // shape[-1],
         torch.get_num_threads(),
     )
     if code:
-        _check(code, name)
-    return y if x.dtype is torch.float32 else y.to(x.dtype)
+        _check(code, layer.name)
+    return y if x32 is x else y.to(x.dtype)
+
+
+def _float_rows(x: Tensor, layer: NativeLinear) -> Tensor:
+    """Return x as a contiguous float32 CPU tensor: itself, when it is one with K channels."""
+    good = x.dtype is torch.float32 and x.is_cpu and x.is_contiguous()
+    if good and x.dim() and x.shape[-1] == layer.in_features:
+        return x
+    check_input(x, layer.in_features, layer.name)
+    if not x.is_cpu:
+        raise ValueError(
+            f"{layer.name}: the native backend runs on the CPU, the input is on {x.device}; "
+            "prepare the layer again after moving the model"
+        )
+    return x.detach().to(torch.float32).contiguous()
 
 
 @torch.library.custom_op("snnllm::native_linear", mutates_args=(), device_types="cpu")
 def native_linear(x: Tensor, descriptor: Tensor, out_features: int, name: str) -> Tensor:
-    """Run the native linear as an operator that torch.compile can place in a graph."""
-    return _linear(x, descriptor.data_ptr(), out_features, name, ())
+    """Run the native linear as an operator that torch.compile can place in a graph.
+
+    The descriptor stands for the prepared layer, which its module keeps alive.
+    """
+    address = descriptor.data_ptr()
+    layer = NativeLinear(name, x.shape[-1], out_features, descriptor, (), 0, address)
+    return _linear(library(), x, layer)
 
 
 @native_linear.register_fake
@@ -240,20 +260,26 @@ def _prepare(spec: LinearSpec) -> NativeLinear:
     levels = torch.zeros(-(-spec.out_features // _COLUMNS) * _COLUMNS, padded, dtype=torch.int8)
     shape = (len(spec.segments), levels.shape[0])
     scale = torch.zeros(shape)
-    count_coefficient = torch.zeros(shape, dtype=torch.int32)
-    zero_coefficient = torch.zeros(shape, dtype=torch.int32)
+    low, high = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
     n = spec.out_features
     for i, (start, stop, _, weight_group) in enumerate(spec.segments):
         level, zero = spec.levels[:, start:stop], spec.zero[:, weight_group]
         levels[:n, starts[i] : starts[i] + stop - start] = level
         scale[i, :n] = spec.scale[:, weight_group]
-        count_coefficient[i, :n] = zero + (8 if layout == _NIBBLE else 0)
-        zero_coefficient[i, :n] = level.sum(1, dtype=torch.int32) - zero * (stop - start)
+        level_sum = level.sum(1, dtype=torch.int32) - zero * (stop - start)
+        shifted = zero + (8 if layout == _NIBBLE else 0)
+        low[i, :n] = _int16_pair(shifted, level_sum & _INT16_MAX)
+        high[i, :n] = _int16_pair(shifted, level_sum >> 15)
     bias = None if spec.bias is None else pad(spec.bias.detach(), (0, shape[1] - n))
     weight = _pack(levels, layout)
     words = _segment_words(spec.segments, starts, encoder, layout, spec.weight_bits)
-    tensors = (weight, scale, count_coefficient, zero_coefficient)
-    return _describe(encoder, (n, *levels.shape), layout, words, (*tensors, bias))
+    weights = (weight, scale, low, high, bias)
+    return _describe(encoder, (n, *levels.shape), layout, words, weights)
+
+
+def _int16_pair(first: Tensor, second: Tensor) -> Tensor:
+    """Return int32 words with `first` in the lower and `second` in the upper 16 bits."""
+    return (first & 0xFFFF) | (second << 16)
 
 
 def _prepare_encoder(spec: EncoderSpec) -> NativeLinear:

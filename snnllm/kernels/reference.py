@@ -2,19 +2,21 @@
 
 The int32 accumulators are exact by construction. On CUDA they come from `torch._int_mm`
 (int8 x int8 -> int32). On the CPU that operator is exact too, but without VNNI it is a scalar loop
-(17 times slower than a float matmul), so there the integers are multiplied as floats: a float matmul
-is exact, in any order of summation, while every partial sum fits the mantissa.
+(17 times slower than a float matmul), so there the integers are multiplied as floats: a float
+matmul is exact, in any order of summation, while every partial sum fits the mantissa.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from neurons.encoder import Encoding, ValueRange, encode_parameters
+from neurons.functional import gif_count
+from snnllm.kernels.epilogue import scale_and_sum
 from snnllm.kernels.spec import (
     EncoderSpec,
     LinearSpec,
@@ -25,29 +27,31 @@ from snnllm.kernels.spec import (
     non_finite_error,
 )
 
-if TYPE_CHECKING:
-    from neurons.encoder import Encoding
-
-THRESHOLD_MIN = 1e-5
 _FLOAT32_EXACT = 2**24
-_FLOAT64_EXACT = 2**53
 _INT_MM_ROWS = 32  # torch._int_mm on CUDA wants more than 16 rows
 _INT_MM_MULTIPLE = 8
 
 
 @dataclass(frozen=True, eq=False)
 class ReferenceLinear(PreparedLinear):
-    """A linear prepared for the reference backend; it keeps the levels as int8."""
+    """A linear prepared for the reference backend.
 
-    spec: LinearSpec
+    Attributes:
+        spec: the linear.
+        operands: the weight of every segment: int8 levels [N, K_seg] for `torch._int_mm`, else the
+            centred levels `w - zw` [K_seg, N] in a float type that keeps the sums exact.
+    """
+
     name: str
     in_features: int
     out_features: int
+    spec: LinearSpec
+    operands: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Encoded rows: counts [M, K] in encoded order, thresholds and zero points [M, G]; float32."""
+    """Encoded rows: counts [M, K] in encoded order, float32; thresholds and zero points [M, G]."""
 
     count: Tensor
     threshold: Tensor
@@ -64,13 +68,13 @@ class ReferenceBackend:
         return None
 
     def prepare(self, spec: LinearSpec) -> ReferenceLinear:
-        """Wrap the specification; nothing is packed."""
-        return ReferenceLinear(spec, spec.encoder.name, spec.in_features, spec.out_features)
+        """Choose exact operands for every segment."""
+        operands = tuple(_operand(spec, segment) for segment in spec.segments)
+        name = spec.encoder.name
+        return ReferenceLinear(name, spec.in_features, spec.out_features, spec, operands)
 
     def encode(self, x: Tensor, spec: EncoderSpec) -> Encoding:
-        """Encode x [.., K]: counts in original channel order, thresholds and zero points [.., G]."""
-        from neurons.encoder import Encoding
-
+        """Encode x [.., K]: counts in original channel order, parameters [.., G]."""
         check_input(x, spec.channels, spec.name)
         rows = encode_rows(x.reshape(-1, spec.channels), spec)
         dtype = torch.uint8 if max(spec.capacities) <= 255 else torch.int16
@@ -83,35 +87,20 @@ class ReferenceBackend:
         return Encoding(
             count.reshape(x.shape),
             rows.threshold.reshape(*lead, groups),
-            rows.zero_point.int().reshape(*lead, groups),
+            rows.zero_point.reshape(*lead, groups),
         )
 
     def accumulate(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
         """Return the centred accumulators of x [.., K]: int32 [S, M, N], M the number of rows."""
-        spec = _reference(prepared).spec
-        check_input(x, spec.in_features, spec.encoder.name)
-        rows = encode_rows(x.reshape(-1, spec.in_features), spec.encoder)
-        return torch.stack([_segment_accumulator(rows, spec, segment) for segment in spec.segments])
+        return _accumulate(x, _reference(prepared))[1]
 
     def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
-        """Return `y = sum_seg (s * A_seg) * sw_seg + bias` of x [.., K], in x.dtype.
-
-        The products and sums are separate float32 operations in this order, so that every backend
-        rounds alike.
-        """
-        spec = _reference(prepared).spec
-        check_input(x, spec.in_features, spec.encoder.name)
-        rows = encode_rows(x.reshape(-1, spec.in_features), spec.encoder)
-        total: Tensor | None = None
-        for segment in spec.segments:
-            accumulator = _segment_accumulator(rows, spec, segment).float()
-            threshold = rows.threshold[:, segment.act_group, None]
-            term = (threshold * accumulator) * spec.scale[:, segment.weight_group]
-            total = term if total is None else total + term
-        assert total is not None  # a specification has at least one channel
-        if spec.bias is not None:
-            total = total + spec.bias
-        return total.to(x.dtype).reshape(*x.shape[:-1], spec.out_features)
+        """Return y [.., N] of x [.., K] in x.dtype, by the scaling that all views share."""
+        layer = _reference(prepared)
+        spec = layer.spec
+        rows, accumulators = _accumulate(x, layer)
+        y = scale_and_sum(accumulators, rows.threshold, spec)
+        return y.to(x.dtype).reshape(*x.shape[:-1], spec.out_features)
 
     def int_bmm(self, a: Tensor, b: Tensor) -> Tensor:
         """Return `a @ b^T` of int8 a [B, M, K] and b [B, N, K]: int32 [B, M, N], exact."""
@@ -123,10 +112,7 @@ class ReferenceBackend:
 def encode_rows(x: Tensor, spec: EncoderSpec) -> _Rows:
     """Encode the rows of x (method.md, section 2), in encoded order.
 
-    Equation, in float32 with IEEE division and no fused multiply-add:
-
-        s = max((hi - lo) / capacity, 1e-5),  z = clip(round(-lo / s), 0, capacity)
-        q = clip(floor(x / s + (z + 1/2)), 0, capacity)
+    The equations are those of `neurons.encoder`, whose parameters these are.
 
     Args:
         x: [M, K] float, original channel order.
@@ -136,45 +122,50 @@ def encode_rows(x: Tensor, spec: EncoderSpec) -> _Rows:
         ValueError: x holds NaN or infinity.
     """
     x = x.float()
-    if not bool(torch.isfinite(x).all()):
+    group = spec.channel_group.to(x.device)
+    value_range = ValueRange.SHARED if spec.shared else ValueRange.SPLIT
+    threshold, zero_point = encode_parameters(x, group, spec.capacities, value_range)
+    # NaN and infinity reach the threshold of their row.
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(threshold).all()):
         raise non_finite_error(spec.name)
     if spec.order is not None:
-        x = x[:, spec.order.to(x.device)]
-    ranges = x if spec.shared else None
-    counts, thresholds, zero_points = [], [], []
-    for group, capacity in zip(x.split(spec.sizes, dim=1), spec.capacities, strict=True):
-        low, high = _range(group if ranges is None else ranges)
-        threshold = ((high - low) / capacity).clamp(min=THRESHOLD_MIN)
-        zero_point = torch.round(-low / threshold).clamp(0, capacity)
-        count = torch.floor(group / threshold + (zero_point + 0.5)).clamp(0, capacity)
-        counts.append(count)
-        thresholds.append(threshold)
-        zero_points.append(zero_point)
-    return _Rows(torch.cat(counts, 1), torch.cat(thresholds, 1), torch.cat(zero_points, 1))
+        order = spec.order.to(x.device)
+        x, group = x.index_select(1, order), group.index_select(0, order)
+    group = group.long()
+    capacity = torch.tensor(spec.capacities, dtype=torch.float32, device=x.device)
+    charge = x / threshold.index_select(1, group)
+    bias = (zero_point.float() + 0.5).index_select(1, group)
+    return _Rows(gif_count(charge, bias, capacity[group]), threshold, zero_point)
 
 
-def _range(group: Tensor) -> tuple[Tensor, Tensor]:
-    """Return min(0, min x) and max(0, max x) of every row, [M, 1]; zero for an empty group."""
-    if group.shape[1] == 0:
-        zero = group.new_zeros(group.shape[0], 1)
-        return zero, zero
-    return group.amin(1, keepdim=True).clamp(max=0), group.amax(1, keepdim=True).clamp(min=0)
+def _accumulate(x: Tensor, layer: ReferenceLinear) -> tuple[_Rows, Tensor]:
+    """Return the encoded rows of x [.., K] and their centred accumulators, int32 [S, M, N]."""
+    spec = layer.spec
+    check_input(x, spec.in_features, spec.encoder.name)
+    rows = encode_rows(x.reshape(-1, spec.in_features), spec.encoder)
+    sums = []
+    for segment, operand in zip(spec.segments, layer.operands, strict=True):
+        count = rows.count[:, segment.start : segment.stop]
+        zero_point = rows.zero_point[:, segment.act_group, None]
+        if operand.dtype == torch.int8:
+            zero = spec.zero[:, segment.weight_group]
+            sums.append(_int_mm_accumulator(count, zero_point, operand, zero))
+        else:
+            dtype = operand.dtype if _full_precision() else torch.float64
+            sums.append(torch.matmul((count - zero_point).to(dtype), operand.to(dtype)).int())
+    return rows, torch.stack(sums)
 
 
-def _segment_accumulator(rows: _Rows, spec: LinearSpec, segment: Segment) -> Tensor:
-    """Return `A = sum_k (q - z) (w - zw)` of one segment, int32 [M, N], exact."""
+def _operand(spec: LinearSpec, segment: Segment) -> Tensor:
+    """Return the weight of one segment in the form that `_accumulate` multiplies."""
     start, stop, act_group, weight_group = segment
-    count = rows.count[:, start:stop]
-    zero_point = rows.zero_point[:, act_group, None]
-    level = spec.levels[:, start:stop]
-    zero = spec.zero[:, weight_group, None]
-    capacity = spec.encoder.capacities[act_group]
-    if count.is_cuda and capacity <= 255:
-        return _int_mm_accumulator(count, zero_point, level, zero)
-    reach = int((level.int() - zero).abs().max()) if level.numel() else 0
-    dtype = _exact_dtype(capacity * reach * (stop - start), count.device)
-    centred = (level.to(dtype) - zero.to(dtype)).t()
-    return torch.matmul((count - zero_point).to(dtype), centred).to(torch.int32)
+    level, capacity = spec.levels[:, start:stop], spec.encoder.capacities[act_group]
+    if level.is_cuda and capacity <= 255:
+        return level
+    centred = level.int() - spec.zero[:, weight_group, None]
+    reach = int(centred.abs().max()) if centred.numel() else 0
+    dtype = _exact_dtype(capacity * reach * (stop - start), level.device)
+    return centred.t().to(dtype).contiguous()
 
 
 def _int_mm_accumulator(count: Tensor, zero_point: Tensor, level: Tensor, zero: Tensor) -> Tensor:
@@ -184,10 +175,9 @@ def _int_mm_accumulator(count: Tensor, zero_point: Tensor, level: Tensor, zero: 
     `A = P @ w - zw * rowsum(P) + (128 - z) * (rowsum(w) - zw * K)` with P = q - 128.
     """
     shifted = (count - 128).to(torch.int8)
-    offset = 128 - zero_point.int()
-    level_sum = level.sum(1, dtype=torch.int32) - zero[:, 0] * level.shape[1]
+    level_sum = level.sum(1, dtype=torch.int32) - zero * level.shape[1]
     count_sum = shifted.sum(1, dtype=torch.int32)[:, None]
-    return int_mm(shifted, level) - zero[:, 0] * count_sum + offset * level_sum
+    return int_mm(shifted, level) - zero * count_sum + (128 - zero_point) * level_sum
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -205,16 +195,15 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _exact_dtype(bound: int, device: torch.device) -> torch.dtype:
-    """Return the cheapest float type in which sums up to `bound` are exact.
-
-    float32 counts only while torch does not lower its matmul to bfloat16 or TF32.
-    """
-    full = torch.get_float32_matmul_precision() == "highest"
-    if bound <= _FLOAT32_EXACT and full and device.type == "cpu":
+    """Return the cheapest float type in which sums up to `bound` are exact."""
+    if bound <= _FLOAT32_EXACT and device.type == "cpu" and _full_precision():
         return torch.float32
-    if bound > _FLOAT64_EXACT:
-        raise ValueError(f"an accumulator can reach {bound}, beyond what float64 holds exactly")
-    return torch.float64
+    return torch.float64  # LinearSpec has checked that the sums fit int32
+
+
+def _full_precision() -> bool:
+    """Return False while torch may lower float32 matmuls to bfloat16 or TF32."""
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def _reference(prepared: PreparedLinear) -> ReferenceLinear:

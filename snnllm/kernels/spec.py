@@ -1,4 +1,4 @@
-"""What a collapsed integer linear is: the encoder, the weight levels and the segments of the K axis.
+"""What a collapsed integer linear is: its encoder, weight levels and segments of the K axis.
 
 The specifications hold plain tensors and say nothing about how they are executed; a backend turns a
 `LinearSpec` into its own prepared form once (packing, layout) and runs that.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from neurons.encoder import Encoding
+from neurons.encoder import Encoding
 
 INT32_MAX = 2**31 - 1
 COUNT_MAX = 2**15 - 1
+ZERO_MAX = 2**15 - 9  # a kernel may shift levels and zero points by 8, and multiply int16
 
 
 class Segment(NamedTuple):
@@ -50,8 +51,8 @@ def segments_of(sizes: tuple[int, ...], weight_group: Tensor | None = None) -> t
     weight = torch.zeros_like(act) if weight_group is None else weight_group.long().cpu()
     if weight.shape != act.shape:
         raise ValueError(
-            f"weight_group has shape {tuple(weight.shape)}, but the groups hold {len(act)} channels; "
-            "give one weight group per encoded position"
+            f"weight_group has shape {tuple(weight.shape)}, but the groups hold {len(act)} "
+            "channels; give one weight group per encoded position"
         )
     if len(act) == 0:
         return ()
@@ -59,7 +60,7 @@ def segments_of(sizes: tuple[int, ...], weight_group: Tensor | None = None) -> t
     bounds = [0, *(torch.nonzero(change).flatten() + 1).tolist(), len(act)]
     return tuple(
         Segment(start, stop, int(act[start]), int(weight[start]))
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, stop in pairwise(bounds)
     )
 
 
@@ -86,7 +87,7 @@ class EncoderSpec:
         """Check that the groups, the capacities and the order fit together."""
         if len(self.sizes) == 0 or len(self.sizes) != len(self.capacities):
             raise ValueError(
-                f"{self.name}: expected one size and one capacity per group and at least one group, "
+                f"{self.name}: expected a size and a capacity for each of one or more groups, "
                 f"got sizes={self.sizes} and capacities={self.capacities}"
             )
         if min(self.sizes) < 0 or sum(self.sizes) == 0:
@@ -166,7 +167,7 @@ class LinearSpec:
 
 
 class PreparedLinear:
-    """Base of what `Backend.prepare` returns: opaque, and only valid for the backend that made it."""
+    """Base of what `Backend.prepare` returns: opaque, only valid for the backend that made it."""
 
     name: str
     in_features: int
@@ -185,7 +186,7 @@ class Backend(Protocol):
         """Pack the weight once per layer."""
 
     def encode(self, x: Tensor, spec: EncoderSpec) -> Encoding:
-        """Encode x [.., K]: counts in original channel order, thresholds and zero points [.., G]."""
+        """Encode x [.., K]: counts in original channel order, parameters [.., G]."""
 
     def accumulate(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
         """Return the centred accumulators of x [.., K]: int32 [S, M, N], M the number of rows."""
@@ -278,6 +279,8 @@ def _check_levels(spec: LinearSpec) -> None:
     smallest, largest = spec.levels.amin(1), spec.levels.amax(1)
     if int(smallest.min()) < low or int(largest.max()) > high:
         raise ValueError(f"{name}: levels must be in {low}..{high} for {bits} bits; clip them")
+    if int(spec.zero.abs().max()) > ZERO_MAX:
+        raise ValueError(f"{name}: weight zero points must be in -{ZERO_MAX}..{ZERO_MAX}")
     for start, stop, act_group, weight_group in spec.segments:
         zero = spec.zero[:, weight_group].long()
         reach = int(torch.maximum(largest - zero, zero - smallest).max())

@@ -205,9 +205,7 @@ def test_count_to_spikes_time_steps_raise():
         functional.count_to_spikes(torch.zeros(3), 4, 0)
 
 
-@pytest.mark.parametrize(
-    ("count", "limit"), [([7], None), ([-1], None), ([4], torch.tensor([1]))]
-)
+@pytest.mark.parametrize(("count", "limit"), [([7], None), ([-1], None), ([4], torch.tensor([1]))])
 def test_count_that_no_neuron_emits_raises(count, limit):
     with pytest.raises(ValueError, match="a neuron cannot emit the others"):
         functional.count_to_spikes(torch.tensor(count), 4, 2, limit)

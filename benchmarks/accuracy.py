@@ -1,0 +1,114 @@
+"""Perplexity of the `rtn` pipeline, a table of configurations side by side.
+
+    python benchmarks/accuracy.py MODEL --text wikitext2:test --calibration wikitext2:train
+
+Every row converts MODEL anew, reloads the checkpoint and measures token perplexity in the collapsed
+view. Calibration never sees the evaluation text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from snnllm.config import SpikeConfig
+from snnllm.conversion import convert
+from snnllm.data import load_text, random_windows, token_windows, tokenize
+from snnllm.evaluate import token_perplexity
+from snnllm.modeling import load
+from snnllm.sources import FolderSource, Source, open_source
+
+FLOAT = {"attention": "float"}
+ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
+    "issue": [
+        ("10 % salient, split, attention float", "W4A4T2", FLOAT),
+        ("10 % salient, shared, attention float", "W4A4T2", {**FLOAT, "value_range": "shared"}),
+        ("no saliency, attention float", "W4A4", FLOAT),
+        ("10 % salient, split, attention encoded", "W4A4T2", {}),
+        ("10 % salient, shared, attention encoded", "W4A4T2", {"value_range": "shared"}),
+        ("no saliency, attention encoded", "W4A4", {}),
+    ],
+    "presets": [
+        ("T = 4 on 5 %", "W4A4T4", {}),
+        ("float weights", "A4T2", {}),
+        ("W4A8", "W4A8", {}),
+        ("W2A8", "W2A8", {}),
+        ("W8A8", "W8A8", {}),
+        ("weight groups of 64", "W4A4T2", {"weight_group_size": 64}),
+        ("one mask per shared input", "W4A4T2", {"mask_scope": "input"}),
+    ],
+    "scores": [
+        (f"score {score}", "W4A4T2", {"score": score})
+        for score in ("first_order", "abs", "gauss_newton", "max_abs", "hessian", "random")
+    ],
+}
+
+
+def dense_model(source: Source) -> nn.Module:
+    """The float32 model of a source."""
+    from transformers import LlamaForCausalLM  # after snnllm, which hides broken torchvision builds
+
+    if isinstance(source, FolderSource):
+        return LlamaForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    config = source.config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict({n: source.tensor(n) for n in source.names()})
+    return model
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the table and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="Hugging Face folder or .gguf file of a dense LLaMA")
+    parser.add_argument("--text", default="pydoc:test", help="evaluation text (file or dataset)")
+    parser.add_argument("--calibration", default="pydoc:train", help="calibration text")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--limit", type=int, default=12, help="evaluation windows, spread evenly")
+    parser.add_argument("--calibration-windows", type=int, default=8)
+    parser.add_argument("--tables", nargs="+", choices=sorted(ROWS), default=["issue"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args(argv)
+
+    source = open_source(args.model)
+    tokenizer = source.tokenizer()
+    windows = token_windows(tokenize(load_text(args.text), tokenizer), args.window, args.limit)
+    ids = tokenize(load_text(args.calibration), tokenizer)
+    calibration = random_windows(ids, args.window, args.calibration_windows, 0)
+    dense = dense_model(source).to(args.device)
+    base = token_perplexity(dense, windows)
+    del dense
+    print(f"{len(windows)} windows of {args.window}, {args.text}, {args.device}, torch {torch.__version__}")
+    print("| configuration | preset | perplexity | convert s | eval s | SQNR dB, blocks: mean (worst) |")
+    print("|---|---|---|---|---|---|")
+    print(f"| float | - | {base.perplexity:.2f} | - | {base.seconds:.1f} | - |", flush=True)
+    rows = [{"configuration": "float", **base.to_dict()}]
+    for table in args.tables:
+        for label, preset, overrides in ROWS[table]:
+            with tempfile.TemporaryDirectory() as folder:
+                spike = SpikeConfig.preset(preset, **overrides)
+                report = convert(source, f"{folder}/out", spike, calibration, device=args.device)
+                start = time.perf_counter()
+                result = token_perplexity(load(f"{folder}/out").to(args.device), windows)
+                sqnr = [b.sqnr_db for b in report.blocks]
+                print(
+                    f"| {label} | {preset} | {result.perplexity:.2f} | {report.seconds:.1f} | "
+                    f"{time.perf_counter() - start:.1f} | {sum(sqnr) / len(sqnr):.1f} ({min(sqnr):.1f}) |",
+                    flush=True,
+                )
+                rows.append({"configuration": label, **report.to_dict(), **result.to_dict()})
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

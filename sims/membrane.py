@@ -1,0 +1,111 @@
+"""Record the membrane potentials of a few neurons while a prompt runs, and draw them.
+
+Example::
+
+    python -m sims.membrane smollm2 --layers model.layers.3.mlp.down_proj --channels auto:6 \\
+        --prompt "The capital of France is" --output membranes
+
+writes membrane.npz (all recorded arrays), membrane.csv (one row per layer, token, channel and step)
+and one membrane_LAYER.png per layer. Membranes are in firing thresholds; v_after_reset is the membrane
+after fire and reset, v_before_fire the charged one before. Every token starts at z + 1/2.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sims.common import (
+    Conversion,
+    add_conversion_arguments,
+    add_model_argument,
+    add_recording_arguments,
+    encode_prompt,
+    load_subject,
+    make_folder,
+    read_conversion,
+    run_script,
+    save_recording,
+)
+from sims.plots import membrane_figure, save_figure
+from sims.recording import Recorder, format_bytes
+
+
+def simulate(
+    model: str,
+    conversion: Conversion,
+    prompt: str,
+    layers: Sequence[str],
+    tokens: str,
+    channels: str,
+    memory_limit: int,
+    output: Path,
+    csv_rows: int = 1_000_000,
+    max_panels: int = 12,
+) -> list[Path]:
+    """Record and draw membranes; arguments as in ``--help``.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ValueError: A model, layer, token, channel or prompt that does not exist or fit.
+        OSError: The output cannot be written.
+    """
+    folder = make_folder(output)
+    subject = load_subject(model, conversion)
+    ids, text = encode_prompt(subject.tokenizer, prompt)
+    recorder = Recorder(subject.model, layers, tokens, channels, memory_limit)
+    needed = format_bytes(recorder.bytes_needed(ids.numel()))
+    print(f"{subject.name}: recording {ids.numel()} tokens, {needed} of memory")
+    recording = recorder.run(ids, text).with_metadata(prompt=prompt, model=subject.name)
+    files = save_recording(recording, folder, "membrane", csv_rows)
+    for name, trace in tqdm(recording.layers.items(), desc="drawing", unit="layer"):
+        if len(trace.channels) > max_panels:
+            print(
+                f"{name}: the figure shows the first {max_panels} of {len(trace.channels)} channels"
+            )
+        figure = membrane_figure(trace, recording.labels, max_panels)
+        files.append(save_figure(figure, folder / f"membrane_{name}.png"))
+    return files
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script.
+
+    Returns:
+        Exit code: 0, or 2 for input that cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m sims.membrane",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_argument(parser)
+    add_recording_arguments(parser, "model.layers.0.self_attn.q_proj", "auto:6")
+    add_conversion_arguments(parser)
+    options = parser.parse_args(argv)
+
+    def run() -> int:
+        files = simulate(
+            options.model,
+            read_conversion(options),
+            options.prompt,
+            options.layers,
+            options.tokens,
+            options.channels,
+            int(options.memory_limit * 2**20),
+            options.output,
+            options.csv_rows,
+        )
+        print("\n".join(f"wrote {path}" for path in files))
+        return 0
+
+    return run_script(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,216 @@
+"""Operations of single modules: a row of the operation report from an input or from encodings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neurons import Encoding, SpikeEncoder
+from snnllm.attention import SpikingLlamaAttention
+from snnllm.config import FLOAT_BITS
+from snnllm.linear import SpikingLinear
+from snnllm.operation_report import FP16_ACE, Kind, OperationRow, SpikeStatistics
+
+__all__ = ["AttentionCall", "float_attention_rows", "linear_row", "spike_statistics"]
+
+
+def spike_statistics(encoder: SpikeEncoder, count: Tensor, centred: Tensor) -> SpikeStatistics:
+    """Spikes of an encoded operand.
+
+    Args:
+        encoder: What encoded it.
+        count: q, `[tokens, *]`, the last axes being those of the channel groups.
+        centred: q - z, likewise.
+    """
+    group = encoder.channel_group.long()
+    capacities = torch.tensor(encoder.capacities, device=group.device)[group]
+    magnitude = centred.abs()
+    return SpikeStatistics(
+        neurons=count[0].numel() if len(count) else 0,
+        tokens=count.shape[0],
+        slots=int(capacities.expand(count.shape).sum()),
+        events=int(magnitude.sum(dtype=torch.int64)),
+        unary_events=int(count.sum(dtype=torch.int64)),
+        silent=int((magnitude == 0).sum()),
+    )
+
+
+def _steps(encoder: SpikeEncoder) -> int:
+    """Sum of the time steps of all channels that the encoder describes."""
+    group = encoder.channel_group.long()
+    return int(torch.tensor(encoder.steps, device=group.device)[group].sum())
+
+
+def _count_bits(encoder: SpikeEncoder) -> float:
+    """Bits of a spike count, mean over the channels."""
+    bits = torch.tensor([float(c.bit_length()) for c in encoder.capacities])
+    return float(bits[encoder.channel_group.long().cpu()].mean())
+
+
+def _scales(module: SpikingLinear) -> int:
+    """Float multiplications per token: a division per neuron, two scales and a zero point a sum."""
+    encoded = module.layout.activation_bits != FLOAT_BITS
+    integer = encoded and module.layout.weight_bits != FLOAT_BITS
+    sums = len(module.spec().segments) if integer else 0
+    return (module.in_features if encoded else 0) + 3 * module.out_features * sums
+
+
+def _weight_bytes(module: SpikingLinear) -> int:
+    buffers = [b for key, b in module.named_buffers(recurse=False) if key.startswith("weight")]
+    return sum(b.numel() * b.element_size() for b in buffers)
+
+
+def linear_row(name: str, module: SpikingLinear, x: Tensor) -> OperationRow:
+    """Operations of one spiking linear.
+
+    Args:
+        name: Name of the row.
+        module: The linear.
+        x: Its input, `[tokens, K]`.
+    """
+    layout, outputs = module.layout, module.out_features
+    macs = x.shape[0] * module.in_features * outputs
+    encoded = layout.activation_bits != FLOAT_BITS
+    spikes, steps = None, module.in_features
+    if encoded:
+        encoding = module.encoder.encode(x)
+        spikes = spike_statistics(module.encoder, encoding.count, module.encoder.centre(encoding))
+        steps = _steps(module.encoder)
+    return OperationRow(
+        name=name,
+        kind=Kind.LINEAR,
+        steps=module.encoder.steps if encoded else (1,),
+        activation_bits=layout.activation_bits,
+        weight_bits=layout.weight_bits,
+        count_bits=_count_bits(module.encoder) if encoded else FLOAT_BITS,
+        fan_in=module.in_features,
+        spikes=spikes,
+        query=None,
+        synaptic_operations=spikes.events * outputs if spikes else 0,
+        unary_operations=spikes.unary_events * outputs if spikes else 0,
+        effective_macs=macs - (spikes.silent * outputs if spikes else 0),
+        macs=macs,
+        ace=x.shape[0] * outputs * steps * layout.activation_bits * layout.weight_bits,
+        weights=module.in_features * outputs,
+        weight_bytes=_weight_bytes(module),
+        scale_operations=x.shape[0] * _scales(module),
+    )
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One observed call of a spiking attention module.
+
+    Attributes:
+        name: Module path.
+        query: Encoded Q, counts `[B, H, S, D]`.
+        key: Encoded K, counts `[B, H_kv, S, D]`.
+        value: Encoded V, likewise.
+        visible: Which query sees which key, bool `[B, S, S]`, without padding.
+        keep: True for tokens, False for padding, `[B, S]`.
+    """
+
+    name: str
+    query: Encoding
+    key: Encoding
+    value: Encoding
+    visible: Tensor
+    keep: Tensor
+
+    def rows(self, module: SpikingLlamaAttention) -> list[OperationRow]:
+        """Q K^T, whose Q is integers, and P V, whose P is float."""
+        q, k, v = module.q_encoder, module.k_encoder, module.v_encoder
+        query = self._statistics(q, self.query)
+        scores = self.pairs * self.query.count.shape[1]
+        # a division per neuron of Q, two scales per score and group; K and V divide in `_row`
+        scales = query.neurons * query.tokens + 2 * scores * len(k.steps)
+        dim, length = self.query.count.shape[-1], self.visible.shape[-1]
+        return [
+            self._row(Kind.QK, k, self.key, q.bits, dim, query, scales),
+            self._row(Kind.PV, v, self.value, FLOAT_BITS, length, None, 0),
+        ]
+
+    @property
+    def pairs(self) -> int:
+        """Visible pairs of a query token and a key token."""
+        return int(self.visible.sum())
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a KV head."""
+        return self.query.count.shape[1] // self.key.count.shape[1]
+
+    def _statistics(self, encoder: SpikeEncoder, encoding: Encoding) -> SpikeStatistics:
+        count = encoding.count.transpose(1, 2)[self.keep]  # [B, H, S, D] -> [tokens, H, D]
+        return spike_statistics(encoder, count, encoder.centre(encoding).transpose(1, 2)[self.keep])
+
+    def _heard(self, amount: Tensor) -> int:
+        """Sum an amount of keys `[B, H_kv, S, D]` over all queries that see them."""
+        audience = self.visible.sum(1)[:, None]  # [B, 1, S]
+        per_key = amount.sum(-1, dtype=torch.int64)
+        return int((per_key * audience).sum()) * self.groups
+
+    def _row(
+        self,
+        kind: Kind,
+        encoder: SpikeEncoder,
+        encoding: Encoding,
+        other_bits: int,
+        fan_in: int,
+        query: SpikeStatistics | None,
+        scale_operations: int,
+    ) -> OperationRow:
+        centred, spikes = encoder.centre(encoding), self._statistics(encoder, encoding)
+        pairs = self.pairs * self.groups
+        return OperationRow(
+            name=f"{self.name}.{kind}",
+            kind=kind,
+            steps=encoder.steps,
+            activation_bits=encoder.bits,
+            weight_bits=other_bits,
+            count_bits=_count_bits(encoder),
+            fan_in=fan_in,
+            spikes=spikes,
+            query=query,
+            synaptic_operations=self._heard(centred.abs()),
+            unary_operations=self._heard(encoding.count),
+            effective_macs=self._heard(centred != 0),
+            macs=pairs * encoder.channel_group.numel(),
+            ace=pairs * _steps(encoder) * encoder.bits * other_bits,
+            scale_operations=scale_operations + spikes.neurons * spikes.tokens,
+        )
+
+
+def float_attention_rows(
+    name: str, visible: Tensor, heads: int, head_dim: int
+) -> list[OperationRow]:
+    """Rows of an attention whose operands stay float: MACs only.
+
+    Args:
+        name: Module path.
+        visible: Which query sees which key, bool `[B, S, S]`.
+        heads: Query heads.
+        head_dim: Channels of a head.
+    """
+    macs = int(visible.sum()) * heads * head_dim
+    return [
+        OperationRow(
+            name=f"{name}.{kind}",
+            kind=kind,
+            steps=(1,),
+            activation_bits=FLOAT_BITS,
+            weight_bits=FLOAT_BITS,
+            count_bits=FLOAT_BITS,
+            fan_in=fan_in,
+            spikes=None,
+            query=None,
+            synaptic_operations=0,
+            unary_operations=0,
+            effective_macs=macs,
+            macs=macs,
+            ace=macs * FP16_ACE,
+        )
+        for kind, fan_in in ((Kind.QK, head_dim), (Kind.PV, visible.shape[-1]))
+    ]

@@ -1,0 +1,118 @@
+"""The shape of the source tree: import direction, docstrings, prints, file sizes."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import snnllm
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("neurons", "snnllm", "sims")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+LIBRARY_MODULES = [path for path in MODULES if path.relative_to(ROOT).parts[0] != "sims"]
+MAY_PRINT = {"snnllm/cli.py", "snnllm/__main__.py"}
+MAX_LINES = 400
+
+# neurons -> snnllm -> sims: what each package may not import. No exceptions.
+FORBIDDEN = {"neurons": {"snnllm", "sims"}, "snnllm": {"sims"}, "sims": set[str]()}
+NEURONS_MAY_IMPORT = {"neurons", "torch", "spikingjelly", *sys.stdlib_module_names}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported_packages(path: Path) -> Iterator[str]:
+    """Top-level names of everything a module imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield relative(path).partition("/")[0] if node.level else str(node.module).split(".")[0]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (
+                str(argument.value).partition(".")[0]
+                for argument in node.args
+                if isinstance(argument, ast.Constant)
+            )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_imports_point_in_one_direction(path: Path) -> None:
+    package = relative(path).partition("/")[0]
+    assert not FORBIDDEN[package] & set(imported_packages(path))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if relative(path).startswith("neurons/")], ids=relative
+)
+def test_neurons_needs_torch_and_spikingjelly_only(path: Path) -> None:
+    assert set(imported_packages(path)) <= NEURONS_MAY_IMPORT
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_every_module_has_a_docstring(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", LIBRARY_MODULES, ids=relative)
+def test_libraries_do_not_print(path: Path) -> None:
+    if relative(path) in MAY_PRINT:
+        return
+    calls = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)]
+    assert not [call.lineno for call in calls if ast.unparse(call.func) == "print"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_files_stay_readable(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").count("\n") <= MAX_LINES
+
+
+def modules_after(code: str) -> set[str]:
+    """Names of the modules loaded after the code ran in a fresh interpreter."""
+    code += "\nimport sys\nprint('\\n'.join(k for k, v in sys.modules.items() if v is not None))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(run.stdout.split())
+
+
+def test_importing_neurons_loads_no_llm_library_and_no_plots() -> None:
+    names = [relative(path)[:-3].replace("/", ".") for path in MODULES]
+    neurons = [n.removesuffix(".__init__") for n in names if n.startswith("neurons.")]
+    loaded = modules_after("\n".join(f"import {name}" for name in neurons))
+    assert "neurons" in loaded
+    assert not loaded & {"transformers", "matplotlib", "snnllm", "sims"}
+
+
+def test_importing_snnllm_is_light() -> None:
+    loaded = modules_after("import snnllm")
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "matplotlib", "spikingjelly", "torchvision", "torchaudio"}
+
+
+@pytest.mark.parametrize("name", snnllm.__all__)
+def test_public_names_exist(name: str) -> None:
+    assert getattr(snnllm, name) is not None
+    assert name in dir(snnllm)
+
+
+def test_no_public_name_is_shadowed_by_a_module() -> None:
+    modules = {path.stem for path in (ROOT / "snnllm").iterdir()}
+    assert not modules & set(snnllm.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        snnllm.nothing  # noqa: B018
+
+
+def test_public_names_are_the_objects_of_their_modules() -> None:
+    assert snnllm.load_text is importlib.import_module("snnllm.data").load_text
