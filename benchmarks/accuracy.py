@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.data import load_text, random_windows, token_windows, tokenize
 from snnllm.evaluate import token_perplexity
 from snnllm.modeling import load
-from snnllm.sources import FolderSource, Source, open_source
+from snnllm.sources import dense_model, open_source
 
 FLOAT = {"attention": "float"}
 ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
@@ -45,23 +44,25 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("weight groups of 64", "W4A4T2", {"weight_group_size": 64}),
         ("one mask per shared input", "W4A4T2", {"mask_scope": "input"}),
     ],
+    "weights": [
+        (
+            f"weights {weights}, {score}, attention {attention}",
+            "W4A4T2",
+            {
+                "weight_range": weights,
+                "score": score,
+                "attention": attention,
+            },
+        )
+        for weights in ("minmax", "clip")
+        for score in ("first_order", "gauss_newton")
+        for attention in ("float", "encoded")
+    ],
     "scores": [
         (f"score {score}", "W4A4T2", {"score": score})
         for score in ("first_order", "abs", "gauss_newton", "max_abs", "hessian", "random")
     ],
 }
-
-
-def dense_model(source: Source) -> nn.Module:
-    """The float32 model of a source."""
-    from transformers import LlamaForCausalLM  # after snnllm, which hides broken torchvision builds
-
-    if isinstance(source, FolderSource):
-        return LlamaForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
-    config = source.config
-    model = LlamaForCausalLM(config)
-    model.load_state_dict({n: source.tensor(n) for n in source.names()})
-    return model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,8 +87,12 @@ def main(argv: list[str] | None = None) -> int:
     dense = dense_model(source).to(args.device)
     base = token_perplexity(dense, windows)
     del dense
-    print(f"{len(windows)} windows of {args.window}, {args.text}, {args.device}, torch {torch.__version__}")
-    print("| configuration | preset | perplexity | convert s | eval s | SQNR dB, blocks: mean (worst) |")
+    print(
+        f"{len(windows)} windows of {args.window}, {args.text}, {args.device}, torch {torch.__version__}"
+    )
+    print(
+        "| configuration | preset | perplexity | convert s | eval s | SQNR dB, blocks: mean (worst) |"
+    )
     print("|---|---|---|---|---|---|")
     print(f"| float | - | {base.perplexity:.2f} | - | {base.seconds:.1f} | - |", flush=True)
     rows = [{"configuration": "float", **base.to_dict()}]

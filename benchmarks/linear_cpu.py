@@ -1,7 +1,8 @@
 """How fast is a collapsed spiking linear on the CPU, next to a float32 linear of the same shape?
 
 All contenders run in one process, one after the other in every round, and the medians are compared:
-only the ratios mean something. The encoding of the activations is part of our time.
+only the ratios mean something. The encoding of the activations is part of our time. Up to 16 rows
+a call, the weights rotate over many layers, as they do in decoding, so that they come from memory.
 """
 
 from __future__ import annotations
@@ -11,22 +12,20 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.functional import linear
 
-from snnllm.kernels import (
-    Backend,
-    EncoderSpec,
-    LinearSpec,
-    get_backend,
-    segments_of,
-)
+from snnllm.kernels import EncoderSpec, LinearSpec, get_backend, segments_of
+
+Call = Callable[[], torch.Tensor]
 
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536))
 ROWS = (1, 16, 512)
 FEWEST_ROUNDS = 9
+ROTATED_ROWS = 16
 
 
 def make_spec(n: int, k: int, bits: int, salient: float, generator: torch.Generator) -> LinearSpec:
@@ -46,38 +45,44 @@ def make_spec(n: int, k: int, bits: int, salient: float, generator: torch.Genera
     )
 
 
-def medians(contenders: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Return the median time of a call in microseconds, contenders interleaved."""
+def medians(contenders: dict[str, list[Call]], seconds: float) -> dict[str, float]:
+    """Return the median time of a call in microseconds, contenders interleaved.
+
+    Every contender has one call a layer; a round times one pass over all its layers.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
-        call()
+    for calls in contenders.values():
+        _run(calls)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["float32"]) < FEWEST_ROUNDS:
-        for name, call in contenders.items():
-            call()  # the contender before left its own weight in the cache
+        for name, calls in contenders.items():
+            calls[0]()  # what ran before left its own data in the cache
             start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+            _run(calls)
+            times[name].append((time.perf_counter() - start) / len(calls))
     return {name: 1e6 * statistics.median(values) for name, values in times.items()}
+
+
+def _run(calls: list[Call]) -> None:
+    for call in calls:
+        call()
 
 
 def measure(m: int, n: int, k: int, args: argparse.Namespace) -> dict[str, float | int]:
     """Time one shape and check that the backends agree bit for bit."""
     generator = torch.Generator().manual_seed(args.seed)
-    spec = make_spec(n, k, args.bits, args.salient, generator)
-    x, weight = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator)
-    backends = {name: get_backend(name) for name in ("native", "reference")}
-    calls: dict[str, Callable[[], torch.Tensor]] = {"float32": lambda: linear(x, weight)}
-    for name, backend in backends.items():
-        calls[name] = _bind(backend, spec, x)
-    if not torch.equal(calls["native"](), calls["reference"]()):
-        raise RuntimeError(f"native and reference differ for M={m}, N={n}, K={k}")
+    copies = 1 if m > ROTATED_ROWS else 1 + int(args.rotate_mb * 2**20 / (n * k * args.bits / 8))
+    specs = [make_spec(n, k, args.bits, args.salient, generator) for _ in range(copies)]
+    weights = [torch.randn(n, k, generator=generator) for _ in range(copies)]
+    x = torch.randn(m, k, generator=generator)
+    calls: dict[str, list[Call]] = {"float32": [partial(linear, x, w) for w in weights]}
+    for name in args.backends:
+        backend = get_backend(name)
+        calls[name] = [partial(backend.linear, x, backend.prepare(spec)) for spec in specs]
+    outputs = [calls[name][0]() for name in args.backends]
+    if not all(torch.equal(outputs[0], output) for output in outputs):
+        raise RuntimeError(f"the backends differ for M={m}, N={n}, K={k}")
     return {"M": m, "N": n, "K": k, **medians(calls, args.seconds)}
-
-
-def _bind(backend: Backend, spec: LinearSpec, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    prepared = backend.prepare(spec)
-    return lambda: backend.linear(x, prepared)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -94,6 +99,10 @@ def main() -> None:
     )
     parser.add_argument("--bits", type=int, default=4, help="bits of a weight level")
     parser.add_argument("--salient", type=float, default=0.1, help="share of two-step channels")
+    parser.add_argument("--backends", nargs="+", default=["native", "reference"])
+    parser.add_argument(
+        "--rotate-mb", type=float, default=16, help="packed weights to rotate over (M <= 16)"
+    )
     parser.add_argument("--seconds", type=float, default=0.5, help="time a shape and M")
     parser.add_argument("--threads", type=int, help="threads of torch and of the native backend")
     parser.add_argument("--seed", type=int, default=0)
@@ -102,15 +111,16 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     print("times in us (only ratios mean something); speed-up over float32 F.linear in brackets")
-    print(f"{'out x in':>12} {'M':>4} {'float32':>9} {'native':>16} {'reference':>16}")
+    header = "".join(f"{name:>18}" for name in args.backends)
+    print(f"{'out x in':>12} {'M':>4} {'float32':>9}{header}")
     results = []
     for n, k in args.shapes:
         for m in args.rows:
             row = measure(m, n, k, args)
             results.append(row)
             columns = [f"{f'{n}x{k}':>12} {m:>4} {row['float32']:9.1f}"]
-            for name in ("native", "reference"):
-                columns.append(f"{row[name]:8.1f} ({row['float32'] / row[name]:4.2f}x)")
+            for name in args.backends:
+                columns.append(f"{row[name]:8.1f} ({row['float32'] / row[name]:5.2f}x)")
             print(" ".join(columns), flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -51,7 +52,10 @@ def plot_rate_histogram(trace: LayerTrace, ax: Axes | None = None, bins: int = 2
         The axes.
     """
     rate, salient = firing_rate(trace), trace.salient
-    kinds = ((~salient, ORDINARY, "ordinary", "stepfilled"), (salient, SALIENT, "salient", "step"))
+    kinds: tuple[tuple[NDArray[np.bool_], str, str, Literal["stepfilled", "step"]], ...] = (
+        (~salient, ORDINARY, "ordinary", "stepfilled"),
+        (salient, SALIENT, "salient", "step"),
+    )
     with rc_context(STYLE):
         ax = new_axes(4.2, 3) if ax is None else ax
         edges = np.linspace(0, max(float(rate.max()), 1e-3), bins + 1)
@@ -60,13 +64,14 @@ def plot_rate_histogram(trace: LayerTrace, ax: Axes | None = None, bins: int = 2
                 label = f"{name} ({kind.sum()}), mean {rate[kind].mean():.3f}"
                 share = np.full(kind.sum(), 100 / kind.sum())
                 ax.hist(
-                    rate[kind], edges, weights=share, color=colour, label=label,
+                    rate[kind], edges.tolist(), weights=share, color=colour, label=label,
                     histtype=style, lw=1.4, alpha=0.55 if style == "stepfilled" else 1,
                 )  # fmt: skip
         ax.set_xlabel("rate (signed events per possible event)")
         ax.set_ylabel("channels of the kind (%)")
         ax.set_title(trace.name, loc="left")
-        ax.legend(frameon=False)
+        ax.set_ylim(0, ax.get_ylim()[1] * 1.35)  # room for the legend
+        ax.legend(frameon=False, loc="upper right")
     return ax
 
 
@@ -118,9 +123,10 @@ def plot_rate_heatmap(traces: Sequence[LayerTrace], ax: Axes | None = None) -> A
             marked = np.nonzero(trace.salient)[0]
             label = "salient channel" if row == 0 or not traces[0].salient.any() else None
             ax.plot(
-                marked, np.full(len(marked), row - 0.42), "v", ms=3, color=SALIENT,
-                mew=0, label=label if len(marked) else None, clip_on=False,
+                marked, np.full(len(marked), row - 0.33), "v", ms=4.5, color=SALIENT,
+                mec="white", mew=0.4, label=label if len(marked) else None, clip_on=False,
             )  # fmt: skip
+        ax.hlines(np.arange(1, len(traces)) - 0.5, -0.5, longest - 0.5, color="white", lw=1.5)
         ax.set_yticks(range(len(traces)), _short_names(traces))
         ax.set_xlabel("recorded channel")
         bar = ax.get_figure().colorbar(drawn, ax=ax, pad=0.01)  # type: ignore[union-attr]
@@ -136,10 +142,8 @@ def plot_rate_heatmap(traces: Sequence[LayerTrace], ax: Axes | None = None) -> A
 def _short_names(traces: Sequence[LayerTrace]) -> list[str]:
     """Layer names without what they have in common at the front."""
     names = [trace.name.split(".") for trace in traces]
-    common = 0
-    while len(names) > 1 and all(
-        len(n) > common + 1 and n[common] == names[0][common] for n in names
-    ):
+    shortest, common = min(map(len, names)) - 1 if len(names) > 1 else 0, 0
+    while common < shortest and len({name[common] for name in names}) == 1:
         common += 1
     return [".".join(name[common:]) for name in names]
 
@@ -184,7 +188,9 @@ def plot_equivalence(
         ax.set_ylim(0, max(1e-5, float(values.max(initial=0)) * 3))
         _block_ticks(ax, layers)
         ax.set_ylabel("max |difference| of outputs\nrelative to max |output|")
-        ax.set_title(f"{int(wrong.sum()):,} of {compared:,} int32 accumulators differ", loc="left")
+        ax.set_title(
+            f"{int(wrong.sum()):,} of {compared:,} integers differ between the views", loc="left"
+        )
         ax.legend(frameon=False, loc="upper right")
     return ax
 

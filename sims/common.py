@@ -32,6 +32,7 @@ __all__ = [
     "Subject",
     "add_conversion_arguments",
     "add_model_argument",
+    "add_prompt_argument",
     "add_recording_arguments",
     "converted",
     "dense_model",
@@ -279,10 +280,17 @@ def read_conversion(options: argparse.Namespace) -> Conversion:
     )
 
 
+def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--prompt``."""
+    parser.add_argument(
+        "--prompt", default=DEFAULT_PROMPT, help="text that the model reads (%(default)s)"
+    )
+
+
 def add_recording_arguments(parser: argparse.ArgumentParser, layers: str, channels: str) -> None:
     """Add what to record; `layers` and `channels` are the defaults."""
+    add_prompt_argument(parser)
     group = parser.add_argument_group("what to record")
-    group.add_argument("--prompt", default=DEFAULT_PROMPT, help="text that the model reads")
     group.add_argument(
         "--layers",
         nargs="+",

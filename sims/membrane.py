@@ -1,13 +1,13 @@
-"""Record the membrane potentials of a few neurons while a prompt runs, and draw them.
+r"""Record the membrane potentials of a few neurons while a prompt runs, and draw them.
 
 Example::
 
-    python -m sims.membrane smollm2 --layers model.layers.3.mlp.down_proj --channels auto:6 \\
+    python -m sims.membrane smollm2 --layers model.layers.3.mlp.down_proj --channels auto:6 \
         --prompt "The capital of France is" --output membranes
 
-writes membrane.npz (all recorded arrays), membrane.csv (one row per layer, token, channel and step)
-and one membrane_LAYER.png per layer. Membranes are in firing thresholds; v_after_reset is the membrane
-after fire and reset, v_before_fire the charged one before. Every token starts at z + 1/2.
+writes membrane.npz (all recorded arrays), membrane.csv (one row per layer, token, channel, step)
+and one membrane_LAYER.png per layer. Membranes are in firing thresholds: v_after_reset is the
+membrane after fire and reset, v_before_fire the charged one before. Every token starts at z + 1/2.
 """
 
 from __future__ import annotations

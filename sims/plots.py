@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 ORDINARY, SALIENT, SPIKE, GREY = "#0072B2", "#D55E00", "#000000", "#666666"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,
@@ -81,13 +81,13 @@ def token_label(text: str) -> str:
 def _token_axis(ax: Axes, labels: Sequence[str], width: float, steps: int) -> None:
     """Label the middle of each token; thin the labels out until they fit."""
     every = max(1, -(-len(labels) // 40))
-    ticks = np.arange(0, len(labels), every)
+    ticks = list(range(0, len(labels), every))
     shown = [token_label(labels[n]) for n in ticks]
-    rotation = 0 if len(shown) <= 12 and max(map(len, shown)) <= 6 else 60
-    ax.set_xticks(ticks * width + steps / 2, shown)
-    if rotation:
+    room = 0.85 * ax.get_figure().get_figwidth() / len(shown)  # type: ignore[union-attr]
+    ax.set_xticks([n * width + steps / 2 for n in ticks], shown)
+    if room < 0.085 * max(map(len, shown)):  # inches of a character
         for label in ax.get_xticklabels():
-            label.set(rotation=rotation, ha="right", rotation_mode="anchor")
+            label.set(rotation=60, ha="right", rotation_mode="anchor")
     plural = "step" if steps == 1 else "steps"
     ax.set_xlabel(f"token ({steps} time {plural} each)")
 
@@ -117,8 +117,8 @@ def plot_membrane(
     """Draw the membrane of one neuron over the steps of consecutive tokens.
 
     In each step the membrane jumps by the charge, and falls by as many thresholds as the neuron
-    fires spikes; the number of spikes stands at the fall. Before the first step it is z + 1/2. Where
-    it exceeds the upper line, the neuron fires its most, L - 1, and the rest waits for the next step.
+    fires spikes; the number of spikes stands at the fall. Before the first step it is z + 1/2.
+    Above the upper line the neuron fires its most, L - 1, and the rest waits for the next step.
 
     Args:
         trace: The layer.
@@ -159,13 +159,14 @@ def _draw_membrane(ax: Axes, trace: LayerTrace, index: int, labels: Sequence[str
     for t, n in zip(*np.nonzero(trace.spikes[:, :, index]), strict=True):
         ax.annotate(
             str(trace.spikes[t, n, index]),
-            (n * width + t + 0.45, before[t, n]),
-            (0, 2),
+            (n * width + t + 0.6, before[t, n]),
+            (1.5, 0),
             textcoords="offset points",
-            ha="center",
-            va="bottom",
+            ha="left",
+            va="top" if trace.spikes[t, n, index] > trace.levels // 4 else "bottom",
             fontsize=7,
             zorder=5,
+            in_layout=False,
         )
     ax.set_xlim(-0.5, len(labels) * width - 0.2)
     ax.set_ylim(min(-0.5, float(np.nanmin(values)) - 0.5), top * 1.13)
@@ -205,8 +206,8 @@ def membrane_figure(trace: LayerTrace, labels: Sequence[str] = (), max_panels: i
                 ax.tick_params(labelbottom=False)
             ax.set_ylabel("")
         figure.supylabel("membrane (thresholds)", fontsize=9)
-        figure.suptitle(trace.name, fontsize=10)
-        figure.legend(handles=_membrane_legend(trace), loc="outside lower center", ncols=3)
+        figure.suptitle(f"{trace.name} (numbers: spikes fired in a step)", fontsize=10)
+        figure.legend(handles=_membrane_legend(trace), loc="outside lower center", ncols=5)
     return figure
 
 
@@ -217,8 +218,8 @@ def _membrane_legend(trace: LayerTrace) -> list[Line2D]:
         Line2D(
             [], [], color=GREY, lw=0.9, ls=":", label=f"most spikes of a step (L\u22121 = {most})"
         ),
-        Line2D([], [], color=ORDINARY, lw=1.3, label="membrane, ordinary channel"),
-        Line2D([], [], color=SALIENT, lw=1.3, label="membrane, salient channel"),
+        Line2D([], [], color=ORDINARY, lw=1.3, label="ordinary channel"),
+        Line2D([], [], color=SALIENT, lw=1.3, label="salient channel"),
         Line2D(
             [],
             [],
@@ -229,7 +230,6 @@ def _membrane_legend(trace: LayerTrace) -> list[Line2D]:
             mec="0.2",
             label="before step 0: z + \u00bd",
         ),
-        Line2D([], [], ls="", marker="$5$", ms=6, color=SPIKE, label="spikes fired in the step"),
     ]
 
 

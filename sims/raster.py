@@ -1,8 +1,8 @@
-"""Record spikes while a prompt runs; draw rasters, rate histograms and a heat map of the rates.
+r"""Record spikes while a prompt runs; draw rasters, rate histograms and a heat map of the rates.
 
 Example::
 
-    python -m sims.raster smollm2 --layers "model.layers.3.*" \\
+    python -m sims.raster smollm2 --layers "model.layers.3.*" \
         --prompt "The capital of France is" --output raster
 
 writes raster.npz (all recorded arrays), raster.csv (one row per layer, token, channel and step),

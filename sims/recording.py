@@ -110,7 +110,7 @@ class Recorder:
         self.model, self.memory_limit = model, memory_limit
         self._tokens = tokens
         chosen = [(s, tuple(select_channels(channels, s))) for s in find_sites(model, layers)]
-        # A pattern may cover Q, which has no salient channels; that is no reason to refuse the rest.
+        # A pattern may cover Q, which has no salient channels; the rest is still recorded.
         self._chosen = [(site, numbers) for site, numbers in chosen if numbers]
         if not self._chosen:
             raise ValueError(

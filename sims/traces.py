@@ -110,12 +110,12 @@ class LayerTrace:
         """Charged membrane that decides the spikes, ``[T, N, C]``, float32, in thresholds."""
         before = np.concatenate([self.v_init[None], self.v_after_reset[:-1]])
         before[0] += self.charge
-        return before
+        return np.asarray(before, dtype=np.float32)
 
     @property
     def count(self) -> Integers:
         """Spike counts q, ``[N, C]``."""
-        return self.spikes.sum(0, dtype=np.int64)
+        return np.asarray(self.spikes.sum(0, dtype=np.int64))
 
     @property
     def signed_spikes(self) -> Integers:

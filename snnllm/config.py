@@ -39,6 +39,13 @@ class MaskScope(StrEnum):
     INPUT = "input"
 
 
+class WeightRange(StrEnum):
+    """Range of a weight row: its minimum and maximum, or clipped to the least output error."""
+
+    MINMAX = "minmax"
+    CLIP = "clip"
+
+
 class Operands(StrEnum):
     """Whether the attention operands Q, K and V are encoded to spikes or left in float."""
 
@@ -61,6 +68,7 @@ class SpikeConfig:
         score: Saliency score that ranks the channels.
         mask_scope: One mask per linear or per shared input.
         attention: Encode Q, K and V, or leave the attention operands in float.
+        weight_range: Weight ranges from min/max or from a clip search.
         weight_group_size: Input channels that share one weight scale; None for one scale per output channel.
         modules_to_not_convert: Names (suffixes) of linears that stay dense; the head always does.
         group_steps: Steps of the channel groups of single modules, for explicit allocation maps.
@@ -76,6 +84,7 @@ class SpikeConfig:
     score: Score = Score.FIRST_ORDER
     mask_scope: MaskScope = MaskScope.LINEAR
     attention: Operands = Operands.ENCODED
+    weight_range: WeightRange = WeightRange.MINMAX
     weight_group_size: int | None = None
     modules_to_not_convert: tuple[str, ...] = ("lm_head",)
     group_steps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -203,6 +212,7 @@ _ENUMS: dict[str, type[StrEnum]] = {
     "score": Score,
     "mask_scope": MaskScope,
     "attention": Operands,
+    "weight_range": WeightRange,
 }
 
 

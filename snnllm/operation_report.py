@@ -24,7 +24,17 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from snnllm.energy import EnergyReport, MatmulWork, estimate_energy, memory_row, si
+from snnllm.energy import (
+    ENERGY_MODELS,
+    EnergyModel,
+    EnergyReport,
+    MatmulWork,
+    Network,
+    estimate_energy,
+    matmul_energy,
+    memory_row,
+    si,
+)
 
 __all__ = ["FloatPart", "Kind", "OperationReport", "OperationRow", "SpikeStatistics"]
 
@@ -146,10 +156,15 @@ class OperationRow:
             fan_in=self.fan_in,
         )
 
+    def energy_pj(self, model: EnergyModel, network: Network = Network.SPIKING) -> float:
+        """Energy of this matmul alone, in pJ."""
+        return matmul_energy(model, network, self.work)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form with the derived figures."""
         values = dataclasses.asdict(self)
         values["kind"], values["ace_ratio"] = str(self.kind), self.ace_ratio
+        values["spiking_pj"] = {m.provenance.name: self.energy_pj(m) for m in ENERGY_MODELS}
         for key in ("spikes", "query"):
             statistics: SpikeStatistics | None = getattr(self, key)
             if statistics is not None:
@@ -284,9 +299,12 @@ class OperationReport:
 
     def to_markdown(self) -> str:
         """Totals, sums by projection, what stays float, energy with provenance, every module."""
-        parts = ["| what stays float in every execution | MACs | counted as |", "|---|--:|---|"]
-        parts += [f"| {p.name} | {si(p.macs)}| {p.rule} |" for p in self.float_parts]
-        definitions = ["```", *(__doc__ or "").strip().splitlines()[2:], "```"]
+        scales = FloatPart(
+            "encoders and scales", self.total("scale_operations"), "not in the float networks"
+        )
+        parts = ["| what stays float | MACs | counted as |", "|---|--:|---|"]
+        parts += [f"| {p.name} | {p.macs:,} | {p.rule} |" for p in (*self.float_parts, scales)]
+        definitions = ["```", *(__doc__ or "").strip().splitlines()[4:], "```"]
         sections = [
             _totals_markdown(self),
             ["### By projection, summed over the blocks", "", *_table(_by_role(self.rows))],
@@ -328,11 +346,12 @@ def _by_role(rows: Sequence[OperationRow]) -> list[tuple[str, list[OperationRow]
 
 
 def _table(groups: Sequence[tuple[str, list[OperationRow]]]) -> list[str]:
-    lines = [
-        "| module | T | neurons | rate | unary rate | spikes/neuron | silent | SynOps | MACs "
-        "| SynOps/MAC | ACE |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    energies = [f"spiking nJ, {model.provenance.name}" for model in ENERGY_MODELS]
+    header = (
+        *("module", "T", "neurons", "rate", "unary rate", "spikes/neuron", "silent"),
+        *("SynOps", "MACs", "SynOps/MAC", "ACE", *energies),
+    )
+    lines = [f"| {' | '.join(header)} |", f"|---|---|{'--:|' * (len(header) - 2)}"]
     for name, rows in groups:
         steps = "/".join(map(str, rows[0].steps))
         cells = [name, steps, *_spike_cells([row.spikes for row in rows])]
@@ -340,6 +359,7 @@ def _table(groups: Sequence[tuple[str, list[OperationRow]]]) -> list[str]:
         macs = sum(row.macs for row in rows)
         ace = sum(row.ace for row in rows) / max(1, FP16_ACE * macs)
         cells += [si(synops), si(macs), f"{synops / max(1, macs):.3f}", f"{100 * ace:.3f} %"]
+        cells += [f"{sum(r.energy_pj(m) for r in rows) / 1000:.4g}" for m in ENERGY_MODELS]
         lines.append(f"| {' | '.join(cell.strip() for cell in cells)} |")
     return lines
 

@@ -124,12 +124,14 @@ class AttentionCall:
         q, k, v = module.q_encoder, module.k_encoder, module.v_encoder
         query = self._statistics(q, self.query)
         scores = self.pairs * self.query.count.shape[1]
-        # a division per neuron of Q, two scales per score and group; K and V divide in `_row`
-        scales = query.neurons * query.tokens + 2 * scores * len(k.steps)
+        # Per score and group: two scales in Q K^T; in P V the threshold of V, which depends on the
+        # key and so has to be multiplied into P. Q divides here, K and V in `_row`.
+        qk_scales = query.neurons * query.tokens + 2 * scores * len(k.steps)
+        pv_scales = scores * len(v.steps)
         dim, length = self.query.count.shape[-1], self.visible.shape[-1]
         return [
-            self._row(Kind.QK, k, self.key, q.bits, dim, query, scales),
-            self._row(Kind.PV, v, self.value, FLOAT_BITS, length, None, 0),
+            self._row(Kind.QK, k, self.key, q.bits, dim, query, qk_scales),
+            self._row(Kind.PV, v, self.value, FLOAT_BITS, length, None, pv_scales),
         ]
 
     @property

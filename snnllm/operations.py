@@ -69,7 +69,11 @@ def count_operations(
     model.eval()
     try:
         with _observed(model, keep, rows, parts), torch.no_grad():
-            model.model(input_ids=ids, attention_mask=keep.long(), use_cache=False)
+            positions = (keep.long().cumsum(1) - 1).clamp(
+                min=0
+            )  # as `generate` numbers padded rows
+            mask = keep.long()
+            model.model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
     finally:
         model.train(training)
     pairs = sum(row.macs // row.fan_in for row in rows if row.kind is Kind.QK)
@@ -96,7 +100,8 @@ def _check_prompt(
             f"input_ids must be token ids [B, S] or [S], not empty, got {input_ids.dtype} of shape "
             f"{tuple(input_ids.shape)}."
         )
-    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.view(-1, ids.shape[1])
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    mask = mask.unsqueeze(0) if mask.dim() == 1 else mask
     if mask.shape != ids.shape or not bool(mask.bool().any(1).all()):
         raise ValueError(
             f"attention_mask must be 0 or 1 of shape {tuple(ids.shape)} with a token in every row, "
@@ -264,8 +269,8 @@ def cross_check(module: SpikingLinear, x: Tensor) -> CrossCheck:
         positive, negative = signed_events(centred, max(module.encoder.capacities))
         total = torch.zeros_like(expected, dtype=torch.float64)
         with DispatchCounterMode([signed_counter]):
-            for plus, minus in zip(positive.double(), negative.double(), strict=True):
-                total += torch.mm(plus, weight) - torch.mm(minus, weight)
+            for plus, minus in zip(positive, negative, strict=True):  # one slot at a time
+                total += torch.mm(plus.double(), weight) - torch.mm(minus.double(), weight)
     return CrossCheck(
         unary=row.unary_operations,
         unary_counted=unary_counter.get_total(),

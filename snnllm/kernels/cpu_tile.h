@@ -96,7 +96,7 @@ DEFINE_TILE(wide_1x4, tile_wide(1, 4, ARGUMENTS))
 
 typedef void Tile(const uint8_t *, int64_t, const uint8_t *, int64_t, int64_t, int32_t *);
 
-/* raw[rows][32], zeroed by the caller: sum_k q w' of one segment; rows is 1 or 4. */
+/* raw[rows][32] += sum_k q level of one segment; rows is 1 or 4. */
 static void tile_raw(const Segment *seg, const Panel *panel, int rows, const uint8_t *count,
                      int64_t row_stride, int32_t *raw) {
     static Tile *const tiles[3][2] = {
@@ -104,13 +104,14 @@ static void tile_raw(const Segment *seg, const Panel *panel, int rows, const uin
     Tile *const tile = tiles[panel->layout][rows == ROWS];
     const int blocks = rows == ROWS ? 2 : 4;
     const int64_t stride = panel->block_stride;
+    const int64_t chunk = panel->missing ? seg->chunk_signed : seg->chunk;
     const int64_t octet_counts = panel->layout == WIDE ? 2 * OCTET : OCTET;
     const uint8_t *weight = panel->weight + seg->padded_start / OCTET * panel->octet_bytes;
     for (int c = 0; c < BLOCKS; c += blocks)
-        for (int64_t o = 0; o < seg->octets; o += seg->chunk)
+        for (int64_t o = 0; o < seg->octets; o += chunk)
             tile(count + o * octet_counts, row_stride,
                  weight + c * stride + o * panel->octet_bytes, stride,
-                 seg->octets - o < seg->chunk ? seg->octets - o : seg->chunk, raw + c * LANES);
+                 seg->octets - o < chunk ? seg->octets - o : chunk, raw + c * LANES);
 }
 
 #else /* portable */
@@ -143,18 +144,19 @@ static void tile_raw(const Segment *seg, const Panel *panel, int rows, const uin
 
 #endif
 
-/* Unpacks the nibbles of 32 outputs once for many rows: the bytes are levels + 8. */
+/* Unpacks the nibbles of 32 outputs once for many rows, as signed levels: smaller products, so
+ * more of them fit int16. */
 static void unpack_panel(Panel *panel, int64_t octets, uint8_t *to) {
     for (int block = 0; block < BLOCKS; block++)
         for (int64_t o = 0; o < octets; o++) {
             const uint8_t *from = panel->weight + block * panel->block_stride + o * 32;
             uint8_t *at = to + (block * octets + o) * 64;
             for (int i = 0; i < 32; i++) {
-                at[i] = from[i] & 15;
-                at[32 + i] = from[i] >> 4;
+                at[i] = (uint8_t)((from[i] & 15) - 8);
+                at[32 + i] = (uint8_t)((from[i] >> 4) - 8);
             }
         }
-    *panel = (Panel){to, BYTE, 64, octets * 64};
+    *panel = (Panel){to, BYTE, 64, octets * 64, 8};
 }
 
 #endif

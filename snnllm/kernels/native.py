@@ -307,12 +307,13 @@ def _segment_words(
     layout: int,
     weight_bits: int,
 ) -> Tensor:
-    """Return the C structs `Segment`, int64 [S, 6]."""
+    """Return the C structs `Segment`, int64 [S, 7]."""
     rows = []
     for segment, padded_start in zip(segments, starts, strict=True):
         octets = -(-(segment.stop - segment.start) // _OCTET)
-        chunk = _safe_octets(layout, weight_bits, encoder.capacities[segment.act_group])
-        rows.append([*segment[:2], padded_start, octets, segment.act_group, max(chunk, 1)])
+        capacity = encoder.capacities[segment.act_group]
+        chunks = [max(_safe_octets(kind, weight_bits, capacity), 1) for kind in (layout, _BYTE)]
+        rows.append([*segment[:2], padded_start, octets, segment.act_group, *chunks])
     return torch.tensor(rows, dtype=torch.int64)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention
-from snnllm.config import FLOAT_BITS, MaskScope, SpikeConfig
+from snnllm.config import FLOAT_BITS, MaskScope, SpikeConfig, WeightRange
 from snnllm.execution import spiking_modules
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import spike_block
@@ -105,14 +105,17 @@ def fill_block(
     """Turn a dense block into a spiking one in place: masks, then rounded weights."""
     dense = {p: block.get_submodule(p) for paths in INPUT_GROUPS for p in paths}
     groups = channel_groups(index, spike, statistics, generator, allocation)
-    config = source.config
-    spike_block(block, index, config, spike)
+    importance: dict[str, Tensor | None] = dict.fromkeys(dense)
+    if spike.weight_range is WeightRange.CLIP:
+        for paths, inputs in zip(INPUT_GROUPS, statistics.inputs, strict=True):
+            importance |= dict.fromkeys(paths, inputs.second_moment.diagonal())
+    spike_block(block, index, source.config, spike)
     block.to(next(iter(dense.values())).weight.device)
     for path, linear in dense.items():
         module = block.get_submodule(path)
         if isinstance(module, SpikingLinear):
             assert isinstance(linear, nn.Linear)
-            fill_linear(module, linear, groups[path])
+            fill_linear(module, linear, groups[path], importance[path])
     attention = block.self_attn
     attention.config._attn_implementation = "sdpa"
     if isinstance(attention, SpikingLlamaAttention):
@@ -146,8 +149,16 @@ def channel_groups(
     return groups
 
 
-def fill_linear(module: SpikingLinear, dense: nn.Linear, group: Tensor) -> None:
+def fill_linear(
+    module: SpikingLinear, dense: nn.Linear, group: Tensor, importance: Tensor | None = None
+) -> None:
     """Store masks and rounded weights of one linear.
+
+    Args:
+        module: The empty spiking linear.
+        dense: Its float original.
+        group: Saliency groups of the input channels, uint8 `[K]`.
+        importance: Mean square of each input channel `[K]` for the clip search, or None.
 
     Raises:
         ValueError: The weight is not finite; names the layer.
@@ -160,7 +171,9 @@ def fill_linear(module: SpikingLinear, dense: nn.Linear, group: Tensor) -> None:
         module.set_float_weight(weight, bias)
         return
     try:
-        quantized = round_to_nearest(weight[:, module.order], layout.weight_bits, layout.group_size)
+        order = module.order
+        h = None if importance is None else importance[order]
+        quantized = round_to_nearest(weight[:, order], layout.weight_bits, layout.group_size, h)
     except ValueError as error:
         raise ValueError(f"{module.name}: {error}") from error
     module.set_weight(quantized, bias)

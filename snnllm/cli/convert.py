@@ -1,0 +1,95 @@
+"""`snnllm convert`: dense LLaMA -> spiking checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from snnllm.card import write_card
+from snnllm.cli.options import (
+    add_spike_options,
+    calibration_windows,
+    checked_device,
+    progress,
+    spike_config,
+)
+from snnllm.conversion import ConversionReport, convert, estimate, write_report
+from snnllm.data import load_text, token_windows, tokenize
+from snnllm.evaluate import token_perplexity
+from snnllm.modeling import load
+from snnllm.sources import dense_model, open_source
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "convert",
+        help="dense LLaMA -> spiking checkpoint",
+        description="Convert a LLaMA (Hugging Face folder, .gguf file or hub id) block by block.",
+    )
+    parser.add_argument("model", help="Hugging Face folder, .gguf file or hub id of a dense LLaMA")
+    parser.add_argument("output", type=Path, help="checkpoint folder to make; must not exist")
+    add_spike_options(parser)
+    parser.add_argument("--device", default="cpu", help="where a block runs (default: cpu)")
+    parser.add_argument("--eval", metavar="TEXT", help="measure perplexity before and after on this")
+    parser.add_argument("--limit", type=int, default=8, help="windows of --eval (default: 8)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print estimated time, memory and disk; write nothing"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, report, and write the model card."""
+    spike = spike_config(args)
+    device = checked_device(args.device)
+    source = open_source(args.model)
+    windows = calibration_windows(args, source)
+    blocks = source.config.num_hidden_layers
+    if args.dry_run:
+        need = estimate(source, spike, *windows.shape)
+        print(f"{source.name}: {blocks} blocks, {spike.label}, {len(windows)} calibration windows")
+        print(f"estimated time    {need.seconds / 60:.1f} min on this CPU (within a factor of two)")
+        print(f"estimated memory  {need.memory_mib:.0f} MiB")
+        print(f"estimated disk    {need.disk_mib:.0f} MiB at {args.output}")
+        return 0
+    with tqdm(total=blocks, desc="convert", unit="block") as bar:
+
+        def on_block(block: Any) -> None:
+            bar.set_postfix_str(f"SQNR {block.sqnr_db:.1f} dB")
+            bar.update()
+
+        report = convert(
+            source, args.output, spike, windows, seed=args.seed, device=device, on_block=on_block
+        )
+    measured = summary(report)
+    if args.eval is not None:
+        ids = tokenize(load_text(args.eval), source.tokenizer())
+        text_windows = token_windows(ids, args.seqlen, args.limit)
+        for label, model in (("dense", dense_model(source)), ("spiking", load(args.output))):
+            result = token_perplexity(model.to(device), text_windows, progress=progress(label))
+            where = f"{result.metric}, {args.eval}, {result.windows} windows"
+            measured[f"perplexity, {label} ({where})"] = f"{result.perplexity:.2f}"
+    write_report(report, args.output / "conversion.json")
+    write_card(args.output, spike, measured)
+    for name, value in measured.items():
+        print(f"{name:<44} {value}")
+    print(f"checkpoint: {args.output}")
+    return 0
+
+
+def summary(report: ConversionReport) -> dict[str, str]:
+    """The figures of a conversion, by name."""
+    sqnr = [b.sqnr_db for b in report.blocks]
+    return {
+        "spiking modules": str(report.spiking_modules),
+        "weights on disk": f"{report.weight_bytes / 2**20:.1f} MiB",
+        "bytes per converted weight": f"{report.linear_bytes / max(1, report.linear_weights):.3f}",
+        "block SQNR, mean / worst": f"{sum(sqnr) / len(sqnr):.1f} / {min(sqnr):.1f} dB",
+        "spike rate, mean of blocks": f"{sum(b.spike_rate for b in report.blocks) / len(sqnr):.4f}",
+        "conversion time": f"{report.seconds:.1f} s",
+        "peak memory": f"{report.peak_mib:.0f} MiB",
+    }

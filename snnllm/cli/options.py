@@ -1,0 +1,132 @@
+"""Options and helpers that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from snnllm.config import (
+    PRESETS,
+    MaskScope,
+    Operands,
+    Score,
+    SpikeConfig,
+    ValueRange,
+    WeightRange,
+)
+from snnllm.data import load_text, random_windows, tokenize
+from snnllm.execution import View, set_view, spiking_modules
+from snnllm.modeling import load
+from snnllm.sources import Source, dense_model, open_source
+
+_OVERRIDES = {
+    "ratio": "salient_ratio",
+    "steps": "salient_steps",
+    "range": "value_range",
+    "score": "score",
+    "mask_scope": "mask_scope",
+    "attention": "attention",
+    "weight_range": "weight_range",
+    "group_size": "weight_group_size",
+}
+
+
+def add_spike_options(parser: argparse.ArgumentParser) -> None:
+    """Options that describe a `SpikeConfig` and its calibration."""
+    spike = parser.add_argument_group("what is computed")
+    spike.add_argument(
+        "--preset",
+        default="W4A4T2",
+        help=f"W<weight bits>A<spike bits>T<salient steps>, e.g. {', '.join(PRESETS)} "
+        "(default: %(default)s)",
+    )
+    spike.add_argument("--ratio", type=float, help="fraction of channels that is salient, 0..1")
+    spike.add_argument("--steps", type=int, help="time steps T of the salient channels")
+    spike.add_argument("--range", choices=[*ValueRange], help="own threshold per group, or shared")
+    spike.add_argument("--score", choices=[*Score], help="saliency score")
+    spike.add_argument("--mask-scope", choices=[*MaskScope], help="a mask per linear or per input")
+    spike.add_argument("--attention", choices=[*Operands], help="encode Q, K, V or leave them float")
+    spike.add_argument("--weight-range", choices=[*WeightRange], help="min/max or clip search")
+    spike.add_argument("--group-size", type=int, help="inputs that share a weight scale")
+    data = parser.add_argument_group("calibration")
+    data.add_argument(
+        "--calibration",
+        default="pydoc:train",
+        help="text file, JSONL or dataset name; never the test text (default: %(default)s)",
+    )
+    data.add_argument("--nsamples", type=int, default=16, help="windows (default: %(default)s)")
+    data.add_argument("--seqlen", type=int, default=512, help="tokens a window (default: %(default)s)")
+    data.add_argument("--seed", type=int, default=0, help="offsets of the windows (default: 0)")
+
+
+def spike_config(args: argparse.Namespace) -> SpikeConfig:
+    """The configuration that the options describe."""
+    given = {field: getattr(args, option) for option, field in _OVERRIDES.items()}
+    return SpikeConfig.preset(args.preset, **{k: v for k, v in given.items() if v is not None})
+
+
+def calibration_windows(args: argparse.Namespace, source: Source) -> Tensor:
+    """The calibration windows that the options describe."""
+    ids = tokenize(load_text(args.calibration), source.tokenizer())
+    return random_windows(ids, args.seqlen, args.nsamples, args.seed)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that runs a model."""
+    parser.add_argument(
+        "--view", choices=[*View], help="view of a spiking model (default: collapsed)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
+
+
+def open_model(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
+    """A spiking checkpoint, or a dense LLaMA, with its tokenizer.
+
+    Raises:
+        ValueError: The model is unusable, or a view was asked of a dense model.
+    """
+    device = checked_device(args.device)
+    folder = Path(name)
+    config = folder / "config.json"
+    if config.is_file() and '"spiking_llama"' in config.read_text():
+        model = load(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        source = open_source(name)
+        model, tokenizer = dense_model(source), source.tokenizer()
+    if args.view is not None:
+        if not spiking_modules(model):
+            raise ValueError(f"--view {args.view} needs a spiking checkpoint; {name} is dense.")
+        set_view(model, args.view)
+    return model.to(device).eval(), tokenizer
+
+
+def checked_device(name: str) -> torch.device:
+    """A device that exists.
+
+    Raises:
+        ValueError: Unknown device, or CUDA without a GPU.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"Unknown device {name!r}; use cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA GPU (or a CPU build of torch).")
+    return device
+
+
+def progress(label: str, total: int | None = None, unit: str = "window") -> Any:
+    """A progress bar as an iterator wrapper."""
+
+    def wrap(items: Iterable[Any]) -> Any:
+        return tqdm(items, desc=label, total=total, unit=unit, leave=False)
+
+    return wrap

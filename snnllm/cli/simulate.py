@@ -1,0 +1,92 @@
+"""`snnllm simulate`: run a prompt over time steps; record membranes, count operations and energy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from snnllm.cli.options import open_model
+from snnllm.execution import spiking_modules
+from snnllm.operations import count_operations
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "simulate",
+        help="record membranes and spikes, count operations and energy",
+        description="Run a prompt through the unrolled view: NPZ, CSV and figures of the chosen "
+        "neurons, and the operation report of all layers. The scripts of the package sims "
+        "(python -m sims.membrane, sims.raster, sims.equivalence, sims.sweep) offer more.",
+    )
+    parser.add_argument("model", type=Path, help="spiking checkpoint")
+    parser.add_argument("prompt", help="text that the model reads")
+    parser.add_argument("--output", type=Path, default=Path("simulation"), help="results folder")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        default=["model.layers.0.self_attn.q_proj"],
+        metavar="PATTERN",
+        help="spiking modules to record, shell-style patterns in quotes (default: %(default)s)",
+    )
+    parser.add_argument("--tokens", default="all", help="positions like 0,3,8:16 or all")
+    parser.add_argument(
+        "--channels", default="auto:6", help="like 0,3,8:16, all, salient, auto:N (default: auto:6)"
+    )
+    parser.add_argument(
+        "--memory-limit", type=float, default=256, metavar="MIB", help="of a recording (default: 256)"
+    )
+    parser.set_defaults(run=run, view=None, device="cpu")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record, count and write."""
+    files = simulate(
+        args.model,
+        args.prompt,
+        args.output,
+        args.layers,
+        args.tokens,
+        args.channels,
+        int(args.memory_limit * 2**20),
+        args,
+    )
+    print("\n".join(f"wrote {path}" for path in files))
+    return 0
+
+
+def simulate(
+    checkpoint: Path,
+    prompt: str,
+    output: Path,
+    layers: list[str],
+    tokens: str,
+    channels: str,
+    memory_limit: int,
+    options: argparse.Namespace,
+) -> list[Path]:
+    """Record a prompt and count its operations; returns the files written.
+
+    Raises:
+        ValueError: The model is dense, or a layer, token or channel does not exist.
+    """
+    # The one place where the command line reaches up to the scripts (architecture test).
+    from sims import membrane, raster
+    from sims.common import Conversion
+
+    model, tokenizer = open_model(str(checkpoint), options)
+    if not spiking_modules(model):
+        raise ValueError(f"{checkpoint} is dense; convert it first with `snnllm convert`.")
+    common = (str(checkpoint), Conversion(), prompt, layers, tokens, channels, memory_limit, output)
+    files = membrane.simulate(*common)
+    files += raster.simulate(*common)
+    report = count_operations(model, tokenizer(prompt, return_tensors="pt").input_ids)
+    for path, text in (
+        (output / "operations.json", json.dumps(report.to_dict(), indent=2)),
+        (output / "operations.md", report.to_markdown()),
+    ):
+        path.write_text(text + "\n")
+        files.append(path)
+    return files
