@@ -15,8 +15,10 @@ from sims.plots import GREY, ORDINARY, SALIENT, STYLE, new_axes, new_figure
 from sims.traces import LayerTrace
 
 __all__ = [
+    "equivalence_figure",
     "firing_rate",
-    "plot_equivalence",
+    "plot_difference",
+    "plot_integers",
     "plot_rate_heatmap",
     "plot_rate_histogram",
     "plot_sweep",
@@ -148,51 +150,88 @@ def _short_names(traces: Sequence[LayerTrace]) -> list[str]:
     return [".".join(name[common:]) for name in names]
 
 
-def plot_equivalence(
-    layers: Sequence[str],
-    differing: Sequence[int],
-    difference: Sequence[float],
-    compared: int,
-    ax: Axes | None = None,
+def plot_difference(
+    layers: Sequence[str], difference: Sequence[float], ax: Axes | None = None
 ) -> Axes:
-    """Draw how far the views of each layer are apart: output difference, and differing integers.
+    """Draw how far the outputs of the views of each layer are apart.
 
     Args:
-        layers: Layer names, R of them.
-        differing: Integers that differ between the views, R.
+        layers: Layer names, R of them, in the order of execution.
         difference: Largest difference of the outputs, relative to the largest output, R.
-        compared: Integers that were compared in all.
         ax: Axes to draw on.
 
     Returns:
         The axes.
     """
-    wrong, values = np.array(differing), np.array(difference)
+    values = np.array(difference, dtype=np.float64)
     with rc_context(STYLE):
-        ax = new_axes(max(5.5, min(14.0, 1.5 + 0.07 * len(layers))), 3.4) if ax is None else ax
-        position = np.arange(len(layers))
-        for chosen, colour, marker, name in (
-            (wrong == 0, ORDINARY, "o", "all integers equal"),
-            (wrong > 0, SALIENT, "X", "integers differ"),
-        ):
-            if chosen.any():
-                label = f"{name} ({chosen.sum()} layers)"
-                ax.plot(
-                    position[chosen], values[chosen], marker, ms=4, mew=0, color=colour,
-                    label=label, clip_on=False, zorder=3,
-                )  # fmt: skip
-        ax.axhline(
-            _FLOAT32_EPS, color=GREY, ls="--", lw=0.9, label="float32 rounding, 2\u207b\u00b2\u00b3"
-        )
+        ax = new_axes() if ax is None else ax
+        ax.plot(range(len(values)), values, "o", ms=3.5, mew=0, color=ORDINARY, clip_on=False)
+        ax.axhline(_FLOAT32_EPS, color=GREY, ls="--", lw=0.9)
+        ax.annotate(
+            "float32 rounding", (1, _FLOAT32_EPS), (0, 2), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", fontsize=8, color=GREY,
+        )  # fmt: skip
         ax.set_yscale("symlog", linthresh=1e-8, linscale=0.5)
-        ax.set_ylim(0, max(1e-5, float(values.max(initial=0)) * 3))
+        ax.set_ylim(0, max(1e-6, float(values.max(initial=0)) * 3))
         _block_ticks(ax, layers)
-        ax.set_ylabel("max |difference| of outputs\nrelative to max |output|")
-        ax.set_title(
-            f"{int(wrong.sum()):,} of {compared:,} integers differ between the views", loc="left"
-        )
-        ax.legend(frameon=False, loc="upper right")
+        ax.set_ylabel("max |difference| of outputs\n(relative to max |output|)")
+        exact = int((values == 0).sum())
+        ax.set_title(f"outputs: {exact} of {len(values)} layers equal bit for bit", loc="left")
     return ax
+
+
+def plot_integers(
+    layers: Sequence[str], compared: Sequence[int], differing: Sequence[int], ax: Axes | None = None
+) -> Axes:
+    """Draw how many integers of each layer were compared between the views, and how many differ.
+
+    Args:
+        layers: Layer names, R of them, in the order of execution.
+        compared: Integers compared, R.
+        differing: Integers that differ, R.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+    """
+    position = np.arange(len(layers))
+    with rc_context(STYLE):
+        ax = new_axes() if ax is None else ax
+        ax.bar(position, compared, width=0.8, color="#56B4E9", label="compared")
+        ax.bar(position, differing, width=0.8, color=SALIENT, label="differing")
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=0.8)
+        _block_ticks(ax, layers)
+        ax.set_ylabel("integers")
+        ax.set_title(f"{sum(differing):,} of {sum(compared):,} integers differ", loc="left")
+        ax.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.98))
+    return ax
+
+
+def equivalence_figure(
+    layers: Sequence[str],
+    compared: Sequence[int],
+    differing: Sequence[int],
+    difference: Sequence[float],
+) -> Figure:
+    """Draw `plot_integers` above `plot_difference`.
+
+    Args:
+        layers: Layer names, R of them, in the order of execution.
+        compared: Integers compared, R.
+        differing: Integers that differ, R.
+        difference: Largest difference of the outputs, relative to the largest output, R.
+
+    Returns:
+        The figure.
+    """
+    with rc_context(STYLE):
+        figure = new_figure(float(np.clip(1.5 + 0.06 * len(layers), 5.5, 14)), 5)
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        plot_integers(layers, compared, differing, upper).set_xlabel("")
+        plot_difference(layers, difference, lower)
+    return figure
 
 
 def _block_ticks(ax: Axes, layers: Sequence[str]) -> None:

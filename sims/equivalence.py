@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from neurons import SpikeEncoder
-from sims.charts import plot_equivalence
+from sims.charts import equivalence_figure
 from sims.common import (
     Conversion,
     add_conversion_arguments,
@@ -116,8 +116,8 @@ class Audit:
         outputs = max(layer.relative_difference for layer in self.layers)
         return (
             f"{len(self.layers)} layers: {self.differing:,} of {self.compared:,} integers differ "
-            f"between the views; outputs differ by at most {outputs:.3g} of their largest value; logits by at "
-            f"most {self.logits_difference:.3g} (largest logit {self.logits_magnitude:.4g})"
+            f"between the views; outputs differ by at most {outputs:.3g} of their largest value, "
+            f"logits by at most {self.logits_difference:.3g} (largest: {self.logits_magnitude:.4g})"
         )
 
 
@@ -270,14 +270,14 @@ def simulate(
     ids, _ = encode_prompt(subject.tokenizer, prompt)
     result = audit(subject.model, ids)
     layers = result.layers
-    ax = plot_equivalence(
+    figure = equivalence_figure(
         [layer.layer for layer in layers],
+        [len(_OTHERS) * layer.compared for layer in layers],
         [layer.differing for layer in layers],
         [layer.relative_difference for layer in layers],
-        result.compared,
     )
-    figure = save_figure(ax.figure, folder / "equivalence.png")
-    return result, [write_csv(result, folder / "equivalence.csv"), figure]
+    drawn = save_figure(figure, folder / "equivalence.png")
+    return result, [write_csv(result, folder / "equivalence.csv"), drawn]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,7 +47,6 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
-    "text.parse_math": False,  # a token may be a dollar sign
 }
 _DPI = 200
 _MAX_TOKEN_LABEL = 12
@@ -74,7 +73,7 @@ def save_figure(figure: Any, path: Path) -> Path:
 def token_label(text: str) -> str:
     """The text of a token as a tick label: visible, short, one line."""
     shown = text.strip("\r\n ") or {"\n": "\\n"}.get(text.strip(" "), "\u2423")
-    shown = shown.replace("\n", "\\n")
+    shown = shown.replace("\n", "\\n").replace("$", "\\$")  # a lone dollar would start maths
     return shown if len(shown) <= _MAX_TOKEN_LABEL else shown[: _MAX_TOKEN_LABEL - 1] + "\u2026"
 
 

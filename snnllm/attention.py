@@ -26,10 +26,12 @@ from snnllm.cache import EncodeOnWrite, from_payload, to_payload
 from snnllm.config import SpikeConfig
 from snnllm.execution import SpikingModule, View
 from snnllm.kernels import get_backend
+from snnllm.kernels.attention import NativeAttention
 
 SPIKING_ATTENTION = "spiking"
 CALIBRATION_ATTENTION = "spiking_calibration"
 _INT8_MAX = 127
+_UNKNOWN = object()
 _EXACT_FLOAT32 = 1 << 24
 # transformers 5.20 renamed the argument; both spellings are supported.
 _CACHE_ARGUMENT = (
@@ -68,6 +70,7 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
         self.v_encoder = SpikeEncoder(
             groups.clone(), steps=spike.kv_steps, name=f"{prefix}.v", **common
         )
+        self._native: NativeAttention | None | object = _UNKNOWN
 
     def set_channel_groups(self, key: Tensor, value: Tensor) -> None:
         """Choose the saliency groups of K and V, uint8 `[H_kv, D]`."""
@@ -89,7 +92,28 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
         kwargs[_CACHE_ARGUMENT] = EncodeOnWrite(cache, self._encode_key_value)
         return super().forward(*args, **kwargs)
 
+    def native(self) -> NativeAttention | None:
+        """The C functions, when the collapsed view can use them here."""
+        if self.view is not View.COLLAPSED or torch.compiler.is_compiling():
+            return None
+        if self._native is _UNKNOWN:
+            encoders = (self.q_encoder, self.k_encoder, self.v_encoder)
+            reason = NativeAttention.refusal(*encoders)
+            self._native = None if reason else NativeAttention(*encoders)
+        return self._native
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._native = _UNKNOWN  # the encoders may move to another device
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State without the loaded library, for deepcopy and pickle."""
+        return {**self.__dict__, "_native": _UNKNOWN}
+
     def _encode_key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        native = self.native()
+        if native is not None:
+            return native.encode(key, self.k_encoder), native.encode(value, self.v_encoder)
         return (
             to_payload(self.run_encoder(self.k_encoder, key)),
             to_payload(self.run_encoder(self.v_encoder, value)),
@@ -193,25 +217,43 @@ def spiking_attention(
         `[B, S_q, H, D]` in the dtype of the query, and P.
     """
     batch, heads, tokens, _ = query.shape
+    native = module.native()
+    if native is not None:
+        scores = native.scores(native.encode(query, module.q_encoder), key, scaling)
+        decoded = native.decode_values(value)
+    else:
+        scores = spiking_scores(module, query, key, scaling)
+        decoded = module.v_encoder.decode(from_payload(value, module.v_encoder), torch.float32)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probability = nn.functional.softmax(scores, dim=-1)
+    weights = nn.functional.dropout(probability, p=dropout, training=module.training)
+    per_group = weights.view(batch, key.shape[1], -1, decoded.shape[-2])
+    out = torch.matmul(per_group, decoded).view(batch, heads, tokens, -1)
+    return out.transpose(1, 2).to(query.dtype).contiguous(), probability
+
+
+def spiking_scores(
+    module: SpikingLlamaAttention, query: Tensor, key: Tensor, scaling: float
+) -> Tensor:
+    """`scaling * sum_g (A_g s_q) s_kg`, float32 `[B, H, S_q, S_k]`, with torch operations.
+
+    Args:
+        module: The attention layer.
+        query: float `[B, H, S_q, D]`.
+        key: payloads `[B, H_kv, S_k, bytes]`.
+        scaling: Factor of the scores.
+    """
+    batch, heads, tokens, _ = query.shape
     encoded_q = module.run_encoder(module.q_encoder, query)
     encoded_k = from_payload(key, module.k_encoder)
-    encoded_v = from_payload(value, module.v_encoder)
-    kv_heads = key.shape[1]
-    s_q = encoded_q.threshold.view(batch, kv_heads, -1, 1)
+    s_q = encoded_q.threshold.view(batch, key.shape[1], -1, 1)
     scores: Tensor | None = None
     for g, product in enumerate(query_key_accumulators(module, encoded_q, encoded_k)):
         term = (product.float() * s_q) * encoded_k.threshold[..., g].unsqueeze(-2)
         scores = term if scores is None else scores + term
     assert scores is not None  # an encoder has at least one group
-    scores = scores.view(batch, heads, tokens, -1) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probability = nn.functional.softmax(scores, dim=-1)
-    weights = nn.functional.dropout(probability, p=dropout, training=module.training)
-    decoded = module.v_encoder.decode(encoded_v, torch.float32)
-    per_group = weights.view(batch, kv_heads, -1, decoded.shape[-2])
-    out = torch.matmul(per_group, decoded).view(batch, heads, tokens, -1)
-    return out.transpose(1, 2).to(query.dtype).contiguous(), probability
+    return scores.view(batch, heads, tokens, -1) * scaling
 
 
 def calibration_attention(

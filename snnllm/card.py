@@ -20,7 +20,7 @@ base_model: {source}
 
 # {source} as a spiking LLaMA ({label})
 
-Converted with [snnllm](https://pypi.org/project/snnllm/), an implementation of SpikeLLM
+Converted with snnllm, an implementation of SpikeLLM
 (arXiv 2407.04752). The linears{attention} compute with spikes of generalised integrate-and-fire
 neurons: {bits}-bit spikes, {steps}. Weights: {weights}.
 

@@ -295,6 +295,9 @@ def _model_rows(
         # Only the energy of the events shrinks with the rate; the rest of the total is fixed.
         slack = (total - (own - events)) / events if events else 0.0
         rate = None if n in _SPIKING else max(0.0, spike_rate * slack)
-        ratios = [a / b if b else 1.0 for a, b in ((matmul[n], own_matmul), (total, own))]
-        rows.append(EnergyRow(model.provenance.name, n, matmul[n], rest[n], *ratios, rate))
+        matmul_ratio, ratio = (
+            a / b if b else 1.0 for a, b in ((matmul[n], own_matmul), (total, own))
+        )
+        name = model.provenance.name
+        rows.append(EnergyRow(name, n, matmul[n], rest[n], matmul_ratio, ratio, rate))
     return rows

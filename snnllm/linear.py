@@ -85,7 +85,6 @@ class SpikingLinear(SpikingModule):
     weight_codes: Tensor
     weight_scale: Tensor
     weight_zero: Tensor
-    _keep_in_fp32_modules_strict = ("weight_scale",)
 
     def __init__(
         self,

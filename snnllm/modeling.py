@@ -35,6 +35,10 @@ class SpikingLlamaConfig(LlamaConfig):  # type: ignore[misc]
 
     model_type = MODEL_TYPE
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: the shim is the remote code, no checkpoint gets a copy of this module."""
+
     @property
     def spike(self) -> SpikeConfig:
         """The spiking part.
@@ -74,7 +78,7 @@ def spike_block(block: LlamaDecoderLayer, layer_idx: int, config: LlamaConfig, s
         block.self_attn = attention
     prefix = f"model.layers.{layer_idx}"
     for path in LINEARS:
-        if path.endswith(spike.modules_to_not_convert):
+        if f"{prefix}.{path}".endswith(spike.modules_to_not_convert):
             continue
         parent_name, name = path.split(".")
         parent = block.get_submodule(parent_name)
@@ -102,6 +106,8 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     config_class = SpikingLlamaConfig
     config: SpikingLlamaConfig
+    # Loading in half precision must not round the scales: the codes would change meaning.
+    _keep_in_fp32_modules_strict = ("weight_scale",)
 
     def __init__(self, config: SpikingLlamaConfig) -> None:
         register()
@@ -110,6 +116,10 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         super().__init__(config)
         for index, block in enumerate(self.model.layers):
             spike_block(block, index, config, spike)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: the shim is the remote code, no checkpoint gets a copy of this module."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,3 +164,6 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Sp
     """
     model = SpikingLlamaForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     return cast(SpikingLlamaForCausalLM, model.eval())
+
+
+register()  # so that the Auto classes know the architecture once this module is imported

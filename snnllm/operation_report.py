@@ -346,7 +346,7 @@ def _by_role(rows: Sequence[OperationRow]) -> list[tuple[str, list[OperationRow]
 
 
 def _table(groups: Sequence[tuple[str, list[OperationRow]]]) -> list[str]:
-    energies = [f"spiking nJ, {model.provenance.name}" for model in ENERGY_MODELS]
+    energies = [f"spiking, {model.provenance.name}" for model in ENERGY_MODELS]
     header = (
         *("module", "T", "neurons", "rate", "unary rate", "spikes/neuron", "silent"),
         *("SynOps", "MACs", "SynOps/MAC", "ACE", *energies),
@@ -359,7 +359,7 @@ def _table(groups: Sequence[tuple[str, list[OperationRow]]]) -> list[str]:
         macs = sum(row.macs for row in rows)
         ace = sum(row.ace for row in rows) / max(1, FP16_ACE * macs)
         cells += [si(synops), si(macs), f"{synops / max(1, macs):.3f}", f"{100 * ace:.3f} %"]
-        cells += [f"{sum(r.energy_pj(m) for r in rows) / 1000:.4g}" for m in ENERGY_MODELS]
+        cells += [f"{si(1e-12 * sum(r.energy_pj(m) for r in rows))}J" for m in ENERGY_MODELS]
         lines.append(f"| {' | '.join(cell.strip() for cell in cells)} |")
     return lines
 

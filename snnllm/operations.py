@@ -65,28 +65,31 @@ def count_operations(
     ids, keep = _check_prompt(model, input_ids, attention_mask)
     rows: list[OperationRow] = []
     parts: list[FloatPart] = []
-    training = model.training
-    model.eval()
-    try:
-        with _observed(model, keep, rows, parts), torch.no_grad():
-            positions = (keep.long().cumsum(1) - 1).clamp(
-                min=0
-            )  # as `generate` numbers padded rows
-            mask = keep.long()
-            model.model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    finally:
-        model.train(training)
-    pairs = sum(row.macs // row.fan_in for row in rows if row.kind is Kind.QK)
-    parts += _elementwise_parts(model, int(keep.sum()), pairs)
+    with _observed(model, keep, rows, parts):
+        _run(model, ids, keep.long())
+    tokens = int(keep.sum())
+    scores = sum(row.macs // row.fan_in for row in rows if row.kind is Kind.QK)
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
     return OperationReport(
         label=model.config.spike.label,
         sequences=ids.shape[0],
-        tokens=int(keep.sum()),
+        tokens=tokens,
         rows=tuple(rows),
-        float_parts=tuple(parts),
+        float_parts=(*parts, *_elementwise_parts(model, tokens, scores)),
         parameter_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
     )
+
+
+def _run(model: SpikingLlamaForCausalLM, ids: Tensor, mask: Tensor) -> None:
+    """One pass without the head (its MACs follow from its shape), in evaluation mode."""
+    training = model.training
+    model.eval()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # as `generate` numbers padded rows
+    try:
+        with torch.no_grad():
+            model.model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    finally:
+        model.train(training)
 
 
 def _check_prompt(
@@ -239,6 +242,17 @@ def _centred_levels(spec: LinearSpec) -> Tensor:
     return spec.levels.to(torch.int32) - torch.cat(zero, 1)
 
 
+def _signed_sums(module: SpikingLinear, x: Tensor) -> Tensor:
+    """Sums over the signed event trains, one matmul per slot and sign, float64 `[tokens, N]`."""
+    centred = module.encoder.centre(module.encoder.encode(x))[:, module.order]
+    weight = _centred_levels(module.spec()).double().T
+    positive, negative = signed_events(centred, max(module.encoder.capacities))
+    total = torch.zeros(len(x), module.out_features, dtype=torch.float64, device=x.device)
+    for plus, minus in zip(positive, negative, strict=True):
+        total += torch.mm(plus.double(), weight) - torch.mm(minus.double(), weight)
+    return total
+
+
 def cross_check(module: SpikingLinear, x: Tensor) -> CrossCheck:
     """Let SpikingJelly count the synaptic operations of a linear, and compare.
 
@@ -264,17 +278,12 @@ def cross_check(module: SpikingLinear, x: Tensor) -> CrossCheck:
     with torch.no_grad():
         with use_view(module, View.BINARY), DispatchCounterMode([unary_counter]):
             expected = module.accumulators(x).sum(0)
-        centred = module.encoder.centre(module.encoder.encode(x))[:, module.order]
-        weight = _centred_levels(module.spec()).double().T
-        positive, negative = signed_events(centred, max(module.encoder.capacities))
-        total = torch.zeros_like(expected, dtype=torch.float64)
         with DispatchCounterMode([signed_counter]):
-            for plus, minus in zip(positive, negative, strict=True):  # one slot at a time
-                total += torch.mm(plus.double(), weight) - torch.mm(minus.double(), weight)
+            total = _signed_sums(module, x)
     return CrossCheck(
         unary=row.unary_operations,
         unary_counted=unary_counter.get_total(),
         signed=row.synaptic_operations,
         signed_counted=signed_counter.get_total(),
-        sums_agree=bool(torch.equal(total.to(torch.int64), expected.to(torch.int64))),
+        sums_agree=bool(torch.equal(total, expected.double())),
     )

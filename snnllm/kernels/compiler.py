@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 LOGGER = logging.getLogger("snnllm.kernels")
-SOURCES = ("cpu.c", "cpu_encode.h", "cpu_tile.h")
+SOURCES = ("cpu.c", "cpu_attention.h", "cpu_encode.h", "cpu_tile.h")
 CACHE_VARIABLE = "SNNLLM_CACHE_DIR"
 _COMPILERS = ("cc", "gcc", "clang")
 # -ffp-contract=off: a fused multiply-add rounds differently from the reference.

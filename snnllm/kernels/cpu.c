@@ -22,6 +22,7 @@
  * the padding has count 0. A lane is thus 32 bits everywhere, and a broadcast of 32 bits of counts
  * meets 8 outputs: vpmaddubsw (u8 x s8, pairs summed in int16) or vpmaddwd (int16, pairs in int32).
  */
+#include "cpu_attention.h"
 #include "cpu_encode.h"
 #include "cpu_tile.h"
 

@@ -17,10 +17,10 @@
 
 enum { NIBBLE = 0, BYTE = 1, WIDE = 2 };
 enum { OK = 0, NON_FINITE = 1, NO_MEMORY = 2 };
-enum { OCTET = 8, LANES = 8, COLUMNS = 32, ROWS = 4, ROW_BLOCK = 128, DOT_COLUMNS = 128 };
+enum { OCTET = 8, LANES = 8, COLUMNS = 32, ROWS = 4, ROW_BLOCK = 64, DOT_COLUMNS = 128 };
 enum { BLOCKS = COLUMNS / LANES };
 enum { UNPACK_ROWS = 8 }; /* rows from which unpacking nibbles to memory pays */
-enum { PARALLEL_WORK = 1 << 19 }; /* multiply-adds below which a second thread does not pay */
+enum { PARALLEL_WORK = 1 << 21 }; /* multiply-adds below which a second thread does not pay */
 enum { PARALLEL_VALUES = 1 << 14 }; /* the same for values to encode */
 
 typedef struct {

@@ -163,6 +163,10 @@ def library(definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib.snn_linear.argtypes = [pointer] * 4 + [size, number]
     lib.snn_encode.argtypes = [pointer] * 5 + [size, number]
     lib.snn_int_bmm.argtypes = [pointer] * 3 + [size] * 4 + [number]
+    lib.snn_encode_heads.argtypes = [pointer] * 4 + [size, size, pointer, size, pointer, number]
+    lib.snn_attention_scores.argtypes = [pointer] * 4 + [size, ctypes.c_float, pointer, number]
+    lib.snn_decode_heads.argtypes = [pointer] + [size] * 4 + [pointer, size, pointer, number]
+    lib.snn_decode_heads.restype = None
     return lib
 
 

@@ -1,0 +1,143 @@
+"""Spiking attention in C on the CPU: encode to payload bytes, integer Q K^T, decode V.
+
+The payload is the byte layout of `snnllm.cache`. Bit for bit equal to the torch operations of
+`snnllm.attention`, which run wherever this does not: on other devices, without a compiler, inside
+`torch.compile`, and for spikes whose products do not fit 8-bit operands.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from neurons import SpikeEncoder, ValueRange
+from snnllm.kernels import get_backend
+from snnllm.kernels.native import library
+from snnllm.kernels.spec import non_finite_error
+
+_INT16_MAX = 2**15 - 1
+_INT8_MAX = 127
+_MAX_GROUPS = 8
+_MAX_DIM = 1024
+_NON_FINITE = 1
+
+
+class NativeAttention:
+    """The C attention functions for one pair of Q and K encoders.
+
+    Args:
+        query: Encoder of Q: one step class.
+        key: Encoder of K.
+        value: Encoder of V.
+    """
+
+    def __init__(self, query: SpikeEncoder, key: SpikeEncoder, value: SpikeEncoder) -> None:
+        self._query, self._key, self._value = query, key, value
+        self._library = library()
+        self._capacities = {
+            id(e): torch.tensor(e.capacities, dtype=torch.int64) for e in (query, key, value)
+        }
+        product = 2 * max(key.capacities) * max(query.capacities)
+        self._chunk = _INT16_MAX // product
+
+    @staticmethod
+    def refusal(query: SpikeEncoder, key: SpikeEncoder, value: SpikeEncoder) -> str | None:
+        """Why these encoders cannot run natively, or None."""
+        encoders = (query, key, value)
+        if any(e.channel_group.device.type != "cpu" for e in encoders):
+            return "the model is not on the CPU"
+        if any(max(e.capacities) > 255 or len(e.steps) > _MAX_GROUPS for e in encoders):
+            return "spike counts beyond 255 or more than 8 groups"
+        if len(query.steps) != 1 or max(query.capacities) > _INT8_MAX:
+            return "spikes of Q beyond 7 bits"
+        if 2 * max(key.capacities) * max(query.capacities) > _INT16_MAX:
+            return "products of spikes beyond 16 bits"
+        if key.channel_group.shape[-1] > _MAX_DIM:
+            return f"heads of more than {_MAX_DIM} channels"
+        if get_backend("auto", "cpu").name != "native":
+            return "the native kernels cannot be built here"
+        return None
+
+    def encode(self, x: Tensor, encoder: SpikeEncoder) -> Tensor:
+        """Payloads of `x [B, H, S, D]`: uint8 `[B, H, S, D + 6 G]`.
+
+        Raises:
+            ValueError: NaN or infinity; names the layer.
+        """
+        x = x.detach().float()
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        shape = tuple(x.shape)
+        groups = len(encoder.steps)
+        out = torch.empty(*shape[:-1], shape[-1] + 6 * groups, dtype=torch.uint8)
+        group = encoder.channel_group
+        code = self._library.snn_encode_heads(
+            x.data_ptr(),
+            _int64(shape),
+            _int64(x.stride()),
+            group.data_ptr(),
+            1 if group.dim() == 1 else group.shape[0],
+            groups,
+            self._capacities[id(encoder)].data_ptr(),
+            encoder.value_range == ValueRange.SHARED,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if code == _NON_FINITE:
+            raise non_finite_error(encoder.name)
+        return out
+
+    def scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        """`scaling * sum_g (A_g s) s_g` of Q and K payloads.
+
+        Args:
+            query: `[B, H, S_q, D + 6]`.
+            key: `[B, H_kv, S_k, D + 6 G]`.
+            scaling: Factor, rounded to float32 as torch does.
+
+        Returns:
+            float32 `[B, H, S_q, S_k]`.
+        """
+        (batch, heads, tokens, _), (_, kv_heads, keys, _) = query.shape, key.shape
+        key = key.contiguous()
+        dim = self._key.channel_group.shape[-1]
+        out = torch.empty(batch, heads, tokens, keys)
+        sizes = (batch * kv_heads, heads // kv_heads * tokens, keys, dim)
+        code = self._library.snn_attention_scores(
+            _int64((*sizes, len(self._key.steps), kv_heads)),
+            query.data_ptr(),
+            key.data_ptr(),
+            self._key.channel_group.data_ptr(),
+            self._chunk,
+            scaling,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if code:
+            raise MemoryError(f"{self._key.name}: no memory for a block of keys.")
+        return out
+
+    def decode_values(self, payload: Tensor) -> Tensor:
+        """V as floats, `[B, H_kv, S, D]`, of payloads `[B, H_kv, S, D + 6 G]`."""
+        payload = payload.contiguous()
+        batch, heads, tokens, _ = payload.shape
+        dim = self._value.channel_group.shape[-1]
+        out = torch.empty(batch, heads, tokens, dim)
+        self._library.snn_decode_heads(
+            payload.data_ptr(),
+            batch * heads * tokens,
+            tokens,
+            heads,
+            dim,
+            self._value.channel_group.data_ptr(),
+            len(self._value.steps),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def _int64(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
