@@ -26,6 +26,7 @@ from snnllm.modeling import load
 from snnllm.sources import dense_model, open_source
 
 FLOAT = {"attention": "float"}
+ROTATED = {"pipeline": "rotated"}
 ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "issue": [
         ("10 % salient, split, attention float", "W4A4T2", FLOAT),
@@ -57,6 +58,14 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         for weights in ("minmax", "clip")
         for score in ("first_order", "gauss_newton")
         for attention in ("float", "encoded")
+    ],
+    "rotated": [
+        ("rotated, T = 2 on about 10 %", "W4A4T2", ROTATED),
+        ("rotated, attention float", "W4A4T2", {**ROTATED, **FLOAT}),
+        ("rotated, T = 4 on about 5 %", "W4A4T4", ROTATED),
+        ("rotated, one group", "W4A4", ROTATED),
+        ("rotated, float weights", "A4T2", ROTATED),
+        ("rotated, W4A8", "W4A8", ROTATED),
     ],
     "scores": [
         (f"score {score}", "W4A4T2", {"score": score})
@@ -99,8 +108,17 @@ def main(argv: list[str] | None = None) -> int:
     for table in args.tables:
         for label, preset, overrides in ROWS[table]:
             with tempfile.TemporaryDirectory() as folder:
-                spike = SpikeConfig.preset(preset, **overrides)
-                report = convert(source, f"{folder}/out", spike, calibration, device=args.device)
+                options = dict(overrides)
+                pipeline = options.pop("pipeline", "rtn")
+                spike = SpikeConfig.preset(preset, **options)
+                report = convert(
+                    source,
+                    f"{folder}/out",
+                    spike,
+                    calibration,
+                    pipeline=pipeline,
+                    device=args.device,
+                )
                 start = time.perf_counter()
                 result = token_perplexity(load(f"{folder}/out").to(args.device), windows)
                 sqnr = [b.sqnr_db for b in report.blocks]

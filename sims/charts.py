@@ -8,7 +8,9 @@ from typing import Literal
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from sims.plots import GREY, ORDINARY, SALIENT, STYLE, new_axes, new_figure
@@ -120,24 +122,20 @@ def plot_rate_heatmap(traces: Sequence[LayerTrace], ax: Axes | None = None) -> A
     with rc_context(STYLE):
         ax = new_axes(9, 1.5 + 0.3 * len(traces)) if ax is None else ax
         ax.set_facecolor("0.9")
-        drawn = ax.imshow(image, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
+        norm = PowerNorm(0.5, 0, max(float(np.nanmax(image)), 1e-3))  # a few channels fire far more
+        drawn = ax.imshow(image, aspect="auto", interpolation="nearest", cmap="viridis", norm=norm)
         for row, trace in enumerate(traces):
+            ax.axhspan(row - 0.5, row - 0.28, color="white", lw=0)
             marked = np.nonzero(trace.salient)[0]
-            label = "salient channel" if row == 0 or not traces[0].salient.any() else None
-            ax.plot(
-                marked, np.full(len(marked), row - 0.33), "v", ms=4.5, color=SALIENT,
-                mec="white", mew=0.4, label=label if len(marked) else None, clip_on=False,
-            )  # fmt: skip
-        ax.hlines(np.arange(1, len(traces)) - 0.5, -0.5, longest - 0.5, color="white", lw=1.5)
+            ax.vlines(marked, row - 0.48, row - 0.3, color=SALIENT, lw=0.9)
         ax.set_yticks(range(len(traces)), _short_names(traces))
         ax.set_xlabel("recorded channel")
         bar = ax.get_figure().colorbar(drawn, ax=ax, pad=0.01)  # type: ignore[union-attr]
         bar.set_label("rate (events per\npossible event)")
-        handles, names = ax.get_legend_handles_labels()
-        if handles:
-            ax.legend(
-                handles[:1], names[:1], loc="lower right", bbox_to_anchor=(1, 1), frameon=False
-            )
+        mark = Line2D([], [], ls="", marker="|", ms=8, mew=1.2, color=SALIENT)
+        ax.legend(
+            [mark], ["salient channel"], loc="lower right", bbox_to_anchor=(1, 1), frameon=False
+        )
     return ax
 
 

@@ -199,6 +199,8 @@ def make_folder(folder: Path) -> Path:
     Raises:
         OSError: It cannot be created or written to; the message says so before anything runs.
     """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; the output needs a folder, see --output.")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         return folder
@@ -221,14 +223,13 @@ def save_recording(recording: Recording, folder: Path, stem: str, max_rows: int)
 def run_script(run: Callable[[], int]) -> int:
     """Run a script; turn errors of the user's making into a message and exit code 2."""
     transformers_logging.disable_progress_bar()
-    torch.set_grad_enabled(False)
     try:
-        return run()
+        with torch.no_grad():
+            return run()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        torch.set_grad_enabled(True)
         transformers_logging.enable_progress_bar()
 
 

@@ -206,7 +206,8 @@ def membrane_figure(trace: LayerTrace, labels: Sequence[str] = (), max_panels: i
             ax.set_ylabel("")
         figure.supylabel("membrane (thresholds)", fontsize=9)
         figure.suptitle(f"{trace.name} (numbers: spikes fired in a step)", fontsize=10)
-        figure.legend(handles=_membrane_legend(trace), loc="outside lower center", ncols=5)
+        columns = 5 if width > 9 else 3
+        figure.legend(handles=_membrane_legend(trace), loc="outside lower center", ncols=columns)
     return figure
 
 

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
 from neurons import Encoding, SpikeEncoder
 from neurons.functional import count_to_spikes, spikes_to_events
 from snnllm.cache import EncodeOnWrite, from_payload, to_payload
-from snnllm.config import SpikeConfig
+from snnllm.config import Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
 from snnllm.kernels import get_backend
 from snnllm.kernels.attention import NativeAttention
@@ -31,7 +31,7 @@ from snnllm.kernels.attention import NativeAttention
 SPIKING_ATTENTION = "spiking"
 CALIBRATION_ATTENTION = "spiking_calibration"
 _INT8_MAX = 127
-_UNKNOWN = object()
+_UNKNOWN: object = ...  # survives deepcopy and pickle as itself
 _EXACT_FLOAT32 = 1 << 24
 # transformers 5.20 renamed the argument; both spellings are supported.
 _CACHE_ARGUMENT = (
@@ -70,6 +70,9 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
         self.v_encoder = SpikeEncoder(
             groups.clone(), steps=spike.kv_steps, name=f"{prefix}.v", **common
         )
+        if spike.rotation is Rotation.GROUPS:
+            eye = torch.eye(self.head_dim).repeat(heads, 1, 1)
+            self.register_buffer("qk_rotation", eye)
         self._native: NativeAttention | None | object = _UNKNOWN
 
     def set_channel_groups(self, key: Tensor, value: Tensor) -> None:
@@ -111,6 +114,7 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
         return {**self.__dict__, "_native": _UNKNOWN}
 
     def _encode_key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        key = self.rotate(key)
         native = self.native()
         if native is not None:
             return native.encode(key, self.k_encoder), native.encode(value, self.v_encoder)
@@ -118,6 +122,15 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
             to_payload(self.run_encoder(self.k_encoder, key)),
             to_payload(self.run_encoder(self.v_encoder, value)),
         )
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate Q or K `[B, H, S, D]` after RoPE, per KV head; `Q K^T` stays the same number."""
+        rotation = self._buffers.get("qk_rotation")
+        if rotation is None:
+            return x
+        batch, heads, tokens, dim = x.shape
+        grouped = x.float().reshape(batch, rotation.shape[0], -1, dim)
+        return (grouped @ rotation.float()).view(batch, heads, tokens, dim)
 
     def run_encoder(self, encoder: SpikeEncoder, x: Tensor) -> Encoding:
         """Encode an operand in the current view; outside the collapsed view the neurons really run."""
@@ -217,6 +230,7 @@ def spiking_attention(
         `[B, S_q, H, D]` in the dtype of the query, and P.
     """
     batch, heads, tokens, _ = query.shape
+    dtype, query = query.dtype, module.rotate(query)
     native = module.native()
     if native is not None:
         scores = native.scores(native.encode(query, module.q_encoder), key, scaling)
@@ -230,7 +244,7 @@ def spiking_attention(
     weights = nn.functional.dropout(probability, p=dropout, training=module.training)
     per_group = weights.view(batch, key.shape[1], -1, decoded.shape[-2])
     out = torch.matmul(per_group, decoded).view(batch, heads, tokens, -1)
-    return out.transpose(1, 2).to(query.dtype).contiguous(), probability
+    return out.transpose(1, 2).to(dtype).contiguous(), probability
 
 
 def spiking_scores(

@@ -25,7 +25,7 @@ Converted with snnllm, an implementation of SpikeLLM
 neurons: {bits}-bit spikes, {steps}. Weights: {weights}.
 
 ```python
-import snnllm                                   # registers the architecture
+import snnllm.modeling                          # registers the architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")

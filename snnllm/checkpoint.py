@@ -55,6 +55,8 @@ def finish(folder: Path, config: PreTrainedConfig, extra: dict[str, Any] | None 
     values = json.loads(path.read_text())
     values["auto_map"] = AUTO_MAP
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    if extra is None and (folder / MANIFEST).is_file():
+        extra = read_manifest(folder).get("provenance")
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "files": {
@@ -78,16 +80,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MANIFEST}: it is not a finished spiking checkpoint. Convert a LLaMA "
             "with `snnllm convert`."
         )
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); convert again.") from error
+    manifest = _read_json(path)
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
             f"{folder} was written with checkpoint schema {manifest.get('schema_version')}, this "
             f"snnllm reads schema {SCHEMA_VERSION}. Install the matching release or convert again."
         )
     return manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); convert again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not valid: it holds no JSON object; convert again.")
+    return values
 
 
 def verify(folder: Path) -> None:
@@ -98,13 +107,13 @@ def verify(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a model folder.")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    kind = _read_json(folder / "config.json").get("model_type")
     if kind != "spiking_llama":
         raise CheckpointError(
             f"{folder} holds a {kind!r} model, not a spiking LLaMA. Convert it first: "
             f"snnllm convert {folder} OUTPUT."
         )
-    files = read_manifest(folder)["files"]
+    files = read_manifest(folder).get("files")
     if not files:
         raise CheckpointError(f"{folder} lists no weight files; convert again.")
     for name, recorded in files.items():

@@ -46,6 +46,13 @@ class WeightRange(StrEnum):
     CLIP = "clip"
 
 
+class Rotation(StrEnum):
+    """Whether channels are rotated inside their saliency groups (snnllm/transforms.py)."""
+
+    NONE = "none"
+    GROUPS = "groups"
+
+
 class Operands(StrEnum):
     """Whether the attention operands Q, K and V are encoded to spikes or left in float."""
 
@@ -69,6 +76,7 @@ class SpikeConfig:
         mask_scope: One mask per linear or per shared input.
         attention: Encode Q, K and V, or leave the attention operands in float.
         weight_range: Weight ranges from min/max or from a clip search.
+        rotation: Rotate channels inside the saliency groups; set by the `rotated` pipeline.
         weight_group_size: Input channels that share one weight scale; None for one scale per output channel.
         modules_to_not_convert: Names (suffixes) of linears that stay dense; the head always does.
         group_steps: Steps of the channel groups of single modules, for explicit allocation maps.
@@ -85,6 +93,7 @@ class SpikeConfig:
     mask_scope: MaskScope = MaskScope.LINEAR
     attention: Operands = Operands.ENCODED
     weight_range: WeightRange = WeightRange.MINMAX
+    rotation: Rotation = Rotation.NONE
     weight_group_size: int | None = None
     modules_to_not_convert: tuple[str, ...] = ("lm_head",)
     group_steps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -92,6 +101,11 @@ class SpikeConfig:
     def __post_init__(self) -> None:
         for name, enum in _ENUMS.items():
             object.__setattr__(self, name, _member(enum, name, getattr(self, name)))
+        if isinstance(self.modules_to_not_convert, str):  # as a tuple: the suffixes "q", "_", ...
+            raise TypeError(
+                f"modules_to_not_convert must be a sequence of names, got the string "
+                f"{self.modules_to_not_convert!r}."
+            )
         object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
         steps = {k: tuple(int(t) for t in v) for k, v in dict(self.group_steps).items()}
         object.__setattr__(self, "group_steps", steps)
@@ -213,6 +227,7 @@ _ENUMS: dict[str, type[StrEnum]] = {
     "mask_scope": MaskScope,
     "attention": Operands,
     "weight_range": WeightRange,
+    "rotation": Rotation,
 }
 
 

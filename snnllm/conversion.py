@@ -8,7 +8,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +21,8 @@ from snnllm import checkpoint
 from snnllm.config import FLOAT_BITS, SpikeConfig
 from snnllm.execution import spiking_modules
 from snnllm.modeling import spiking_config
-from snnllm.pipelines.rtn import BlockReport, convert_blocks, peak_mib
+from snnllm.pipelines import Pipeline, rotated, rtn
+from snnllm.pipelines.report import BlockReport, peak_mib
 from snnllm.pipelines.streaming import INPUT_GROUPS
 from snnllm.saliency import allocate_map
 from snnllm.sources import ModelSource, Source, SourceError, open_source
@@ -75,6 +76,7 @@ def convert(
     spike: SpikeConfig,
     windows: Tensor,
     *,
+    pipeline: Pipeline | str = Pipeline.RTN,
     seed: int = 0,
     device: str | torch.device = "cpu",
     allocation: Mapping[str, Tensor] | None = None,
@@ -89,6 +91,7 @@ def convert(
         output: The checkpoint folder to make; must not exist or be empty.
         spike: The spiking configuration.
         windows: Calibration token ids `[n, S]` (`random_windows` of `snnllm.data`); never test text.
+        pipeline: `rtn` or `rotated`.
         seed: Seed of everything random.
         device: Where a block runs during conversion.
         allocation: Explicit maps channel -> steps per full module name (`model.layers.0.mlp...`).
@@ -107,14 +110,16 @@ def convert(
     source = as_source(model)
     spike = with_allocation(source, spike, allocation or {})
     check_windows(windows, source)
-    provenance = make_provenance(source, spike, windows, seed)
+    provenance = make_provenance(source, spike, windows, seed, Pipeline(pipeline))
     target = Path(output)
     reports: list[BlockReport] = []
     modules = linear_bytes = linear_weights = 0
     with checkpoint.published(target) as folder:
+        source, spike, blocks = start_pipeline(
+            Pipeline(pipeline), source, spike, windows, seed, torch.device(device), allocation or {}
+        )
         writer = ShardWriter(folder)
-        writer.add({"model.embed_tokens.weight": source.tensor("model.embed_tokens.weight")})
-        blocks = convert_blocks(source, spike, windows, seed, torch.device(device), allocation)
+        writer.add(_finite(source, "model.embed_tokens.weight"))
         for block, report in blocks:
             prefix = f"model.layers.{report.index}."
             state = {prefix + k: _stored(k, v, source) for k, v in block.state_dict().items()}
@@ -147,11 +152,48 @@ def convert(
     )
 
 
+def start_pipeline(
+    pipeline: Pipeline,
+    source: Source,
+    spike: SpikeConfig,
+    windows: Tensor,
+    seed: int,
+    device: torch.device,
+    allocation: Mapping[str, Tensor],
+) -> tuple[Source, SpikeConfig, Iterator[tuple[nn.Module, BlockReport]]]:
+    """The model and configuration that a pipeline really converts, and its blocks.
+
+    Raises:
+        ValueError: Explicit allocation maps with a pipeline that has its own.
+    """
+    if pipeline is Pipeline.RTN:
+        return source, spike, rtn.convert_blocks(source, spike, windows, seed, device, allocation)
+    if allocation:
+        raise ValueError(
+            "The rotated pipeline chooses its channels before the rotation; explicit allocation maps "
+            "go with pipeline='rtn'."
+        )
+    spike = rotated.rotated_config(spike)
+    generator = torch.Generator().manual_seed(seed)
+    basis = rotated.find_basis(source, spike, windows, device)
+    moved = rotated.rotate_source(source, basis, generator)
+    blocks = rotated.convert_blocks(moved, basis, spike, windows, generator, device)
+    return moved, spike, blocks
+
+
 def _stored(name: str, tensor: Tensor, source: Source) -> Tensor:
-    """Norms and biases in the model's dtype; integers and scales as they are."""
-    if not tensor.is_floating_point() or name.endswith("weight_scale"):
+    """Norms and biases in the model's dtype; integers, scales and rotations as they are."""
+    if not tensor.is_floating_point() or name.endswith("weight_scale") or "rotation" in name:
         return tensor
     return tensor.to(source.tensor("model.norm.weight").dtype)
+
+
+def _finite(source: Source, name: str) -> dict[str, Tensor]:
+    """A tensor outside of the blocks, by its name; ValueError if it holds NaN or infinity."""
+    tensor = source.tensor(name)
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds NaN or infinite values; the source is broken.")
+    return {name: tensor}
 
 
 def _converted_weights(block: nn.Module) -> int:
@@ -164,10 +206,9 @@ def _converted_weights(block: nn.Module) -> int:
 def _finish(
     folder: Path, writer: ShardWriter, source: Source, spike: SpikeConfig, provenance: dict[str, Any]
 ) -> int:
-    tail = {"model.norm.weight": source.tensor("model.norm.weight")}
+    writer.add(_finite(source, "model.norm.weight"))
     if not source.config.tie_word_embeddings:
-        tail["lm_head.weight"] = source.tensor("lm_head.weight")
-    writer.add(tail)
+        writer.add(_finite(source, "lm_head.weight"))
     writer.close()
     config = spiking_config(source.config, spike)
     config.dtype = source.tensor("model.norm.weight").dtype
@@ -236,11 +277,13 @@ def check_windows(windows: Tensor, source: Source) -> None:
         )
 
 
-def make_provenance(source: Source, spike: SpikeConfig, windows: Tensor, seed: int) -> dict[str, Any]:
+def make_provenance(
+    source: Source, spike: SpikeConfig, windows: Tensor, seed: int, pipeline: Pipeline
+) -> dict[str, Any]:
     """Versions, source, seed and a hash of the calibration data."""
     return {
         "source": source.name,
-        "pipeline": "rtn",
+        "pipeline": str(pipeline),
         "preset": spike.label,
         "seed": seed,
         "calibration": {
@@ -282,8 +325,9 @@ def estimate(source: Source, spike: SpikeConfig, windows: int, window: int) -> E
     """
     c = source.config
     hidden, inner, tokens = c.hidden_size, c.intermediate_size, windows * window
-    kv = hidden * c.num_key_value_heads // c.num_attention_heads
-    weights = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
+    head_dim = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+    heads = head_dim * (c.num_attention_heads + c.num_key_value_heads)
+    weights = 2 * hidden * heads + 3 * hidden * inner
     moments = 3 * hidden**2 + inner**2
     attention = 6 * hidden * window
     flops = 2.0 * tokens * (2 * weights + moments + attention) * c.num_hidden_layers

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from neurons import Encoding, SpikeEncoder
 from neurons.functional import spikes_to_events
-from snnllm.config import FLOAT_BITS, Capacity, SpikeConfig
+from snnllm.config import FLOAT_BITS, Capacity, Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
 from snnllm.kernels import get_backend
 from snnllm.kernels.epilogue import centre, scale_and_sum
@@ -22,6 +22,7 @@ from snnllm.kernels.spec import (
     segments_of,
 )
 from snnllm.packing import pack, packed_width, unpack
+from snnllm.transforms import OnlineRotation, salient_count
 from snnllm.weights import QuantizedWeight, expand_groups, group_count
 
 _COLLAPSED_CAPACITY = 255
@@ -39,6 +40,7 @@ class LinearLayout:
         value_range: `split` or `shared`.
         capacity: `steps` or `power_of_two`.
         group_size: Input channels (in encoded order) that share a weight scale, or None.
+        rotated: Salient ratio of an online rotation in front of the encoder, or None.
     """
 
     weight_bits: int
@@ -47,6 +49,7 @@ class LinearLayout:
     value_range: str
     capacity: str
     group_size: int | None
+    rotated: float | None = None
 
     @classmethod
     def of(cls, config: SpikeConfig, module: str) -> LinearLayout:
@@ -59,7 +62,13 @@ class LinearLayout:
             str(config.value_range),
             str(config.capacity),
             config.weight_group_size,
+            config.salient_ratio if _needs_online_rotation(config, module) else None,
         )
+
+
+def _needs_online_rotation(config: SpikeConfig, module: str) -> bool:
+    """Only the input of down_proj has no linear in front of it that could hold the rotation."""
+    return config.rotation is Rotation.GROUPS and module.endswith("down_proj")
 
 
 class SpikingLinear(SpikingModule):
@@ -116,6 +125,10 @@ class SpikingLinear(SpikingModule):
             self.register_buffer("weight_scale", torch.zeros(out_features, groups))
             self.register_buffer("weight_zero", torch.zeros(out_features, groups, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
+        self.rotation: OnlineRotation | None = None
+        if layout.rotated is not None:
+            salient = salient_count(in_features, layout.rotated)
+            self.rotation = OnlineRotation((in_features - salient, salient))
         self._spec: LinearSpec | None = None
         self._prepared: tuple[Backend, PreparedLinear] | None = None
 
@@ -243,7 +256,8 @@ class SpikingLinear(SpikingModule):
                 f"so only the collapsed view can run it, not {view}. Use capacity='steps'."
             )
         largest = max(self.encoder.capacities)
-        if view is View.COLLAPSED and largest > _COLLAPSED_CAPACITY:
+        integer = layout.weight_bits != FLOAT_BITS
+        if view is View.COLLAPSED and integer and largest > _COLLAPSED_CAPACITY:
             raise ValueError(
                 f"{self.name}: counts up to {largest} do not fit the 8-bit operand of the collapsed "
                 f"view (limit {_COLLAPSED_CAPACITY}). Use fewer bits or steps, or the unrolled view."
@@ -251,6 +265,12 @@ class SpikingLinear(SpikingModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the linear in the current view."""
+        dtype = x.dtype
+        if self.rotation is not None:
+            return self._forward(self.rotation(x)).to(dtype)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if self.layout.activation_bits == FLOAT_BITS or self.layout.weight_bits == FLOAT_BITS:
             return self._forward_float(x)
         if self.view is View.COLLAPSED:
@@ -268,6 +288,8 @@ class SpikingLinear(SpikingModule):
         The same in every view: `A[m, n] = sum_k (q[m, k] - z[m]) (w[n, k] - zw[n])`.
         """
         rows = x.reshape(-1, self.in_features)
+        if self.rotation is not None:
+            rows = self.rotation(rows)
         if self.view is View.COLLAPSED:
             backend, prepared = self.prepared()
             return backend.accumulate(rows, prepared)

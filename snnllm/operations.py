@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from neurons import Encoding, SpikeEncoder
 from neurons.functional import signed_events
-from snnllm.attention import SpikingLlamaAttention
+from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention, spiking_attention
+from snnllm.cache import from_payload
 from snnllm.config import FLOAT_BITS
 from snnllm.execution import View, spiking_modules, use_view
 from snnllm.kernels.spec import LinearSpec
@@ -45,6 +47,8 @@ __all__ = [
     "linear_row",
 ]
 
+_COUNTED_ATTENTION = "spiking_counted"
+
 
 def count_operations(
     model: SpikingLlamaForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -65,7 +69,7 @@ def count_operations(
     ids, keep = _check_prompt(model, input_ids, attention_mask)
     rows: list[OperationRow] = []
     parts: list[FloatPart] = []
-    with _observed(model, keep, rows, parts):
+    with _attention_counted(model.config), _observed(model, keep, rows, parts):
         _run(model, ids, keep.long())
     tokens = int(keep.sum())
     scores = sum(row.macs // row.fan_in for row in rows if row.kind is Kind.QK)
@@ -144,35 +148,63 @@ def _observed(
 def _observed_attention(
     name: str, module: LlamaAttention, keep: Tensor, rows: list[OperationRow]
 ) -> Iterator[None]:
-    encodings: dict[SpikeEncoder, Encoding] = {}  # of the call that is running
+    if isinstance(module, SpikingLlamaAttention):
+        q, k, v = module.q_encoder, module.k_encoder, module.v_encoder
 
-    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        visible = _visible(kwargs.get("attention_mask"), keep)
-        if isinstance(module, SpikingLlamaAttention):
-            q, k, v = module.q_encoder, module.k_encoder, module.v_encoder
-            call = AttentionCall(name, encodings[q], encodings[k], encodings[v], visible, keep)
+        def observe(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+            encodings = q.encode(query), from_payload(key, k), from_payload(value, v)
+            call = AttentionCall(name, *encodings, visible=_visible(mask, keep), keep=keep)
             rows.extend(call.rows(module))
-        else:
-            config: Any = module.config
-            heads, head_dim = config.num_attention_heads, int(config.head_dim)
-            rows.extend(float_attention_rows(name, visible, heads, head_dim))
-        encodings.clear()
 
-    handle = module.register_forward_hook(after, with_kwargs=True)
+        module.__dict__["attention_observer"] = observe
+        try:
+            yield
+        finally:
+            del module.__dict__["attention_observer"]
+        return
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        config: Any = module.config
+        visible = _visible(kwargs.get("attention_mask"), keep)
+        heads, head_dim = config.num_attention_heads, int(config.head_dim)
+        rows.extend(float_attention_rows(name, visible, heads, head_dim))
+
+    with module.register_forward_pre_hook(hook, with_kwargs=True):
+        yield
+
+
+def _counted_attention(
+    module: SpikingLlamaAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Spiking attention that shows its operands to the module's `attention_observer`."""
+    module.__dict__["attention_observer"](query, key, value, attention_mask)
+    return spiking_attention(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+@contextmanager
+def _attention_counted(config: Any) -> Iterator[None]:
+    """Let transformers call `_counted_attention` wherever it calls the spiking attention.
+
+    Q, K and V exist only between RoPE and their product, however that is executed; the attention
+    function is the one place where all executions receive them.
+    """
+    before = config._attn_implementation
+    if before != SPIKING_ATTENTION:
+        yield
+        return
+    AttentionInterface.register(_COUNTED_ATTENTION, _counted_attention)
+    AttentionMaskInterface.register(_COUNTED_ATTENTION, eager_mask)
+    config._attn_implementation = _COUNTED_ATTENTION
     try:
-        if isinstance(module, SpikingLlamaAttention):
-            original = module.run_encoder
-
-            def recording(encoder: SpikeEncoder, x: Tensor) -> Encoding:
-                encodings[encoder] = original(encoder, x)
-                return encodings[encoder]
-
-            # Q, K and V exist only between RoPE and the product; this is where all of them pass.
-            module.__dict__["run_encoder"] = recording
         yield
     finally:
-        module.__dict__.pop("run_encoder", None)
-        handle.remove()
+        config._attn_implementation = before
 
 
 def _visible(mask: Tensor | None, keep: Tensor) -> Tensor:

@@ -54,10 +54,11 @@ class InputStatistics:
 
     def scores(self, weights: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
         """One score vector `[C]` per linear that reads this input, larger is more salient."""
+        moment = self.second_moment  # raises if no token came
         if self.score is Score.ABS:
             return [total / self.tokens for total in self._absolute]
         return [
-            linear_score(self.score, w, self.second_moment, self.max_abs, generator)
+            linear_score(self.score, w, moment, self.max_abs, generator)
             for w in weights
         ]
 
@@ -179,12 +180,35 @@ def salient_mask(score: Tensor, ratio: float) -> Tensor:
     Raises:
         ValueError: A score is NaN or infinite.
     """
-    if not torch.isfinite(score).all():
-        raise ValueError("Saliency scores must be finite; the calibration activations overflowed.")
+    _check_finite(score)
     mask = torch.zeros(score.numel(), dtype=torch.bool)
     order = torch.argsort(score.flatten().cpu(), descending=True, stable=True)
     mask[order[: round(ratio * score.numel())]] = True
     return mask.view(score.shape)
+
+
+def first_channels(score: Tensor, count: int) -> Tensor:
+    """Mark the `count` largest scores of the last dimension.
+
+    Args:
+        score: float `[..., C]`, finite.
+        count: Channels to choose in each row, ties by lowest index.
+
+    Returns:
+        uint8 `[..., C]`, 1 for the chosen channels.
+
+    Raises:
+        ValueError: A score is NaN or infinite.
+    """
+    _check_finite(score)
+    order = torch.argsort(score, dim=-1, descending=True, stable=True)
+    mask = torch.zeros(score.shape, dtype=torch.uint8, device=score.device)
+    return mask.scatter_(-1, order[..., :count], 1)
+
+
+def _check_finite(score: Tensor) -> None:
+    if not torch.isfinite(score).all():
+        raise ValueError("Saliency scores must be finite; the calibration activations overflowed.")
 
 
 def allocate(score: Tensor, ratio: float, groups: int) -> Tensor:
@@ -208,8 +232,10 @@ def allocate_map(steps_per_channel: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         `(channel_group, group_steps)`: uint8 `[C]` and the steps of each group, ascending.
 
     Raises:
-        ValueError: A channel has no step, or there are more than 255 different values.
+        ValueError: A channel has no step, steps are no integers, or more than 255 values differ.
     """
+    if steps_per_channel.is_floating_point():
+        raise ValueError(f"Time steps are integers, got a map of {steps_per_channel.dtype}.")
     if steps_per_channel.numel() == 0 or int(steps_per_channel.min()) < 1:
         raise ValueError("Every channel needs at least one time step.")
     values, groups = torch.unique(steps_per_channel, sorted=True, return_inverse=True)

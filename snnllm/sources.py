@@ -250,18 +250,25 @@ def read_config(folder: Path) -> PreTrainedConfig:
     Raises:
         SourceError: There is none, or transformers cannot read it.
     """
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise SourceError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        if json.loads(path.read_text(encoding="utf-8")).get("model_type") == "spiking_llama":
+            return PreTrainedConfig(model_type="spiking_llama")  # for `check_config` to refuse
+        # False: a config with code of its own is refused, not asked about on standard input.
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, AttributeError) as error:
         raise SourceError(f"{folder}/config.json cannot be read ({error}). Supported: {SUPPORTED}.") from error
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weights: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        try:
+            weights: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"{index} is no index of shards ({error}); download it again.") from error
         return weights
     single = folder / "model.safetensors"
     if not single.is_file():

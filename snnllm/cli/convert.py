@@ -48,6 +48,10 @@ def run(args: argparse.Namespace) -> int:
     device = checked_device(args.device)
     source = open_source(args.model)
     windows = calibration_windows(args, source)
+    text_windows = None
+    if args.eval is not None:  # before the conversion: bad text should not cost its time
+        ids = tokenize(load_text(args.eval), source.tokenizer())
+        text_windows = token_windows(ids, args.seqlen, args.limit)
     blocks = source.config.num_hidden_layers
     if args.dry_run:
         need = estimate(source, spike, *windows.shape)
@@ -66,9 +70,7 @@ def run(args: argparse.Namespace) -> int:
             source, args.output, spike, windows, seed=args.seed, device=device, on_block=on_block
         )
     measured = summary(report)
-    if args.eval is not None:
-        ids = tokenize(load_text(args.eval), source.tokenizer())
-        text_windows = token_windows(ids, args.seqlen, args.limit)
+    if text_windows is not None:
         for label, model in (("dense", dense_model(source)), ("spiking", load(args.output))):
             result = token_perplexity(model.to(device), text_windows, progress=progress(label))
             where = f"{result.metric}, {args.eval}, {result.windows} windows"

@@ -40,7 +40,7 @@ calibration on {nsamples} windows of `{calibration}`.
 | greedy continuation | {dense_text} | {spiking_text} |
 
 The spiking model is the checkpoint in `checkpoint/` (its card: `checkpoint/README.md`), loaded with
-`AutoModelForCausalLM.from_pretrained` after `import snnllm`.
+`AutoModelForCausalLM.from_pretrained` after `import snnllm.modeling`.
 
 ## Conversion
 

@@ -1,1 +1,15 @@
 """Conversion pipelines: how the masks and the integer weights of a spiking LLaMA are found."""
+
+from enum import StrEnum
+
+
+class Pipeline(StrEnum):
+    """The pipelines of `snnllm.convert`.
+
+    Attributes:
+        RTN: Saliency masks, weights rounded to nearest (method.md sections 2 to 4).
+        ROTATED: Rotation inside the saliency groups, GPTQ weights.
+    """
+
+    RTN = "rtn"
+    ROTATED = "rotated"

@@ -56,15 +56,20 @@ class BlockStream:
 
     def run(self, block: nn.Module) -> Iterator[Tensor]:
         """Outputs of `block` for each window, `[1, S, hidden]` on the CPU; `hidden` stays."""
-        for window in self.hidden:
-            with torch.no_grad():
-                out = block(
-                    window.to(self.device),
-                    attention_mask=self._mask,
-                    position_embeddings=self._rope,
-                    use_cache=False,
-                )
-            yield (out[0] if isinstance(out, tuple) else out).cpu()
+        for window in range(len(self.hidden)):
+            yield self.run_one(block, window)
+
+    def run_one(self, block: nn.Module, window: int) -> Tensor:
+        """Output of `block` for one window, `[1, S, hidden]` on the CPU."""
+        with torch.no_grad():
+            out = block(
+                self.hidden[window].to(self.device),
+                attention_mask=self._mask,
+                position_embeddings=self._rope,
+                use_cache=False,
+            )
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden.cpu()
 
 
 def load_block(source: Source, index: int, device: torch.device) -> LlamaDecoderLayer:

@@ -239,7 +239,8 @@ def test_counting_leaves_the_model_as_it_was(
     for module in stories.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
-        assert "run_encoder" not in vars(module)
+        assert not hasattr(module, "attention_observer")
+    assert stories.config._attn_implementation == "spiking"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,0 +1,87 @@
+"""Prefill and decoding speed of the views of a spiking checkpoint beside the dense float32 model.
+
+    python benchmarks/model_speed.py CHECKPOINT DENSE --prompt 512 --tokens 16
+
+All contenders are interleaved in one process; the table gives medians and ratios to the dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnllm.execution import View, use_view
+from snnllm.modeling import load
+from snnllm.sources import dense_model, open_source
+
+
+def prefill(model: Any, ids: Tensor) -> float:
+    """Seconds of one prompt with a cache; logits of the last token, as `generate` does."""
+    start = time.perf_counter()
+    model(ids, use_cache=True, logits_to_keep=1)
+    return time.perf_counter() - start
+
+
+def decode(model: Any, ids: Tensor, tokens: int) -> float:
+    """Seconds a token of decoding after the prompt `ids`."""
+    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    start = time.perf_counter()
+    for _ in range(tokens):
+        model(ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return (time.perf_counter() - start) / tokens
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("dense", help="the dense model it was converted from")
+    parser.add_argument("--prompt", type=int, default=512, help="prompt tokens of the prefill")
+    parser.add_argument("--context", type=int, default=128, help="prompt tokens of decoding")
+    parser.add_argument("--tokens", type=int, default=16, help="decoded tokens a repetition")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--views", nargs="+", choices=[*View], default=["collapsed", "unrolled"])
+    args = parser.parse_args(argv)
+    torch.set_grad_enabled(False)
+    dense, spiking = dense_model(open_source(args.dense)), load(args.checkpoint)
+    vocabulary = dense.config.vocab_size
+    ids = torch.randint(vocabulary, (1, args.prompt), generator=torch.Generator().manual_seed(0))
+
+    def run(view: str, task: Callable[..., float], *rest: Any) -> float:
+        if view == "dense":
+            return task(dense, *rest)
+        with use_view(spiking, view):
+            return task(spiking, *rest)
+
+    tasks = {
+        f"prefill {args.prompt}": (prefill, ids),
+        f"decode after {args.context}": (decode, ids[:, : args.context], args.tokens),
+    }
+    contenders = ["dense", *args.views]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {spiking.config.spike.label}")
+    print("| task | " + " | ".join(contenders) + " | " + " | ".join(f"dense / {v}" for v in args.views) + " |")
+    print("|---" * (1 + len(contenders) + len(args.views)) + "|")
+    for name, (task, *rest) in tasks.items():
+        seconds: dict[str, list[float]] = {c: [] for c in contenders}
+        for repetition in range(args.repeat + 1):
+            for contender in contenders:
+                value = run(contender, task, *rest)
+                if repetition > 0:  # the first repetition warms up
+                    seconds[contender].append(value)
+        median = {c: statistics.median(s) for c, s in seconds.items()}
+        times = " | ".join(f"{1e3 * median[c]:.1f} ms" for c in contenders)
+        ratios = " | ".join(f"{median['dense'] / median[v]:.2f}x" for v in args.views)
+        print(f"| {name} | {times} | {ratios} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""What converting a block did: signal to noise, spike rate, time and memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from snnllm.config import FLOAT_BITS
+from snnllm.execution import spiking_modules
+from snnllm.linear import SpikingLinear
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What converting one block did.
+
+    Attributes:
+        index: Block number.
+        sqnr_db: Signal to quantisation noise of the block output, dB, against the float block on the
+            same (converted) input.
+        spike_rate: Signed events per neuron and possible event, `mean |q - z| / qmax`, in [0, 1].
+        seconds: Wall time of the block.
+        peak_mib: Peak resident memory of the process so far, MiB.
+    """
+
+    index: int
+    sqnr_db: float
+    spike_rate: float
+    seconds: float
+    peak_mib: float
+
+
+class SpikeRateMeter:
+    """Measure the mean spike rate of a block's linears while it runs; calling it gives the rate."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._modules = [m for _, m in spiking_modules(block) if isinstance(m, SpikingLinear)]
+        self._events = self._possible = 0.0
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Callable[[], float]:
+        for module in self._modules:
+            if module.layout.activation_bits != FLOAT_BITS:
+                self._hooks.append(module.register_forward_pre_hook(self._count))
+        return lambda: self._events / self._possible if self._possible else 0.0
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, SpikingLinear)
+        if self._possible > 0 and module is self._modules[0]:
+            self.__exit__()  # one window is enough
+            return
+        encoder = module.encoder
+        rows = inputs[0].reshape(-1, module.in_features)
+        self._events += float(encoder.centre(encoder.encode(rows)).abs().sum())
+        capacity = torch.tensor(encoder.capacities)[encoder.channel_group.long().cpu()].sum()
+        self._possible += float(capacity) * rows.shape[0]
+
+
+def sqnr_db(target: list[Tensor], actual: list[Tensor]) -> float:
+    """`10 log10(sum target^2 / sum (target - actual)^2)` in dB over all windows."""
+    signal = sum(float(t.double().square().sum()) for t in target)
+    noise = sum(float((t - a).double().square().sum()) for t, a in zip(target, actual, strict=True))
+    return float("inf") if noise == 0 else 10.0 * float(torch.log10(torch.tensor(signal / noise)))
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process, MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024.0**2 if sys.platform == "darwin" else 1024.0)

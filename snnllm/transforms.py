@@ -1,0 +1,255 @@
+"""Function-preserving transforms of a LLaMA: gains, saliency-first permutations, rotations.
+
+A basis change of the residual stream, `x' = x R` with orthogonal `R`, leaves RMSNorm without gain
+unchanged up to the same `R`, so it folds into every weight that reads or writes the stream. With
+`R = permutation x blockdiag(R_ordinary, R_salient)` the outlier channels stay in a group of their own
+(more steps, own threshold) and everything else becomes Gaussian: *rotation inside the saliency
+groups*. Sources: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406), ResQ (arXiv 2412.14363) for
+the subspace split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.linalg import hadamard
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+from snnllm.sources import Source
+
+
+def power_of_two_factor(size: int) -> int:
+    """The largest power of two that divides `size`."""
+    return size & -size
+
+
+def salient_count(channels: int, ratio: float) -> int:
+    """Size of the salient group for rotation: the power of two nearest to `ratio * channels`.
+
+    Powers of two have Hadamard matrices, and leave the rest a multiple of a large power of two
+    (576 = 512 + 64, 1536 = 1408 + 128). 0 when the ratio is 0.
+    """
+    if ratio <= 0.0:
+        return 0
+    exponent = round(float(np.log2(max(1.0, ratio * channels))))
+    return min(1 << max(0, exponent), channels)
+
+
+def orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    """A random rotation that spreads every channel over all others.
+
+        R = (Q_m kron H_p / sqrt(p)) diag(signs),   size = m p, p the largest power of two in it
+
+    with a Hadamard matrix H (scipy) and a random orthogonal Q (QR of a Gaussian matrix).
+
+    Args:
+        size: Number of channels, >= 1.
+        generator: Source of the signs and of Q.
+
+    Returns:
+        float64 `[size, size]`, rows are the old channels: `x' = x R`.
+    """
+    if size == 0:
+        return torch.zeros(0, 0, dtype=torch.float64)
+    p = power_of_two_factor(size)
+    signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
+    left = random_orthogonal(size // p, generator)
+    right = torch.from_numpy(hadamard(p).astype(np.float64)) / p**0.5
+    return signs.unsqueeze(1) * torch.kron(left, right)
+
+
+def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    """A Haar-distributed orthogonal matrix, float64 `[size, size]`."""
+    gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return (q * torch.sign(r.diagonal())).contiguous()
+
+
+def group_rotation(group: Tensor, generator: torch.Generator) -> Tensor:
+    """Permute channels so that their groups are contiguous, and rotate inside each group.
+
+    Args:
+        group: Group of each channel, integers `[C]`.
+        generator: Source of the rotations.
+
+    Returns:
+        Orthogonal float64 `[C, C]`, `x' = x R`; the new channels are sorted by group.
+    """
+    order = torch.argsort(group.long(), stable=True)
+    sizes = torch.bincount(group.long()).tolist()
+    blocks = torch.block_diag(*[orthogonal(n, generator) for n in sizes if n > 0])
+    rotation = torch.zeros_like(blocks)
+    rotation[order] = blocks
+    return rotation
+
+
+def sorted_groups(group: Tensor) -> Tensor:
+    """Groups of the channels after `group_rotation`, uint8 `[C]`."""
+    return group.sort().values.to(torch.uint8)
+
+
+class OnlineRotation(nn.Module):
+    """A rotation inside channel groups that runs before an encoder: `x' = x R`, `R` orthogonal.
+
+    Each group of size `m p` (p a power of two) is rotated by a Kronecker product, so that a row costs
+    `K (m + p)` multiplications instead of `K^2`:
+
+        x'_g = vec(Q^T mat(signs * x_g) H_p / sqrt(p))
+
+    Args:
+        sizes: Channels of the groups, in their new order.
+
+    Attributes:
+        order: Original channel of every new position, int32 `[K]`.
+        signs: +-1, int8 `[K]`.
+    """
+
+    order: Tensor
+    signs: Tensor
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = tuple(n for n in sizes if n > 0)
+        channels = sum(self.sizes)
+        self.register_buffer("order", torch.arange(channels, dtype=torch.int32))
+        self.register_buffer("signs", torch.ones(channels, dtype=torch.int8))
+        for number, size in enumerate(self.sizes):
+            left = size // power_of_two_factor(size)
+            self.register_buffer(f"left_{number}", torch.eye(left))
+
+    def randomise(self, group: Tensor, generator: torch.Generator) -> None:
+        """Draw signs and factors; `group` (integers `[K]`) says which channels come together."""
+        self.order.copy_(torch.argsort(group.long(), stable=True))
+        self.signs.copy_(torch.randint(0, 2, self.signs.shape, generator=generator) * 2 - 1)
+        for number in range(len(self.sizes)):
+            left = self.get_buffer(f"left_{number}")
+            left.copy_(random_orthogonal(left.shape[0], generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate the last axis of `x [..., K]`; float32 out."""
+        rows = x.float().index_select(-1, self.order.long()) * self.signs
+        parts = []
+        for number, group in enumerate(rows.split(self.sizes, dim=-1)):
+            left = self.get_buffer(f"left_{number}").float()
+            size = group.shape[-1] // left.shape[0]
+            part = group.reshape(*group.shape[:-1], left.shape[0], size) @ _hadamard(size, x.device)
+            parts.append((left.T @ part).flatten(-2))
+        return torch.cat(parts, dim=-1)
+
+    def matrix(self) -> Tensor:
+        """`R`, float32 `[K, K]`, to fold its inverse into a weight: `W' = W R`."""
+        return self(torch.eye(sum(self.sizes), device=self.order.device))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Rounded factors would no longer be orthogonal: keep them in float32 under `.half()`.
+        kept = {k: v for k, v in self._buffers.items() if v is not None and v.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            self._buffers[name] = value.to(self.order.device)
+        return self
+
+
+@lru_cache(maxsize=32)
+def _hadamard(size: int, device: torch.device) -> Tensor:
+    matrix = torch.from_numpy(hadamard(size).astype(np.float32)) / size**0.5
+    return matrix.to(device)
+
+
+class RotatedSource(Source):
+    """A dense LLaMA in another residual basis; the same function, tensor by tensor on demand.
+
+    RMSNorm gains are absorbed into the weights behind them, the residual stream is multiplied by
+    `residual`, and the values of each KV head by `values[layer][head]`. The head becomes untied.
+
+    Args:
+        source: The original model.
+        residual: Orthogonal `[hidden, hidden]`.
+        values: One orthogonal `[H_kv, D, D]` per layer, or None to leave the values alone.
+    """
+
+    def __init__(
+        self, source: Source, residual: Tensor, values: Sequence[Tensor] | None = None
+    ) -> None:
+        self.name = source.name
+        self._source, self._residual, self._values = source, residual.double(), values
+        self._dtype = source.tensor("model.norm.weight").dtype
+        self._tied = bool(source.config.tie_word_embeddings)
+        settings = source.config.to_dict()
+        settings["tie_word_embeddings"] = False
+        self.config = LlamaConfig(**settings)
+
+    def names(self) -> frozenset[str]:
+        """Names of the tensors, an untied head included."""
+        return self._source.names() | {"lm_head.weight"}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the original."""
+        return self._source.tokenizer()
+
+    def carry_files(self, output: Path) -> None:
+        """Put the original's tokenizer and generation config beside the weights."""
+        self._source.carry_files(output)
+
+    def tensor(self, name: str) -> Tensor:
+        """One transformed tensor, computed in float64 and stored in the dtype of the original."""
+        if name.endswith(("layernorm.weight", "norm.weight")):
+            return torch.ones_like(self._source.tensor(name))
+        return self._transformed(name).to(self._dtype)
+
+    def _transformed(self, name: str) -> Tensor:
+        r = self._residual
+        if name == "model.embed_tokens.weight":
+            return self._original(name) @ r
+        if name == "lm_head.weight":
+            stored = "model.embed_tokens.weight" if self._tied else name
+            return (self._original(stored) * self._original("model.norm.weight")) @ r
+        prefix, _, path = name.partition(".self_attn.")
+        if not path:
+            prefix, _, path = name.partition(".mlp.")
+        linear, _, kind = path.partition(".")
+        if kind == "bias":
+            bias = self._original(name)
+            if linear in ("o_proj", "down_proj"):
+                return bias @ r
+            return self._rotate_values(prefix, bias.unsqueeze(1)).squeeze(1) if linear == "v_proj" else bias
+        weight = self._original(name)
+        if linear in ("q_proj", "k_proj", "v_proj"):
+            weight = (weight * self._original(f"{prefix}.input_layernorm.weight")) @ r
+            return self._rotate_values(prefix, weight) if linear == "v_proj" else weight
+        if linear in ("gate_proj", "up_proj"):
+            return (weight * self._original(f"{prefix}.post_attention_layernorm.weight")) @ r
+        if linear == "o_proj":
+            weight = self._rotate_heads(prefix, weight)
+        return r.T @ weight
+
+    def _original(self, name: str) -> Tensor:
+        return self._source.tensor(name).double()
+
+    def _value_rotation(self, prefix: str) -> Tensor | None:
+        if self._values is None:
+            return None
+        return self._values[int(prefix.rsplit(".", 1)[1])].double()
+
+    def _rotate_values(self, prefix: str, rows: Tensor) -> Tensor:
+        """Rotate the outputs of v_proj: `v' = v R_h` per KV head."""
+        rotation = self._value_rotation(prefix)
+        if rotation is None:
+            return rows
+        heads, dim, _ = rotation.shape
+        return (rotation.mT @ rows.view(heads, dim, -1)).reshape(rows.shape)
+
+    def _rotate_heads(self, prefix: str, weight: Tensor) -> Tensor:
+        """Undo the value rotation in front of o_proj, for the query heads of each KV head."""
+        rotation = self._value_rotation(prefix)
+        if rotation is None:
+            return weight
+        heads, dim, _ = rotation.shape
+        repeated = rotation.repeat_interleave(weight.shape[1] // (heads * dim), dim=0)
+        blocks = weight.view(weight.shape[0], -1, dim).transpose(0, 1)
+        return (blocks @ repeated).transpose(0, 1).reshape(weight.shape)
