@@ -55,7 +55,7 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
                 "attention": attention,
             },
         )
-        for weights in ("minmax", "clip")
+        for weights in ("clip", "minmax")
         for score in ("first_order", "gauss_newton")
         for attention in ("float", "encoded")
     ],

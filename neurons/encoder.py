@@ -14,6 +14,7 @@ expression (the closed form here, the neuron step by step, a kernel) gives the s
 Source: SpikeLLM (arXiv 2407.04752), saliency-based spiking of LLM activations.
 """
 
+import struct
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple, TypeVar
@@ -123,6 +124,7 @@ def encode_parameters(
     channel_group: Tensor,
     capacities: Sequence[int],
     value_range: ValueRange | str = ValueRange.SPLIT,
+    clip: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Threshold and bias charge of every token and channel group.
 
@@ -135,6 +137,7 @@ def encode_parameters(
         channel_group: group of each channel, integers in ``0..G-1``, ``[C]`` or ``[H, C]``.
         capacities: qmax of each group, G of them.
         value_range: "split" or "shared".
+        clip: Factor on ``lo`` and ``hi`` in (0, 1]: a smaller threshold, larger values saturate.
 
     Returns:
         Thresholds, float32 ``[.., G]``, in units of x; bias charges, int32 ``[.., G]``.
@@ -151,6 +154,8 @@ def encode_parameters(
         lo, hi = _row_range(x)
     else:
         lo, hi = _group_ranges(x, _align(channel_group), groups)
+    if clip != 1.0:
+        lo, hi = lo * clip, hi * clip
     # A tensor divisor: CUDA would multiply by the reciprocal of a Python one.
     capacity = torch.tensor(capacities, dtype=torch.float32, device=x.device)
     threshold = ((hi - lo) / capacity).clamp(min=MIN_THRESHOLD)
@@ -200,6 +205,7 @@ class SpikeEncoder(nn.Module):
         capacity: "steps", or "power_of_two" to reproduce published fake-quantised numbers, which a
             neuron cannot emit.
         name: name of the layer, for messages.
+        clip: factor on the range of a token, in (0, 1]; 1 uses the full range.
 
     Attributes:
         channel_group: the groups, a persistent uint8 buffer.
@@ -224,12 +230,17 @@ class SpikeEncoder(nn.Module):
         value_range: ValueRange | str = ValueRange.SPLIT,
         capacity: Capacity | str = Capacity.STEPS,
         name: str = "",
+        clip: float = 1.0,
     ) -> None:
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int):
             raise TypeError(f"bits must be an int, got {type(bits).__name__}.")
         if not 1 <= bits <= 8:
             raise ValueError(f"bits must be 1 to 8, got {bits}.")
+        if not 0.0 < clip <= 1.0:
+            raise ValueError(f"clip must lie in (0, 1], got {clip}.")
+        # Rounded to float32 here, so that every execution multiplies by the same number.
+        self.clip: float = struct.unpack("f", struct.pack("f", clip))[0]
         self.steps = _check_steps(steps)
         self.bits, self.levels, self.name = bits, 2**bits, name
         self.value_range = _mode(ValueRange, value_range)
@@ -266,7 +277,7 @@ class SpikeEncoder(nn.Module):
 
     def _parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         threshold, zero_point = encode_parameters(
-            x, self.channel_group, self.capacities, self.value_range
+            x, self.channel_group, self.capacities, self.value_range, self.clip
         )
         # NaN and inf reach the threshold of their row, so this small tensor tells for all of x.
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(threshold).all()):

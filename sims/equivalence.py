@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from neurons import SpikeEncoder
+from neurons import Encoding, SpikeEncoder
 from sims.charts import equivalence_figure
 from sims.common import (
     Conversion,
@@ -43,6 +43,7 @@ from sims.common import (
 from sims.plots import save_figure
 from sims.probes import observed
 from snnllm.attention import SpikingLlamaAttention, query_key_accumulators
+from snnllm.cache import from_payload
 from snnllm.config import FLOAT_BITS
 from snnllm.execution import SpikingModule, View, set_view, spiking_modules, use_view
 from snnllm.linear import SpikingLinear
@@ -211,17 +212,27 @@ def _audit_attention(
     operands: dict[SpikeEncoder, Tensor] = {}
     integers, outputs = {}, {}
     with ExitStack() as stack:
+        # Not in the collapsed view, whose C functions encode without a call of the encoder.
+        stack.enter_context(use_view(module, View.UNROLLED))
         for encoder in encoders:
             keep = partial(_keep, operands, encoder)
-            stack.enter_context(observed(encoder, "encode", keep))
-        outputs[_REFERENCE] = module(*args, **kwargs)[0]
+            stack.enter_context(observed(encoder, "encode_spikes", keep))
+        outputs[View.UNROLLED] = module(*args, **kwargs)[0]
     for view in (_REFERENCE, *_OTHERS):
         with use_view(module, view):
-            q, k, v = (module.run_encoder(encoder, operands[encoder]) for encoder in encoders)
+            q, k, v = (_encode(module, encoder, operands[encoder]) for encoder in encoders)
             integers[view] = [*query_key_accumulators(module, q, k), k.count, v.count]
-            if view is not _REFERENCE:
+            if view not in outputs:
                 outputs[view] = module(*args, **kwargs)[0]
     return _compare(name, "attention", integers, outputs)
+
+
+def _encode(module: SpikingLlamaAttention, encoder: SpikeEncoder, x: Tensor) -> Encoding:
+    """Encode as the current view of the attention does, in C where it does."""
+    native = module.native()
+    if native is None:
+        return module.run_encoder(encoder, x)
+    return from_payload(native.encode(x, encoder), encoder)
 
 
 def _keep(operands: dict[SpikeEncoder, Tensor], encoder: SpikeEncoder, x: Tensor, _: Any) -> None:

@@ -153,20 +153,8 @@ def _draw_membrane(ax: Axes, trace: LayerTrace, index: int, labels: Sequence[str
     ax.plot(starts, trace.v_init[:, index], "o", ms=3.5, mfc="white", mec=colour, mew=1, zorder=4)
     ax.axhline(1, color=SPIKE, lw=0.9, ls="--", zorder=2)
     ax.axhline(trace.levels - 1, color=GREY, lw=0.9, ls=":", zorder=2)
-    before = trace.v_before_fire[:, :, index]
     top = max(float(values[~np.isnan(values)].max()), trace.levels - 1)
-    for t, n in zip(*np.nonzero(trace.spikes[:, :, index]), strict=True):
-        ax.annotate(
-            str(trace.spikes[t, n, index]),
-            (n * width + t + 0.6, before[t, n]),
-            (1.5, 0),
-            textcoords="offset points",
-            ha="left",
-            va="top" if trace.spikes[t, n, index] > trace.levels // 4 else "bottom",
-            fontsize=7,
-            zorder=5,
-            in_layout=False,
-        )
+    _label_spikes(ax, trace, index, width)
     ax.set_xlim(-0.5, len(labels) * width - 0.2)
     ax.set_ylim(min(-0.5, float(np.nanmin(values)) - 0.5), top * 1.13)
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -179,6 +167,23 @@ def _draw_membrane(ax: Axes, trace: LayerTrace, index: int, labels: Sequence[str
     )
     ax.set_ylabel("membrane (thresholds)")
     _token_axis(ax, labels, width, steps)
+
+
+def _label_spikes(ax: Axes, trace: LayerTrace, index: int, width: float) -> None:
+    """Write the number of spikes beside each fall of the membrane."""
+    before = trace.v_before_fire[:, :, index]
+    for t, n in zip(*np.nonzero(trace.spikes[:, :, index]), strict=True):
+        ax.annotate(
+            str(trace.spikes[t, n, index]),
+            (n * width + t + 0.6, before[t, n]),
+            (1.5, 0),
+            textcoords="offset points",
+            ha="left",
+            va="top" if trace.spikes[t, n, index] > trace.levels // 4 else "bottom",
+            fontsize=7,
+            zorder=5,
+            in_layout=False,
+        )
 
 
 def membrane_figure(trace: LayerTrace, labels: Sequence[str] = (), max_panels: int = 12) -> Figure:

@@ -62,6 +62,7 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
             "bits": spike.activation_bits,
             "value_range": str(spike.value_range),
             "capacity": str(spike.capacity),
+            "clip": spike.activation_clip,
         }
         self.q_encoder = SpikeEncoder(groups[0], steps=(1,), name=f"{prefix}.q", **common)
         self.k_encoder = SpikeEncoder(

@@ -77,6 +77,7 @@ class SpikeConfig:
         attention: Encode Q, K and V, or leave the attention operands in float.
         weight_range: Weight ranges from min/max or from a clip search.
         rotation: Rotate channels inside the saliency groups; set by the `rotated` pipeline.
+        activation_clip: Factor on the range of a token in (0, 1]; below 1 the largest values saturate.
         weight_group_size: Input channels that share one weight scale; None for one scale per output channel.
         modules_to_not_convert: Names (suffixes) of linears that stay dense; the head always does.
         group_steps: Steps of the channel groups of single modules, for explicit allocation maps.
@@ -94,6 +95,7 @@ class SpikeConfig:
     attention: Operands = Operands.ENCODED
     weight_range: WeightRange = WeightRange.MINMAX
     rotation: Rotation = Rotation.NONE
+    activation_clip: float = 1.0
     weight_group_size: int | None = None
     modules_to_not_convert: tuple[str, ...] = ("lm_head",)
     group_steps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -117,6 +119,8 @@ class SpikeConfig:
             raise ValueError(
                 f"salient_ratio is a fraction of the channels in [0, 1], got {self.salient_ratio}."
             )
+        if not 0.0 < self.activation_clip <= 1.0:
+            raise ValueError(f"activation_clip must lie in (0, 1], got {self.activation_clip}.")
         if self.weight_group_size is not None:
             _check_int("weight_group_size", self.weight_group_size, 8, 1 << 20)
         if self.weight_bits == FLOAT_BITS and self.activation_bits == FLOAT_BITS:

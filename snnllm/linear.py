@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class LinearLayout:
         capacity: `steps` or `power_of_two`.
         group_size: Input channels (in encoded order) that share a weight scale, or None.
         rotated: Salient ratio of an online rotation in front of the encoder, or None.
+        clip: Factor on the range of a token.
     """
 
     weight_bits: int
@@ -50,6 +52,7 @@ class LinearLayout:
     capacity: str
     group_size: int | None
     rotated: float | None = None
+    clip: float = 1.0
 
     @classmethod
     def of(cls, config: SpikeConfig, module: str) -> LinearLayout:
@@ -63,6 +66,7 @@ class LinearLayout:
             str(config.capacity),
             config.weight_group_size,
             config.salient_ratio if _needs_online_rotation(config, module) else None,
+            config.activation_clip,
         )
 
 
@@ -115,6 +119,7 @@ class SpikingLinear(SpikingModule):
             value_range=layout.value_range,
             capacity=layout.capacity,
             name=name,
+            clip=layout.clip,
         )
         if layout.weight_bits == FLOAT_BITS:
             self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=dtype))
@@ -191,6 +196,10 @@ class SpikingLinear(SpikingModule):
         self.invalidate()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """State without what is derived from it (a backend's pointers), for deepcopy and pickle."""
+        return {**self.__dict__, "_spec": None, "_prepared": None}
+
     def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(*args, **kwargs)
         self.invalidate()
@@ -225,6 +234,7 @@ class SpikingLinear(SpikingModule):
                 capacities=tuple(self.encoder.capacities),
                 shared=self.layout.value_range == "shared",
                 name=self.name,
+                clip=self.encoder.clip,
             ),
             levels=(self.codes().to(torch.int16) - offset).to(torch.int8),
             scale=self.weight_scale,

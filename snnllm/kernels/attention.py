@@ -82,6 +82,7 @@ class NativeAttention:
             groups,
             self._capacities[id(encoder)].data_ptr(),
             encoder.value_range == ValueRange.SHARED,
+            encoder.clip,
             out.data_ptr(),
             torch.get_num_threads(),
         )

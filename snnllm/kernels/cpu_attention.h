@@ -28,7 +28,7 @@ static int32_t load_zero(const uint8_t *row, int64_t d, int64_t g) {
 
 /* Encodes one row; returns 0 when a value is NaN or infinite. */
 static int encode_head(const float *x, int64_t d, const uint8_t *group, int64_t groups,
-                      const int64_t *capacity, int64_t shared, uint8_t *out) {
+                      const int64_t *capacity, int64_t shared, float clip, uint8_t *out) {
     float lo[MAX_GROUPS], hi[MAX_GROUPS], s[MAX_GROUPS];
     int32_t zero[MAX_GROUPS];
     float low = 0.0f, high = 0.0f;
@@ -45,7 +45,7 @@ static int encode_head(const float *x, int64_t d, const uint8_t *group, int64_t 
         }
     }
     for (int64_t g = 0; g < groups; g++) {
-        set_parameters(lo[g], hi[g], (float)capacity[g], &s[g], &zero[g]);
+        set_parameters(lo[g], hi[g], clip, (float)capacity[g], &s[g], &zero[g]);
         const int16_t z = (int16_t)zero[g];
         memcpy(out + d + 2 * g, &z, sizeof z);
         memcpy(out + d + 2 * groups + 4 * g, &s[g], sizeof s[g]);
@@ -65,7 +65,8 @@ static int encode_head(const float *x, int64_t d, const uint8_t *group, int64_t 
 /* Encodes x [batch][heads][tokens][d] with the strides given in floats (innermost is 1). */
 int snn_encode_heads(const float *x, const int64_t *shape, const int64_t *stride,
                      const uint8_t *group, int64_t group_heads, int64_t groups,
-                     const int64_t *capacity, int64_t shared, uint8_t *out, int threads) {
+                     const int64_t *capacity, int64_t shared, float clip, uint8_t *out,
+                     int threads) {
     const int64_t heads = shape[1], tokens = shape[2], d = shape[3];
     const int64_t rows = shape[0] * heads * tokens;
     int failed = 0;
@@ -76,7 +77,7 @@ int snn_encode_heads(const float *x, const int64_t *shape, const int64_t *stride
         const int64_t t = r % tokens, h = r / tokens % heads, b = r / tokens / heads;
         const float *row = x + b * stride[0] + h * stride[1] + t * stride[2];
         const uint8_t *own = group + (group_heads > 1 ? h * d : 0);
-        failed |= !encode_head(row, d, own, groups, capacity, shared,
+        failed |= !encode_head(row, d, own, groups, capacity, shared, clip,
                               out + r * payload_bytes(d, groups));
     }
     return failed ? NON_FINITE : OK;

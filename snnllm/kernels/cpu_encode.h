@@ -34,6 +34,7 @@ typedef struct {
 
 typedef struct {
     int64_t k, n, k_padded, n_padded, groups, segments, layout, shared;
+    int64_t clip_bits;        /* float factor on the range of a row */
     const int32_t *order;     /* original channel of every encoded position, or NULL */
     const int64_t *sizes;     /* channels of every group */
     const int64_t *capacity;  /* of every group */
@@ -104,7 +105,10 @@ static int widen_range(const float *x, int64_t n, float *lo, float *hi) {
 }
 
 /* Threshold and zero point of one row and group. */
-static void set_parameters(float lo, float hi, float capacity, float *threshold, int32_t *zero) {
+static void set_parameters(float lo, float hi, float clip, float capacity, float *threshold,
+                           int32_t *zero) {
+    lo *= clip;
+    hi *= clip;
     float s = (hi - lo) / capacity;
     s = s < 1e-5f ? 1e-5f : s;
     float z = rintf(-lo / s);
@@ -143,14 +147,16 @@ static int encode_row(const Layer *layer, const float *x, int64_t m, Rows rows, 
     }
     float *threshold = rows.threshold + m * groups;
     int32_t *zero = rows.zero_point + m * groups;
-    float lo = 0.0f, hi = 0.0f;
+    float lo = 0.0f, hi = 0.0f, clip;
+    const int32_t clip_bits = (int32_t)layer->clip_bits;
+    memcpy(&clip, &clip_bits, sizeof clip);
     int finite = !layer->shared || widen_range(x, layer->k, &lo, &hi);
     for (int64_t g = 0, start = 0; g < groups; start += layer->sizes[g++]) {
         if (!layer->shared) {
             lo = hi = 0.0f;
             finite &= widen_range(x + start, layer->sizes[g], &lo, &hi);
         }
-        set_parameters(lo, hi, (float)layer->capacity[g], threshold + g, zero + g);
+        set_parameters(lo, hi, clip, (float)layer->capacity[g], threshold + g, zero + g);
         finite &= threshold[g] <= FLT_MAX; /* hi - lo may overflow */
     }
     if (!finite) return 0;

@@ -7,6 +7,7 @@ the C struct `Layer` word by word, which is all a call has to pass besides the i
 from __future__ import annotations
 
 import ctypes
+import struct
 import weakref
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -163,8 +164,9 @@ def library(definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib.snn_linear.argtypes = [pointer] * 4 + [size, number]
     lib.snn_encode.argtypes = [pointer] * 5 + [size, number]
     lib.snn_int_bmm.argtypes = [pointer] * 3 + [size] * 4 + [number]
-    lib.snn_encode_heads.argtypes = [pointer] * 4 + [size, size, pointer, size, pointer, number]
-    lib.snn_attention_scores.argtypes = [pointer] * 4 + [size, ctypes.c_float, pointer, number]
+    real = ctypes.c_float
+    lib.snn_encode_heads.argtypes = [pointer] * 4 + [size, size, pointer, size, real, pointer, number]
+    lib.snn_attention_scores.argtypes = [pointer] * 4 + [size, real, pointer, number]
     lib.snn_decode_heads.argtypes = [pointer] + [size] * 4 + [pointer, size, pointer, number]
     lib.snn_decode_heads.restype = None
     return lib
@@ -334,6 +336,10 @@ def _pack(levels: Tensor, layout: int) -> Tensor:
     return (nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)).contiguous().flatten()
 
 
+def _float_bits(value: float) -> int:
+    return int(struct.unpack("i", struct.pack("f", value))[0])
+
+
 def _describe(
     encoder: EncoderSpec,
     sizes: tuple[int, int, int],
@@ -348,7 +354,7 @@ def _describe(
     capacities = torch.tensor(encoder.capacities, dtype=torch.int64)
     pointed = (order, group_sizes, capacities, segment_words, *weights)
     words = [encoder.channels, n, padded_k, padded_n, len(encoder.sizes), len(segment_words)]
-    words += [layout, int(encoder.shared)]
+    words += [layout, int(encoder.shared), _float_bits(encoder.clip)]
     words += [0 if tensor is None else tensor.data_ptr() for tensor in pointed]
     descriptor = torch.tensor(words, dtype=torch.int64)
     tensors = tuple(tensor for tensor in pointed if tensor is not None)

@@ -75,6 +75,7 @@ class EncoderSpec:
         capacities: largest spike count of every group, `T_g * (L - 1)`.
         shared: True when all groups share the range of the whole row.
         name: layer name for error messages.
+        clip: factor on the range of a row, float32 in (0, 1].
     """
 
     order: Tensor | None
@@ -82,6 +83,7 @@ class EncoderSpec:
     capacities: tuple[int, ...]
     shared: bool = False
     name: str = ""
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         """Check that the groups, the capacities and the order fit together."""

@@ -15,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from neurons import SpikeEncoder
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention
 from snnllm.config import FLOAT_BITS, Rotation, Score, SpikeConfig
-from snnllm.gptq import gptq
+from snnllm.gptq import gptq, inverse_factor
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import spike_block, spiking_linear
 from snnllm.pipelines.report import BlockReport, SpikeRateMeter, peak_mib, sqnr_db
@@ -45,8 +45,11 @@ from snnllm.transforms import (
     salient_count,
     sorted_groups,
 )
+from snnllm.weights import QuantizedWeight
 
 _log = logging.getLogger(__name__)
+COMPENSATION_DAMPING = 0.1
+"""Ridge of `compensated`, relative to the mean of diag(H)."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,15 @@ def convert_blocks(
         The spiking block and its report, in order.
     """
     stream = BlockStream(source, windows, device)
+    dense_stream = BlockStream(source, windows, device)
     for index in range(source.config.num_hidden_layers):
         start = time.perf_counter()
         block = load_block(source, index, device)
+        inputs = DenseInputs(block)
+        with inputs.recording():
+            dense_stream.hidden = list(dense_stream.run(block))
         target = list(stream.run(block))
-        convert_block(block, index, source, basis, spike, stream, generator)
+        convert_block(block, index, source, basis, spike, stream, inputs, generator)
         with SpikeRateMeter(block) as rate:
             converted = list(stream.run(block))
         stream.hidden = converted
@@ -152,6 +159,34 @@ def convert_blocks(
         yield block, report
 
 
+class DenseInputs:
+    """Inputs of a block's linears in the full-precision stream, one list per input group.
+
+    Attributes:
+        rows: `rows[group][window]` is `[tokens, K]`, float32 on the CPU.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self.rows: list[list[Tensor]] = [[] for _ in INPUT_GROUPS]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep what runs through the block inside the `with` block."""
+        with ExitStack() as stack:
+            for paths, rows in zip(INPUT_GROUPS, self.rows, strict=True):
+                hook = linear_of(self._block, paths[0]).register_forward_pre_hook(_keep(rows))
+                stack.callback(hook.remove)
+            yield
+
+
+def _keep(rows: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows.append(inputs[0].reshape(-1, inputs[0].shape[-1]).float().cpu())
+
+    return hook
+
+
 def convert_block(
     block: nn.Module,
     index: int,
@@ -159,6 +194,7 @@ def convert_block(
     basis: Basis,
     spike: SpikeConfig,
     stream: BlockStream,
+    inputs: DenseInputs,
     generator: torch.Generator,
 ) -> None:
     """Make one block spiking in place: attention, then the linears input by input."""
@@ -179,10 +215,10 @@ def convert_block(
             torch.stack([sorted_groups(h) for h in basis.values[index]]),
         )
     block.to(device)
-    for paths in INPUT_GROUPS:
+    for paths, rows in zip(INPUT_GROUPS, inputs.rows, strict=True):
         converted = [p for p in paths if not p.endswith(spike.modules_to_not_convert)]
         if converted:
-            _convert_input(block, index, converted, basis, spike, stream, generator)
+            _convert_input(block, index, converted, basis, spike, stream, rows, generator)
 
 
 def _convert_input(
@@ -192,6 +228,7 @@ def _convert_input(
     basis: Basis,
     spike: SpikeConfig,
     stream: BlockStream,
+    dense_rows: list[Tensor],
     generator: torch.Generator,
 ) -> None:
     """Convert the linears that share one input, on the spikes they will really see."""
@@ -203,24 +240,32 @@ def _convert_input(
     ]
     first = modules[0]
     rotation = first.rotation
-    groups = _rotated_groups(paths[0], first.in_features, index, basis)
     if rotation is not None:
         rotation.randomise(basis.down[index].to(device), generator)
+    groups = _rotated_groups(paths[0], first.in_features, index, basis)
+    if len(first.layout.steps) == 1:
+        groups = torch.zeros_like(groups)
     for module in modules:
         module.set_channel_group(groups)
-    hessian = _encoded_moment(block, paths[0], first.encoder, rotation, stream)
+        module.rotation = rotation
+    moments = encoded_moments(block, paths[0], first.encoder, rotation, stream, dense_rows)
+    weight = torch.cat([linear.weight.detach().float() for linear in dense])
+    if rotation is not None:
+        weight = weight @ rotation.matrix()
+    if first.layout.weight_bits != FLOAT_BITS:
+        order = first.order
+        h, cross = (m[order][:, order] for m in moments)
+        weight = compensated(weight[:, order], h, cross, first.name)
+        quantized = gptq(weight, h, first.layout.weight_bits, first.layout.group_size, first.name)
+    start = 0
     for path, module, linear in zip(paths, modules, dense, strict=True):
-        weight = linear.weight.detach().float()
-        if rotation is not None:
-            weight = weight @ rotation.matrix()
+        rows = slice(start, start + module.out_features)
+        start = rows.stop
         bias = None if linear.bias is None else linear.bias.detach()
-        layout, order = module.layout, module.order
-        if layout.weight_bits == FLOAT_BITS:
-            module.set_float_weight(weight, bias)
+        if module.layout.weight_bits == FLOAT_BITS:
+            module.set_float_weight(weight[rows], bias)
         else:
-            h = hessian[order][:, order]
-            quantized = gptq(weight[:, order], h, layout.weight_bits, layout.group_size, module.name)
-            module.set_weight(quantized, bias)
+            module.set_weight(QuantizedWeight(*(part[rows] for part in quantized)), bias)
         parent, _, name = path.rpartition(".")
         setattr(block.get_submodule(parent), name, module)
 
@@ -240,33 +285,62 @@ class _Reached(Exception):
     """The forward pass has come to the input that was wanted."""
 
 
-def _encoded_moment(
+def encoded_moments(
     block: nn.Module,
     path: str,
     encoder: SpikeEncoder,
     rotation: OnlineRotation | None,
     stream: BlockStream,
-) -> Tensor:
-    """Mean of `x_hat x_hat^T` of one linear's encoded input over the stream, `[K, K]`."""
+    dense_rows: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Moments of one linear's encoded input `x_hat` over the stream.
+
+    Returns:
+        `H = mean x_hat x_hat^T` and `C = mean x x_hat^T`, `[K, K]`, with `x` the input of the same
+        linear for the same token in the full-precision model.
+    """
     channels = encoder.channel_group.numel()
-    total = torch.zeros(channels, channels, device=encoder.channel_group.device)
-    tokens = 0
+    device = encoder.channel_group.device
+    moment, cross = (torch.zeros(channels, channels, device=device) for _ in range(2))
+    current, tokens = 0, 0
 
     def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal tokens
-        rows = inputs[0].reshape(-1, channels)
+        rows, dense = inputs[0].reshape(-1, channels), dense_rows[current].to(device)
         if rotation is not None:
-            rows = rotation(rows)
+            rows, dense = rotation(rows), rotation(dense)
         encoded = encoder.decode(encoder.encode(rows))
-        total.addmm_(encoded.T, encoded)
+        moment.addmm_(encoded.T, encoded)
+        cross.addmm_(dense.T, encoded)
         tokens += rows.shape[0]
         raise _Reached
 
     handle = linear_of(block, path).register_forward_pre_hook(observe)
     try:
-        for window in range(len(stream.hidden)):
+        for current in range(len(stream.hidden)):
             with suppress(_Reached):
-                stream.run_one(block, window)
+                stream.run_one(block, current)
     finally:
         handle.remove()
-    return total / max(1, tokens)
+    return moment / max(1, tokens), cross / max(1, tokens)
+
+
+def compensated(weight: Tensor, moment: Tensor, cross: Tensor, name: str) -> Tensor:
+    """The float weight that maps encoded inputs closest to the full-precision outputs.
+
+        W' = W + W (C - H) (H + lambda I)^-1  minimises  E ||W x - W' x_hat||^2  (ridge)
+
+    so that rounding to integers starts from weights that already correct the encoding error of the
+    activations and the error of the blocks in front (GPTAQ, arXiv 2504.02692).
+
+    Args:
+        weight: float32 `[N, K]`.
+        moment: H, `[K, K]`.
+        cross: C, `[K, K]`.
+        name: Layer name for messages.
+
+    Returns:
+        float32 `[N, K]`.
+    """
+    upper = inverse_factor(moment.clone(), name, COMPENSATION_DAMPING)
+    return weight + ((weight @ (cross - moment)) @ upper.T) @ upper

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import csv
 import json
 from pathlib import Path
@@ -14,6 +13,7 @@ from neurons import GIFNode, SpikeEncoder
 from sims.recording import Recorder, format_bytes, record
 from sims.traces import CSV_COLUMNS, Recording
 from snnllm.execution import spiking_modules, use_view
+from snnllm.modeling import load
 
 
 @pytest.fixture(scope="module")
@@ -135,18 +135,20 @@ def test_the_model_is_left_as_it_was(spiking_stories: Any, whole: Recording) -> 
 
 
 def test_the_model_is_left_as_it_was_after_an_error(
-    spiking_stories: Any, prompt_ids: torch.Tensor
+    spiking_stories_dir: Path, prompt_ids: torch.Tensor
 ) -> None:
-    broken = copy.deepcopy(spiking_stories)
+    broken = load(spiking_stories_dir)
     broken.model.layers[1].input_layernorm.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj.*NaN"):
         record(broken, prompt_ids)
     assert untouched(broken)
 
 
-def test_a_store_v_seq_that_was_on_stays_on(spiking_stories: Any, prompt_ids: torch.Tensor) -> None:
+def test_a_store_v_seq_that_was_on_stays_on(
+    spiking_stories_dir: Path, prompt_ids: torch.Tensor
+) -> None:
     name = "model.layers.2.mlp.up_proj"
-    model = copy.deepcopy(spiking_stories)
+    model = load(spiking_stories_dir)
     node = model.get_submodule(name).encoder.node
     node.store_v_seq = True
     record(model, prompt_ids, name)

@@ -1,0 +1,227 @@
+"""One linear, four executions, the same integers and the same bits.
+
+`binary`, `unrolled` and `collapsed` (native and reference backend) are compared with `torch.equal`:
+integers because they are integers, outputs because all executions share the order of float operations.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from snnllm.execution import View
+from snnllm.kernels import NativeBackend
+from snnllm.linear import LinearLayout, SpikingLinear
+from snnllm.weights import QuantizedWeight
+
+COLLAPSED = ["reference", *(["native"] if NativeBackend().available() is None else [])]
+EXECUTIONS = [(View.BINARY, "auto"), (View.UNROLLED, "auto")] + [
+    (View.COLLAPSED, backend) for backend in COLLAPSED
+]
+SHAPES = [(), (1,), (5,), (2, 3), (2, 1, 3), (0,)]
+
+
+def inputs(shape: tuple[int, ...], channels: int, seed: int, dtype=torch.float32) -> Tensor:
+    x = torch.randn(*shape, channels, generator=torch.Generator().manual_seed(seed)) * 3
+    x[..., 0] *= 30  # an outlier channel, as LLaMA has
+    if x.numel() > channels:
+        x.reshape(-1, channels)[0] = x.reshape(-1, channels)[0].abs() * (-1) ** (seed % 2)
+        x.reshape(-1, channels)[-1] *= seed % 3  # sometimes a row of zeros
+    return x.to(dtype)
+
+
+def executions(module: SpikingLinear, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Accumulators and output of every execution."""
+    results = []
+    for view, backend in EXECUTIONS:
+        module.view, module.backend = view, backend
+        module.invalidate()
+        with torch.no_grad():
+            results.append((module.accumulators(x), module(x)))
+    return results
+
+
+def oracle(module: SpikingLinear, x: Tensor) -> Tensor:
+    """Centred accumulators from the decoded meaning: integers of x and w in float64."""
+    spec, encoder = module.spec(), module.encoder
+    centred = encoder.centre(encoder.encode(x.reshape(-1, x.shape[-1])))[:, module.order].double()
+    parts = [
+        centred[:, a:b] @ (spec.levels[:, a:b].double() - spec.zero[:, j, None]).T
+        for a, b, _, j in spec.segments
+    ]
+    return torch.stack(parts).to(torch.int32)
+
+
+def check(module: SpikingLinear, x: Tensor) -> None:
+    expected = oracle(module, x)
+    results = executions(module, x)
+    for (view, backend), (accumulators, y) in zip(EXECUTIONS, results, strict=True):
+        assert accumulators.dtype == torch.int32, (view, backend)
+        assert torch.equal(accumulators, expected), (view, backend)
+        assert y.dtype == x.dtype
+        assert y.shape == (*x.shape[:-1], module.out_features)
+        assert torch.equal(y, results[0][1]), (view, backend)
+
+
+@settings(max_examples=120, derandomize=True)
+@given(
+    steps=st.sampled_from([(1,), (2,), (1, 2), (1, 4), (1, 8), (1, 3), (1, 2, 4)]),
+    bits=st.sampled_from([1, 2, 3, 4]),
+    ratio=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    value_range=st.sampled_from(["split", "shared"]),
+    weight_bits=st.sampled_from([2, 3, 4, 5, 8]),
+    group_size=st.sampled_from([None, 8, 16]),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    shape=st.sampled_from(SHAPES),
+    channels=st.sampled_from([1, 7, 24, 33, 64]),
+    out=st.sampled_from([1, 10, 19]),
+    seed=st.integers(0, 2**16),
+)
+def test_all_executions_are_equal(
+    make_linear, steps, bits, ratio, value_range, weight_bits, group_size, bias, dtype, shape,
+    channels, out, seed,
+):  # fmt: skip
+    module = make_linear(
+        channels,
+        out,
+        seed=seed,
+        weight_bits=weight_bits,
+        bits=bits,
+        steps=steps,
+        ratio=ratio,
+        value_range=value_range,
+        group_size=group_size,
+        bias=bias,
+    )
+    check(module, inputs(shape, channels, seed, dtype))
+
+
+@pytest.mark.parametrize("weight_bits", [2, 8])
+@pytest.mark.parametrize(("bits", "steps"), [(8, (1,)), (7, (1, 2)), (6, (1, 4)), (4, (1, 17))])
+def test_counts_up_to_255(make_linear, bits, steps, weight_bits):
+    module = make_linear(40, 9, bits=bits, steps=steps, weight_bits=weight_bits)
+    assert max(module.encoder.capacities) > 250
+    check(module, inputs((4,), 40, 0))
+
+
+def test_extreme_weights_and_inputs():
+    """All levels at one end and all counts at the other: the largest sums there are."""
+    layout = LinearLayout(8, 8, (1,), "split", "steps", None)
+    module = SpikingLinear(200, 2, False, layout)
+    codes = torch.tensor([[255], [0]], dtype=torch.uint8).expand(2, 200)
+    zero = torch.tensor([[0], [255]], dtype=torch.uint8)
+    module.set_weight(QuantizedWeight(codes, torch.ones(2, 1), zero))
+    x = torch.ones(2, 200)
+    x[1] *= -1
+    check(module, x)
+    largest = 255 * 255 * 200
+    assert module.accumulators(x)[0].tolist() == [[largest, -largest], [-largest, largest]]
+
+
+def test_the_output_is_the_decoded_linear(make_linear, tolerance):
+    module = make_linear(24, 10, group_size=8)
+    x = inputs((5,), 24, 1)
+    decoded = module.encoder.decode(module.encoder.encode(x))
+    expected = torch.nn.functional.linear(decoded, module.dequantized_weight(), module.bias)
+    scale = expected.abs().max()
+    torch.testing.assert_close(
+        module(x) / scale, expected / scale, rtol=0, atol=tolerance.reordered_sum
+    )
+
+
+@pytest.mark.parametrize(("weight_bits", "bits"), [(16, 4), (4, 16), (16, 8)])
+def test_float_operands_give_the_same_output_in_all_views(make_linear, weight_bits, bits):
+    module = make_linear(weight_bits=weight_bits, bits=bits)
+    x = inputs((2, 3), 24, 2)
+    outputs = []
+    for view in View:
+        module.check_view(view)
+        module.view = view
+        outputs.append(module(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_power_of_two_capacity_runs_collapsed_only(make_linear):
+    module = make_linear(capacity="power_of_two", name="model.layers.3.mlp.up_proj")
+    x = inputs((3,), 24, 0)
+    assert module.encoder.capacities == (15, 31)
+    results = []
+    for backend in COLLAPSED:
+        module.backend = backend
+        module.invalidate()
+        results.append(module(x))
+        assert torch.equal(module.accumulators(x), oracle(module, x))
+        assert torch.equal(results[-1], results[0])
+    for view in (View.UNROLLED, View.BINARY):
+        with pytest.raises(ValueError, match=r"3\.mlp\.up_proj: capacity='power_of_two'.*not"):
+            module.check_view(view)
+        module.view = view
+        with pytest.raises(ValueError, match="neurons cannot emit the capacity power_of_two"):
+            module(x)
+
+
+def test_counts_beyond_eight_bits_run_unrolled_only(make_linear):
+    module = make_linear(bits=8, steps=(1, 2), name="q_proj")
+    x = inputs((3,), 24, 0)
+    message = r"q_proj: counts up to 510 do not fit .* \(limit 255\)\. Use fewer bits or steps, or"
+    with pytest.raises(ValueError, match=message):
+        module(x)
+    module.check_view(View.UNROLLED)
+    module.view = View.UNROLLED
+    assert torch.equal(module.accumulators(x), oracle(module, x))
+    unrolled = module(x)
+    module.view = View.BINARY
+    assert torch.equal(module(x), unrolled)
+
+
+@pytest.mark.parametrize("view", list(View))
+def test_inputs_that_are_not_finite_name_the_layer(make_linear, view):
+    module = make_linear(name="model.layers.7.mlp.down_proj")
+    module.view = view
+    x = inputs((3,), 24, 0)
+    x[1, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.7\.mlp\.down_proj.*NaN or inf"):
+        module(x)
+
+
+# -- content ----------------------------------------------------------------------------------------
+
+
+def test_derived_tensors_follow_the_stored_ones(make_linear):
+    module, other = make_linear(seed=1), make_linear(seed=2)
+    x = inputs((4,), 24, 3)
+    before = module(x)
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module(x), other(x))
+    assert not torch.equal(module(x), before)
+    module.set_channel_group(torch.zeros(24, dtype=torch.uint8))
+    assert module.spec().encoder.sizes == (24, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_casts_do_not_touch_integers_and_scales(make_linear, dtype):
+    module = make_linear()
+    codes, scale = module.weight_codes.clone(), module.weight_scale.clone()
+    module.to(dtype)
+    assert module.bias.dtype == dtype
+    assert module.weight_scale.dtype == torch.float32
+    assert torch.equal(module.weight_scale, scale)
+    assert torch.equal(module.weight_codes, codes)
+    assert module(inputs((2,), 24, 0)).dtype == torch.float32
+
+
+def test_a_bias_on_one_side_only_is_refused(make_linear):
+    module = make_linear(bias=False, name="k_proj")
+    quantized = QuantizedWeight(module.codes(), module.weight_scale, module.weight_zero)
+    with pytest.raises(ValueError, match="k_proj: the layer and its source disagree about a bias"):
+        module.set_weight(quantized, torch.zeros(10))
+
+
+def test_the_representation_says_what_runs(make_linear):
+    text = repr(make_linear())
+    assert "weight_bits=4, activation_bits=4, steps=(1, 2), view=collapsed" in text
