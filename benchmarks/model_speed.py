@@ -23,20 +23,21 @@ from snnllm.modeling import load
 from snnllm.sources import dense_model, open_source
 
 
-def prefill(model: Any, ids: Tensor) -> float:
-    """Seconds of one prompt with a cache; logits of the last token, as `generate` does."""
+def generate(model: Any, ids: Tensor, tokens: int) -> float:
+    """Seconds of greedy generation of `tokens` tokens after the prompt `ids`."""
     start = time.perf_counter()
-    model(ids, use_cache=True, logits_to_keep=1)
+    model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
     return time.perf_counter() - start
 
 
+def prefill(model: Any, ids: Tensor) -> float:
+    """Seconds to the first token."""
+    return generate(model, ids, 1)
+
+
 def decode(model: Any, ids: Tensor, tokens: int) -> float:
-    """Seconds a token of decoding after the prompt `ids`."""
-    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    start = time.perf_counter()
-    for _ in range(tokens):
-        model(ids[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return (time.perf_counter() - start) / tokens
+    """Seconds a token of decoding with a dynamic cache, the prompt taken off."""
+    return (generate(model, ids, tokens + 1) - generate(model, ids, 1)) / tokens
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -97,6 +97,8 @@ def spike_capacity(steps: int, bits: int, capacity: Capacity | str = Capacity.ST
 
 def _per_channel(values: Tensor, channel_group: Tensor) -> Tensor:
     """Spread values per group ``[.., G]`` over channels ``[.., C]``; G = 1 stays ``[.., 1]``."""
+    if values.shape[-1] > 1 and channel_group.dim() == 1:
+        return values.index_select(-1, channel_group.int())
     spread = values[..., :1]
     for g in range(1, values.shape[-1]):
         spread = torch.where(channel_group == g, values[..., g : g + 1], spread)

@@ -169,14 +169,19 @@ def query_key_accumulators(
         ]
     steps = torch.tensor(encoder.steps, device=groups.device)[groups.long()]
     spikes = count_to_spikes(key.count, encoder.levels, max(encoder.steps), steps)
+    length = 1  # slots of a step
     if module.view is View.BINARY:
+        length = encoder.levels - 1
         spikes = spikes_to_events(spikes.float(), encoder.levels)
     total = []
     for g in range(len(encoder.steps)):
         member = groups == g
         silent = member.to(torch.int16).expand(batch, kv_heads, 1, dim)
         summed = torch.stack(
-            [integer_product(q, s.masked_fill(~member, 0), bound_q, capacity) for s in spikes]
+            [
+                integer_product(q, s.masked_fill(~member, 0), bound_q, capacity)
+                for s in spikes[: length * encoder.steps[g]]  # later steps are silent
+            ]
         ).sum(0, dtype=torch.int32)
         # sum_c (q_c - z) over the group: what the bias charge of K multiplies.
         row = integer_product(q, silent, bound_q, 1)

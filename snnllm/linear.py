@@ -309,17 +309,30 @@ class SpikingLinear(SpikingModule):
         """Run the neurons over T steps and sum one matmul per step (or per binary event slot)."""
         spec = self.spec()
         spikes, encoding = self.encoder.encode_spikes(rows)
+        if self.view is View.UNROLLED:
+            return encoding, self._sum_steps(spikes, encoding.zero_point)
         order = self.order
         raw = torch.stack([self._segment_sum(spikes, spec, s, order) for s in spec.segments])
         count = encoding.count.index_select(-1, order).int()
         return encoding, centre(raw, count, encoding.zero_point, spec)
 
+    def _sum_steps(self, spikes: Tensor, zero_point: Tensor) -> Tensor:
+        """One integer matmul per step; the bias charge z is taken off once, with the first step."""
+        backend, prepared = self.prepared()
+        total = None
+        for t, step in enumerate(spikes.to(torch.uint8)):
+            firing = sum(1 << g for g, steps in enumerate(self.layout.steps) if steps > t)
+            part = backend.accumulate_counts(step, zero_point, prepared, firing)
+            total = part if total is None else total.add_(part)
+            zero_point = torch.zeros_like(zero_point)
+        assert total is not None  # an encoder has at least one step
+        return total
+
     def _segment_sum(self, spikes: Tensor, spec: LinearSpec, segment: Segment, order: Tensor) -> Tensor:
-        """Sum over steps of `spikes[t] @ levels^T` on one segment, int32 `[tokens, N]`."""
+        """Sum over binary event slots of `events @ levels^T` on one segment, int32 `[tokens, N]`."""
         steps = self.layout.steps[segment.act_group]  # later steps are silent in this group
         train = spikes[:steps].index_select(-1, order[segment.start : segment.stop])
-        if self.view is View.BINARY:
-            train = spikes_to_events(train, self.encoder.levels)
+        train = spikes_to_events(train, self.encoder.levels)
         levels = spec.levels[:, segment.start : segment.stop]
         reach = (self.encoder.levels - 1) * (1 << (spec.weight_bits - 1)) * levels.shape[1]
         # Integers in a float matmul are exact while every partial sum stays below the mantissa.

@@ -106,8 +106,8 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     config_class = SpikingLlamaConfig
     config: SpikingLlamaConfig
-    # Loading in half precision must not round the scales: the codes would change meaning.
-    _keep_in_fp32_modules_strict = ("weight_scale",)
+    # Loading in half precision must not round these: the codes would change meaning.
+    _keep_in_fp32_modules_strict = ("weight_scale", "qk_rotation", "rotation.left_")
 
     def __init__(self, config: SpikingLlamaConfig) -> None:
         register()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -84,7 +85,7 @@ class FolderSource(Source):
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
-        self.config = check_config(read_config(folder), name)
+        self.config = check_config(read_config(folder, name), name)
         self._files = _weight_map(folder)
 
     def names(self) -> frozenset[str]:
@@ -226,11 +227,7 @@ def check_config(config: PreTrainedConfig, name: str) -> LlamaConfig:
     Raises:
         SourceError: Says what came and what is supported.
     """
-    kind = getattr(config, "model_type", None)
-    if kind == "spiking_llama":
-        raise SourceError(f"{name} is a spiking LLaMA already; convert the dense model it came from.")
-    if kind != "llama":
-        raise SourceError(f"{name} is a {kind!r} model. Supported: {SUPPORTED}.")
+    _check_kind(getattr(config, "model_type", None), name)
     quantized = getattr(config, "quantization_config", None)
     method = str(_get(quantized, "quant_method")) if quantized is not None else ""
     if quantized is not None and "gguf" not in method.lower():
@@ -240,25 +237,34 @@ def check_config(config: PreTrainedConfig, name: str) -> LlamaConfig:
     return LlamaConfig(**{k: v for k, v in config.to_dict().items() if k != "quantization_config"})
 
 
+def _check_kind(kind: Any, name: str) -> None:
+    if kind == "spiking_llama":
+        raise SourceError(f"{name} is a spiking LLaMA already; convert the dense model it came from.")
+    if kind != "llama":
+        raise SourceError(f"{name} is a {kind!r} model. Supported: {SUPPORTED}.")
+
+
 def _get(data: Any, key: str) -> Any:
     return data.get(key) if isinstance(data, dict) else getattr(data, key, None)
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path, name: str) -> PreTrainedConfig:
     """The configuration of a model folder.
 
     Raises:
-        SourceError: There is none, or transformers cannot read it.
+        SourceError: There is none, it is not a LLaMA's, or transformers cannot read it.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise SourceError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
     try:
-        if json.loads(path.read_text(encoding="utf-8")).get("model_type") == "spiking_llama":
-            return PreTrainedConfig(model_type="spiking_llama")  # for `check_config` to refuse
+        # First, because transformers would answer other kinds with advice that does not help here.
+        _check_kind(json.loads(path.read_text(encoding="utf-8")).get("model_type"), name)
         # False: a config with code of its own is refused, not asked about on standard input.
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, AttributeError) as error:
+    except SourceError:
+        raise
+    except (OSError, ValueError, AttributeError, StrictDataclassError) as error:
         raise SourceError(f"{folder}/config.json cannot be read ({error}). Supported: {SUPPORTED}.") from error
 
 

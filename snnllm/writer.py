@@ -8,8 +8,6 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from snnllm.config import SCHEMA_VERSION
-
 
 class ShardWriter:
     """Collects tensors and writes a shard whenever `shard_bytes` are full.
@@ -50,7 +48,9 @@ class ShardWriter:
 
     @staticmethod
     def _save(tensors: dict[str, Tensor], path: Path) -> None:
-        save_file(tensors, path, {"format": "pt", "spikellm_schema_version": str(SCHEMA_VERSION)})
+        # One entry only: safetensors writes several in random order, and equal conversions should
+        # give equal files. The schema version is in config.json and in the manifest.
+        save_file(tensors, path, {"format": "pt"})
 
     def close(self) -> None:
         """Write the last shard, the final names and, for several shards, the index."""

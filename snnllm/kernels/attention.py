@@ -20,7 +20,6 @@ from snnllm.kernels.spec import non_finite_error
 _INT16_MAX = 2**15 - 1
 _INT8_MAX = 127
 _MAX_GROUPS = 8
-_MAX_DIM = 1024
 _NON_FINITE = 1
 
 
@@ -54,8 +53,6 @@ class NativeAttention:
             return "spikes of Q beyond 7 bits"
         if 2 * max(key.capacities) * max(query.capacities) > _INT16_MAX:
             return "products of spikes beyond 16 bits"
-        if key.channel_group.shape[-1] > _MAX_DIM:
-            return f"heads of more than {_MAX_DIM} channels"
         if get_backend("auto", "cpu").name != "native":
             return "the native kernels cannot be built here"
         return None

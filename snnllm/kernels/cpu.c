@@ -56,8 +56,9 @@ INLINE void centre(int32_t *raw, const int32_t *low, const int32_t *high, int32_
 }
 
 /* One tile of `rows` x 32 outputs: y float [m][n], or the accumulators int32 [segments][m][n]. */
-static void run_tile(const Layer *layer, Rows encoded, const Panel *panel, int64_t m, int64_t row,
-                     int rows, int64_t column, float *y, int32_t *accumulator) {
+static void run_tile(const Layer *layer, Rows encoded, uint64_t active, const Panel *panel,
+                     int64_t m, int64_t row, int rows, int64_t column, float *y,
+                     int32_t *accumulator) {
     const int64_t bytes = count_bytes(layer);
     const int64_t left = layer->n - column < COLUMNS ? layer->n - column : COLUMNS;
     int32_t raw[ROWS * COLUMNS];
@@ -65,6 +66,12 @@ static void run_tile(const Layer *layer, Rows encoded, const Panel *panel, int64
     for (int64_t i = 0; i < layer->segments; i++) {
         const Segment *seg = layer->segment + i;
         const int64_t at = i * layer->n_padded + column;
+        if (!(active >> seg->act_group & 1)) {
+            for (int r = 0; r < rows; r++)
+                memset(accumulator + (i * m + row + r) * layer->n + column, 0,
+                       sizeof(int32_t) * (size_t)left);
+            continue;
+        }
         for (int r = 0; r < rows; r++) {
             const int32_t start = panel->missing * encoded.sum[(row + r) * layer->segments + i];
             for (int j = 0; j < COLUMNS; j++) raw[r * COLUMNS + j] = start;
@@ -103,17 +110,17 @@ static void run_tile(const Layer *layer, Rows encoded, const Panel *panel, int64
 }
 
 /* All tiles of one block of rows and 32 outputs. `scratch` holds an unpacked panel. */
-static void run_block(const Layer *layer, Rows encoded, int64_t m, int64_t row, int64_t column,
-                      uint8_t *scratch, float *y, int32_t *accumulator) {
+static void run_block(const Layer *layer, Rows encoded, uint64_t active, int64_t m, int64_t row,
+                      int64_t column, uint8_t *scratch, float *y, int32_t *accumulator) {
     const int64_t octets = layer->k_padded / OCTET, octet_bytes = layer->layout == NIBBLE ? 32 : 64;
     const int64_t end = row + ROW_BLOCK < m ? row + ROW_BLOCK : m;
     Panel panel = {layer->weight + column * octets * octet_bytes / LANES, layer->layout,
                    octet_bytes, octets * octet_bytes, 0};
     if (layer->layout == NIBBLE && end - row >= UNPACK_ROWS) unpack_panel(&panel, octets, scratch);
     for (; row + ROWS <= end; row += ROWS)
-        run_tile(layer, encoded, &panel, m, row, ROWS, column, y, accumulator);
+        run_tile(layer, encoded, active, &panel, m, row, ROWS, column, y, accumulator);
     for (; row < end; row++)
-        run_tile(layer, encoded, &panel, m, row, 1, column, y, accumulator);
+        run_tile(layer, encoded, active, &panel, m, row, 1, column, y, accumulator);
 }
 
 /* ------------------------------------------------------------ entry points */
@@ -152,9 +159,15 @@ static int thread_index(void) { return omp_get_thread_num(); }
 static int thread_index(void) { return 0; }
 #endif
 
-/* x float [m][k] -> y float [m][n] (or NULL), or accumulator int32 [segments][m][n] (or NULL). */
-int snn_linear(const Layer *layer, const float *x, float *y, int32_t *accumulator, int64_t m,
-               int threads) {
+typedef struct {
+    const float *x;      /* [m][k], to be encoded; or NULL and */
+    const void *count;   /* [m][k] in original order, uint8 or (WIDE) int16, with */
+    const int32_t *zero; /* [m][groups] */
+    uint64_t active;     /* bit g: group g may have counts; the others are taken as zeros */
+} Input;
+
+static int run_layer(const Layer *layer, Input input, float *y, int32_t *accumulator, int64_t m,
+                     int threads) {
     Work work;
     int finite = 1;
     if (m * layer->n * layer->k < PARALLEL_WORK) threads = 1;
@@ -164,21 +177,36 @@ int snn_linear(const Layer *layer, const float *x, float *y, int32_t *accumulato
     {
         uint8_t *scratch = work.thread + thread_index() * work.scratch;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < m; row++)
-            if (!encode_row(layer, x, row, work.rows, (float *)scratch)) {
+        for (int64_t row = 0; row < m; row++) {
+            if (!input.x) {
+                load_row(layer, input.count, input.zero, input.active, row, work.rows);
+            } else if (!encode_row(layer, input.x, row, work.rows, (float *)scratch)) {
 #pragma omp atomic write
                 finite = 0;
             }
+        }
         /* The barrier of the loop above makes every row and `finite` visible. */
         if (finite) {
 #pragma omp for schedule(dynamic) nowait
             for (int64_t task = 0; task < columns * row_blocks; task++)
-                run_block(layer, work.rows, m, task / columns * ROW_BLOCK,
+                run_block(layer, work.rows, input.active, m, task / columns * ROW_BLOCK,
                           task % columns * COLUMNS, scratch, y, accumulator);
         }
     }
     free(work.memory);
     return finite ? OK : NON_FINITE;
+}
+
+/* x float [m][k] -> y float [m][n] (or NULL), or accumulator int32 [segments][m][n] (or NULL). */
+int snn_linear(const Layer *layer, const float *x, float *y, int32_t *accumulator, int64_t m,
+               int threads) {
+    return run_layer(layer, (Input){x, NULL, NULL, ~(uint64_t)0}, y, accumulator, m, threads);
+}
+
+/* Centred accumulators of given counts: the spikes of one step, say. */
+int snn_accumulate(const Layer *layer, const void *count, const int32_t *zero, uint64_t active,
+                   int32_t *accumulator, int64_t m, int threads) {
+    return run_layer(layer, (Input){NULL, count, zero, active}, NULL, accumulator, m, threads);
 }
 
 /* x float [m][k] -> counts [m][k] in original channel order (int16 when WIDE, else uint8),

@@ -135,8 +135,9 @@ static void load_keys(const uint8_t *payload, int64_t count, int64_t d, int64_t 
 static void query_keys(const int8_t *query, const uint8_t *quad, int64_t d4, int64_t count,
                        int64_t chunk, int32_t *raw) {
 #ifdef SNN_AVX2
+    for (int64_t n = count / LANES * LANES; n < KEY_BLOCK; n++) raw[n] = 0;
     const __m256i ones = _mm256_set1_epi16(1);
-    for (int64_t n = 0; n < count; n += LANES) {
+    for (int64_t n = 0; n < count; n += LANES) { /* lanes beyond count hold zeros */
         __m256i total = _mm256_setzero_si256();
         for (int64_t i = 0; i < d4; i += chunk) {
             const int64_t end = i + chunk < d4 ? i + chunk : d4;
@@ -153,7 +154,7 @@ static void query_keys(const int8_t *query, const uint8_t *quad, int64_t d4, int
     }
 #else
     (void)chunk;
-    for (int64_t n = 0; n < count; n++) raw[n] = 0;
+    for (int64_t n = 0; n < KEY_BLOCK; n++) raw[n] = 0;
     for (int64_t i = 0; i < d4; i++)
         for (int64_t n = 0; n < count; n++)
             for (int64_t c = 0; c < 4; c++)
@@ -167,64 +168,86 @@ typedef struct {
     int64_t chunk;
     float scaling;
     float *score;
+    int8_t *part; /* [pairs * rows][groups][4 * d4], q - z where the channel is in the group */
+    int32_t *sum; /* [pairs * rows][groups], its sums */
 } Product;
+
+/* Splits query row m of all pairs into its groups. */
+static void split_query(const Product *p, int64_t m) {
+    const int64_t width = (p->d + 3) / 4 * 4;
+    const uint8_t *row = p->query + m * payload_bytes(p->d, 1);
+    const uint8_t *group = p->group + m / p->rows % p->heads * p->d;
+    const int32_t z = load_zero(row, p->d, 0);
+    int8_t *part = p->part + m * p->groups * width;
+    memset(part, 0, (size_t)(p->groups * width));
+    for (int64_t g = 0; g < p->groups; g++) p->sum[m * p->groups + g] = 0;
+    for (int64_t c = 0; c < p->d; c++) {
+        const int g = p->groups == 1 ? 0 : group[c];
+        const int32_t q = (int32_t)row[c] - z;
+        part[g * width + c] = (int8_t)q;
+        p->sum[m * p->groups + g] += q;
+    }
+}
 
 /* Scores of all query rows of one (batch, KV head) against one block of keys. */
 static void score_block(const Product *p, int64_t pair, int64_t first, Keys *keys) {
-    const int64_t d4 = (p->d + 3) / 4, query_bytes = payload_bytes(p->d, 1);
+    const int64_t d4 = (p->d + 3) / 4, width = 4 * d4;
     const int64_t left = p->keys - first, count = left < KEY_BLOCK ? left : KEY_BLOCK;
-    const uint8_t *group = p->group + pair % p->heads * p->d;
-    int8_t part[MAX_GROUPS][1024];
     int32_t raw[KEY_BLOCK];
-    memset(part, 0, sizeof part);
+    float total[KEY_BLOCK];
     load_keys(p->key + (pair * p->keys + first) * payload_bytes(p->d, p->groups), count, p->d,
               p->groups, keys);
-    for (int64_t m = 0; m < p->rows; m++) {
-        const uint8_t *row = p->query + (pair * p->rows + m) * query_bytes;
-        const float s = load_threshold(row, p->d, 1, 0);
-        const int32_t z = load_zero(row, p->d, 0);
-        int32_t sum[MAX_GROUPS] = {0};
-        for (int64_t c = 0; c < p->d; c++) {
-            const int g = p->groups == 1 ? 0 : group[c];
-            const int32_t q = (int32_t)row[c] - z;
-            part[g][c] = (int8_t)q;
-            sum[g] += q;
-        }
-        float *score = p->score + (pair * p->rows + m) * p->keys + first;
+    for (int64_t m = pair * p->rows; m < (pair + 1) * p->rows; m++) {
+        const float s = load_threshold(p->query + m * payload_bytes(p->d, 1), p->d, 1, 0);
         for (int64_t g = 0; g < p->groups; g++) {
-            query_keys(part[g], keys->quad, d4, count, p->chunk, raw);
-            for (int64_t n = 0; n < count; n++) {
-                const int32_t a = raw[n] - sum[g] * keys->zero[g][n];
-                const float term = ((float)a * s) * keys->threshold[g][n];
-                score[n] = g == 0 ? term : score[n] + term;
-            }
+            const int32_t sum = p->sum[m * p->groups + g];
+            const int32_t *zero = keys->zero[g];
+            const float *threshold = keys->threshold[g];
+            query_keys(p->part + (m * p->groups + g) * width, keys->quad, d4, count, p->chunk, raw);
+            if (g == 0)
+                for (int n = 0; n < KEY_BLOCK; n++)
+                    total[n] = ((float)(raw[n] - sum * zero[n]) * s) * threshold[n];
+            else
+                for (int n = 0; n < KEY_BLOCK; n++)
+                    total[n] += ((float)(raw[n] - sum * zero[n]) * s) * threshold[n];
         }
-        for (int64_t n = 0; n < count; n++) score[n] = score[n] * p->scaling;
+        for (int n = 0; n < KEY_BLOCK; n++) total[n] *= p->scaling;
+        memcpy(p->score + m * p->keys + first, total, sizeof(float) * (size_t)count);
     }
 }
 
 /* score [pairs][rows][keys] of query payloads [pairs][rows] (one group) and key payloads
- * [pairs][keys]. d <= 1024 and groups <= MAX_GROUPS, |q - z| <= 127: the caller checks. */
+ * [pairs][keys]. groups <= MAX_GROUPS and |q - z| <= 127: the caller checks. */
 int snn_attention_scores(const int64_t *shape, const uint8_t *query, const uint8_t *key,
                          const uint8_t *group, int64_t chunk, float scaling, float *score,
                          int threads) {
-    const Product p = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5],
-                       query,    key,      group,    chunk,    scaling,  score};
+    Product p = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], query,
+                 key,      group,    chunk,    scaling,  score,    NULL,     NULL};
     const int64_t blocks = (p.keys + KEY_BLOCK - 1) / KEY_BLOCK, d4 = (p.d + 3) / 4;
+    const int64_t rows = p.pairs * p.rows;
     int failed = 0;
-    (void)threads;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed) \
-    if (p.pairs * p.rows * p.keys * p.d >= PARALLEL_WORK && threads > 1)
-    for (int64_t i = 0; i < p.pairs * blocks; i++) {
+    if (rows * p.keys * p.d < PARALLEL_WORK) threads = 1;
+    p.sum = malloc((size_t)(rows * p.groups * 4 * (1 + d4)) + 64);
+    if (!p.sum) return NO_MEMORY;
+    p.part = (int8_t *)(p.sum + rows * p.groups);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
         Keys keys;
         keys.quad = malloc((size_t)(d4 * KEY_BLOCK * 4));
         if (!keys.quad) {
+#pragma omp atomic write
             failed = 1;
-            continue;
         }
-        score_block(&p, i / blocks, i % blocks * KEY_BLOCK, &keys);
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < rows; m++) split_query(&p, m);
+        if (!failed) {
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < p.pairs * blocks; i++)
+                score_block(&p, i / blocks, i % blocks * KEY_BLOCK, &keys);
+        }
         free(keys.quad);
     }
+    free(p.sum);
     return failed ? NO_MEMORY : OK;
 }
 

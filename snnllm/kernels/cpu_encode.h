@@ -174,4 +174,33 @@ static int encode_row(const Layer *layer, const float *x, int64_t m, Rows rows, 
     return 1;
 }
 
+/* Takes row m of given counts [m][k] (original order) and zero points [m][groups] instead. */
+static void load_row(const Layer *layer, const void *given, const int32_t *zero, uint64_t active,
+                     int64_t m, Rows rows) {
+    const int64_t bytes = count_bytes(layer);
+    uint8_t *count = rows.count + m * layer->k_padded * bytes;
+    for (int64_t g = 0; g < layer->groups; g++) {
+        rows.threshold[m * layer->groups + g] = 0.0f;
+        rows.zero_point[m * layer->groups + g] = zero[m * layer->groups + g];
+    }
+    for (int64_t i = 0; i < layer->segments; i++) {
+        const Segment *seg = layer->segment + i;
+        const int64_t length = seg->stop - seg->start;
+        uint8_t *to = count + seg->padded_start * bytes;
+        int32_t sum = 0;
+        if (!(active >> seg->act_group & 1)) continue;
+        memset(to + length * bytes, 0, (size_t)((seg->octets * OCTET - length) * bytes));
+        for (int64_t k = 0; k < length; k++) {
+            const int64_t channel = layer->order ? layer->order[seg->start + k] : seg->start + k;
+            const int64_t from = m * layer->k + channel;
+            const int32_t q = bytes == 1 ? ((const uint8_t *)given)[from]
+                                         : ((const int16_t *)given)[from];
+            if (bytes == 1) to[k] = (uint8_t)q;
+            else ((int16_t *)to)[k] = (int16_t)q;
+            sum += q;
+        }
+        rows.sum[m * layer->segments + i] = sum;
+    }
+}
+
 #endif

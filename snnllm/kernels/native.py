@@ -19,11 +19,13 @@ from torch.nn.functional import pad
 from neurons.encoder import Encoding
 from snnllm.kernels import compiler
 from snnllm.kernels.spec import (
+    ALL_GROUPS,
     EncoderSpec,
     LinearSpec,
     PreparedLinear,
     Segment,
     check_bmm,
+    check_counts,
     check_input,
     non_finite_error,
     segments_of,
@@ -53,6 +55,7 @@ class NativeLinear(PreparedLinear):
     tensors: tuple[Tensor, ...]
     segments: int
     address: int
+    count_dtype: torch.dtype
 
 
 class NativeBackend:
@@ -124,6 +127,28 @@ class NativeBackend:
         _check(code, layer.name)
         return out
 
+    def accumulate_counts(
+        self, count: Tensor, zero_point: Tensor, prepared: PreparedLinear, active: int = ALL_GROUPS
+    ) -> Tensor:
+        """Return the centred accumulators of given counts [M, K]: int32 [S, M, N]."""
+        layer = _native(prepared)
+        check_counts(count, zero_point, layer)
+        count, zero_point = count.contiguous(), zero_point.contiguous()
+        if count.dtype != layer.count_dtype:
+            count = count.to(layer.count_dtype)
+        out = torch.empty(layer.segments, len(count), layer.out_features, dtype=torch.int32)
+        code = self._library.snn_accumulate(
+            layer.address,
+            count.data_ptr(),
+            zero_point.data_ptr(),
+            active,
+            out.data_ptr(),
+            len(count),
+            torch.get_num_threads(),
+        )
+        _check(code, layer.name)
+        return out
+
     def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
         """Return y [.., N] in x.dtype of x [.., K].
 
@@ -162,6 +187,7 @@ def library(definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib = compiler.load(compiler.build(definitions))
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     lib.snn_linear.argtypes = [pointer] * 4 + [size, number]
+    lib.snn_accumulate.argtypes = [pointer] * 3 + [ctypes.c_uint64, pointer, size, number]
     lib.snn_encode.argtypes = [pointer] * 5 + [size, number]
     lib.snn_int_bmm.argtypes = [pointer] * 3 + [size] * 4 + [number]
     real = ctypes.c_float
@@ -211,7 +237,8 @@ def native_linear(x: Tensor, descriptor: Tensor, out_features: int, name: str) -
     The descriptor stands for the prepared layer, which its module keeps alive.
     """
     address = descriptor.data_ptr()
-    layer = NativeLinear(name, x.shape[-1], out_features, descriptor, (), 0, address)
+    shape = (x.shape[-1], out_features)
+    layer = NativeLinear(name, *shape, descriptor, (), 0, address, torch.uint8)
     return _linear(library(), x, layer)
 
 
@@ -366,4 +393,5 @@ def _describe(
         tensors,
         len(segment_words),
         descriptor.data_ptr(),
+        torch.int16 if layout == _WIDE else torch.uint8,
     )

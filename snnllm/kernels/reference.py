@@ -18,11 +18,13 @@ from neurons.encoder import Encoding, ValueRange, encode_parameters
 from neurons.functional import gif_count
 from snnllm.kernels.epilogue import scale_and_sum
 from snnllm.kernels.spec import (
+    ALL_GROUPS,
     EncoderSpec,
     LinearSpec,
     PreparedLinear,
     Segment,
     check_bmm,
+    check_counts,
     check_input,
     non_finite_error,
 )
@@ -94,6 +96,17 @@ class ReferenceBackend:
         """Return the centred accumulators of x [.., K]: int32 [S, M, N], M the number of rows."""
         return _accumulate(x, _reference(prepared))[1]
 
+    def accumulate_counts(
+        self, count: Tensor, zero_point: Tensor, prepared: PreparedLinear, active: int = ALL_GROUPS
+    ) -> Tensor:
+        """Return the centred accumulators of given counts [M, K]: int32 [S, M, N]."""
+        layer = _reference(prepared)
+        check_counts(count, zero_point, layer)
+        order = layer.spec.encoder.order
+        if order is not None:
+            count = count.index_select(1, order.to(count.device))
+        return _segment_sums(count.float(), zero_point, layer, active)
+
     def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
         """Return y [.., N] of x [.., K] in x.dtype, by the scaling that all views share."""
         layer = _reference(prepared)
@@ -143,17 +156,28 @@ def _accumulate(x: Tensor, layer: ReferenceLinear) -> tuple[_Rows, Tensor]:
     spec = layer.spec
     check_input(x, spec.in_features, spec.encoder.name)
     rows = encode_rows(x.reshape(-1, spec.in_features), spec.encoder)
-    sums = []
+    return rows, _segment_sums(rows.count, rows.zero_point, layer)
+
+
+def _segment_sums(
+    counts: Tensor, zero_points: Tensor, layer: ReferenceLinear, active: int = ALL_GROUPS
+) -> Tensor:
+    """Centred accumulators of float counts [M, K] in encoded order, int32 [S, M, N]."""
+    spec, sums = layer.spec, []
     for segment, operand in zip(spec.segments, layer.operands, strict=True):
-        count = rows.count[:, segment.start : segment.stop]
-        zero_point = rows.zero_point[:, segment.act_group, None]
+        if not active >> segment.act_group & 1:
+            shape = (len(counts), spec.out_features)
+            sums.append(torch.zeros(shape, dtype=torch.int32, device=counts.device))
+            continue
+        count = counts[:, segment.start : segment.stop]
+        zero_point = zero_points[:, segment.act_group, None]
         if operand.dtype == torch.int8:
             zero = spec.zero[:, segment.weight_group]
             sums.append(_int_mm_accumulator(count, zero_point, operand, zero))
         else:
             dtype = operand.dtype if _full_precision() else torch.float64
             sums.append(torch.matmul((count - zero_point).to(dtype), operand.to(dtype)).int())
-    return rows, torch.stack(sums)
+    return torch.stack(sums)
 
 
 def _operand(spec: LinearSpec, segment: Segment) -> Tensor:

@@ -18,6 +18,8 @@ from neurons.encoder import Encoding
 
 INT32_MAX = 2**31 - 1
 COUNT_MAX = 2**15 - 1
+ALL_GROUPS = 2**64 - 1
+"""Every group of a layer is active (`Backend.accumulate_counts`)."""
 ZERO_MAX = 2**15 - 9  # a kernel may shift levels and zero points by 8, and multiply int16
 
 
@@ -193,6 +195,18 @@ class Backend(Protocol):
     def accumulate(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
         """Return the centred accumulators of x [.., K]: int32 [S, M, N], M the number of rows."""
 
+    def accumulate_counts(
+        self, count: Tensor, zero_point: Tensor, prepared: PreparedLinear, active: int = ALL_GROUPS
+    ) -> Tensor:
+        """Return the centred accumulators of given counts: int32 [S, M, N].
+
+        Args:
+            count: uint8 or int16 [M, K] in original channel order, within the capacities.
+            zero_point: int32 [M, G]; zeros for the spikes of a later step.
+            prepared: the layer.
+            active: bit g is set when group g may have counts; the segments of the others are zero.
+        """
+
     def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
         """Return y [.., N] in x.dtype of x [.., K]."""
 
@@ -210,6 +224,20 @@ def check_input(x: Tensor, channels: int, name: str) -> None:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
             f"{name}: expected float32, bfloat16 or float16, got {x.dtype}; convert the input"
+        )
+
+
+def check_counts(count: Tensor, zero_point: Tensor, prepared: PreparedLinear) -> None:
+    """Raise when counts and zero points are not integers [M, K] and int32 [M, G]."""
+    if count.dtype not in (torch.uint8, torch.int16) or zero_point.dtype != torch.int32:
+        raise TypeError(
+            f"{prepared.name}: expected uint8 or int16 counts and int32 zero points, got "
+            f"{count.dtype} and {zero_point.dtype}"
+        )
+    if count.dim() != 2 or count.shape[1] != prepared.in_features:
+        raise ValueError(
+            f"{prepared.name}: expected counts [M, {prepared.in_features}], got "
+            f"{tuple(count.shape)}"
         )
 
 

@@ -23,6 +23,7 @@ from transformers import (
 
 from snnllm.checkpoint import MANIFEST, SHIM
 from snnllm.config import SpikeConfig
+from snnllm.conversion import convert
 from snnllm.execution import spiking_modules
 from snnllm.hf_quantizer import SpikeHfQuantizer, SpikeQuantizationConfig
 from snnllm.linear import SpikingLinear
@@ -260,11 +261,16 @@ def test_deepcopy_is_independent(model, token_ids):
 # -- dtypes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pipeline", ["rtn", "rotated"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_integers_and_scales(tiny_checkpoint, model, token_ids, dtype, tmp_path):
-    half = load(tiny_checkpoint, dtype)
+def test_half_precision_keeps_integers_and_scales(
+    make_llama, token_ids, dtype, pipeline, tmp_path
+):
+    spike = SpikeConfig(salient_ratio=0.25)
+    convert(make_llama(), tmp_path / "first", spike, token_ids[:2], pipeline=pipeline)
+    model, half = load(tmp_path / "first"), load(tmp_path / "first", dtype)
     for name, tensor in half.state_dict().items():
-        if ".weight_" in name or "channel_group" in name:
+        if ".weight_" in name or "channel_group" in name or "rotation" in name:
             assert tensor.dtype == model.state_dict()[name].dtype, name
             assert torch.equal(tensor, model.state_dict()[name]), name
         else:

@@ -1,0 +1,318 @@
+"""Every command through `snnllm.cli.main`: what it prints, its exit code, and its messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import snnllm
+from snnllm.cli import main
+from snnllm.cli import options as cli_options
+from snnllm.cli.generate import prompt_ids
+from snnllm.data import load_text
+
+COMMANDS = ["convert", "eval", "generate", "simulate", "inspect", "demo"]
+CALIBRATION = ["--nsamples", "2", "--seqlen", "48"]
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(load_text("pydoc:test")[:6000])
+    return path
+
+
+@pytest.fixture
+def failing(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command that must fail with exit code 2; gives its message."""
+
+    def run(*arguments: object) -> str:
+        assert main([str(a) for a in arguments]) == 2
+        error = capsys.readouterr().err
+        assert f"snnllm {arguments[0]}: error: " in error
+        assert "Traceback" not in error
+        return error
+
+    return run
+
+
+def run(*arguments: object) -> None:
+    assert main([str(a) for a in arguments]) == 0
+
+
+# -- help and version -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS)], ids=str)
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: snnllm")
+    if not command:
+        assert all(name in text for name in COMMANDS)
+        assert "exit codes: 0 done" in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["eval"], ["convert", "a", "b", "--score", "x"]])
+def test_bad_usage_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: snnllm" in capsys.readouterr().err
+
+
+def test_python_m_snnllm():
+    run = subprocess.run(
+        [sys.executable, "-m", "snnllm", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == f"snnllm {snnllm.__version__}\n"
+
+
+# -- convert -----------------------------------------------------------------------------------------------
+
+
+def test_convert_reports_and_writes_a_card(stories_dir, text_file, tmp_path, capsys):
+    output = tmp_path / "out"
+    options = ["--calibration", text_file, *CALIBRATION, "--preset", "W4A4T2", "--ratio", "0.2"]
+    run("convert", stories_dir, output, *options, "--eval", text_file, "--limit", "3")
+    text = capsys.readouterr().out
+    for what in ("spiking modules", "bytes per converted weight", "block SQNR", "peak memory"):
+        assert what in text
+    assert "perplexity, dense" in text
+    assert "perplexity, spiking (token_ppl@48" in text
+    values = json.loads((output / "conversion.json").read_text())
+    assert values["spike"]["salient_ratio"] == 0.2
+    card = (output / "README.md").read_text()
+    assert "20% salient channels with T = 2" in card
+    assert "perplexity, spiking" in card
+    run("inspect", output)
+    assert "of 46 matmuls are spiking" in capsys.readouterr().out
+
+
+def test_a_dry_run_writes_nothing(stories_dir, text_file, tmp_path, capsys):
+    run("convert", stories_dir, tmp_path / "out", "--dry-run", "--calibration", text_file, *CALIBRATION)
+    text = capsys.readouterr().out
+    assert all(f"estimated {what}" in text for what in ("time", "memory", "disk"))
+    assert not list(tmp_path.iterdir())
+
+
+CONVERT_ERRORS = {
+    "unknown_preset": (["--preset", "int4"], "Unknown preset 'int4'. Presets look like W<bits>"),
+    "no_steps": (["--preset", "W4A4T0"], "T (salient steps) must be in 1..64, got 0"),
+    "ratio": (["--ratio", "1.5"], "salient_ratio is a fraction of the channels in [0, 1], got 1.5"),
+    "dense_preset": (["--preset", "W16A16"], "leaves the model dense"),
+    "windows": (["--nsamples", "0"], "number of windows must be at least 1, got 0"),
+    "short_text": (["--seqlen", "999999"], "fewer than one window of 999999"),
+    "device": (["--device", "nothing"], "Unknown device 'nothing'; use cpu or cuda"),
+    "short_eval": (["--eval", "SHORT"], "fewer than one window of 48; give a longer text"),
+    "empty_eval": (["--eval", "EMPTY"], "holds no text"),
+    "no_eval": (["--eval", "no/such/file.txt"], "There is no text file no/such/file.txt"),
+}
+
+
+@pytest.mark.parametrize("case", CONVERT_ERRORS)
+def test_convert_refuses_bad_options(stories_dir, text_file, tmp_path, failing, case):
+    arguments, message = CONVERT_ERRORS[case]
+    short, empty = tmp_path / "short.txt", tmp_path / "empty.txt"
+    short.write_text("Too short.")
+    empty.write_text(" \n")
+    arguments = [{"SHORT": short, "EMPTY": empty}.get(a, a) for a in arguments]
+    common = ["--calibration", text_file, *CALIBRATION]
+    assert message in failing("convert", stories_dir, tmp_path / "out", *common, *arguments)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu(tiny_checkpoint, failing):
+    assert "no CUDA GPU" in failing("eval", tiny_checkpoint, "--device", "cuda")
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/here", "someone/model"])
+def test_a_missing_model(tmp_path, text_file, failing, name):
+    assert name in failing("convert", name, tmp_path / "out", "--calibration", text_file)
+    assert name in failing("eval", name, "--text", text_file)
+
+
+def test_another_architecture(tmp_path, text_file, failing):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    for arguments in (["convert", tmp_path, tmp_path / "out"], ["inspect", tmp_path]):
+        assert "is a 'gpt2' model. Supported: LLaMA" in failing(*arguments)
+
+
+def test_an_output_in_use(stories_dir, text_file, tmp_path, failing):
+    (tmp_path / "file").write_text("x")
+    error = failing("convert", stories_dir, tmp_path, "--calibration", text_file, *CALIBRATION)
+    assert "exists and is not empty; choose another output" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_spiking_checkpoint_is_not_converted_again(stories_checkpoint, tmp_path, failing):
+    error = failing("convert", stories_checkpoint, tmp_path / "out")
+    assert "is a spiking LLaMA already" in error
+
+
+# -- eval --------------------------------------------------------------------------------------------------------
+
+
+def test_eval_is_the_same_in_every_view(stories_checkpoint, stories_dir, text_file, tmp_path, capsys):
+    options = ["--text", text_file, "--window", "64", "--limit", "2", "--json", tmp_path / "r.json"]
+    values = []
+    for view in ("binary", "unrolled", "collapsed"):
+        run("eval", stories_checkpoint, *options, "--view", view)
+        assert capsys.readouterr().out.startswith("token_ppl@64 ")
+        values.append(json.loads((tmp_path / "r.json").read_text()))
+    assert values[0]["window_nll"] == values[1]["window_nll"] == values[2]["window_nll"]
+    assert values[0]["windows"] == 2
+    run("eval", stories_dir, *options, "--batch-size", "2")
+    dense = json.loads((tmp_path / "r.json").read_text())
+    assert 1 < dense["perplexity"] < values[0]["perplexity"] * 2
+
+
+EVAL_ERRORS = {
+    "short": (["--text", "SHORT"], "fewer than one window of 2048; give a longer text"),
+    "empty": (["--text", "EMPTY"], "holds no text"),
+    "missing": (["--text", "no/file.txt"], "There is no text file"),
+    "unknown": (["--text", "tales"], "Unknown text 'tales'"),
+    "split": (["--text", "pydoc:dev"], "Unknown split 'dev' of pydoc"),
+    "limit": (["--limit", "0"], "limit must be at least 1"),
+    "batch": (["--window", "64", "--limit", "1", "--batch-size", "0"], "batch size must be at least 1"),
+    "window": (["--window", "1"], "A window needs at least 2 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", EVAL_ERRORS)
+def test_eval_refuses_bad_options(stories_checkpoint, tmp_path, failing, case):
+    arguments, message = EVAL_ERRORS[case]
+    short, empty = tmp_path / "short.txt", tmp_path / "empty.txt"
+    short.write_text("Too short.")
+    empty.write_text("")
+    arguments = [{"SHORT": short, "EMPTY": empty}.get(a, a) for a in arguments]
+    assert message in failing("eval", stories_checkpoint, *arguments)
+
+
+def test_a_view_needs_spikes(stories_dir, text_file, failing):
+    error = failing("eval", stories_dir, "--text", text_file, "--view", "unrolled")
+    assert "--view unrolled needs a spiking checkpoint" in error
+    assert "is dense; convert it first" in failing("simulate", stories_dir, "Once upon a time")
+
+
+def test_logits_that_are_not_finite(stories_model, stories_tokenizer, text_file, tmp_path, failing):
+    stories_model.model.norm.weight.data[3] = float("nan")
+    stories_model.save_pretrained(tmp_path / "nan")
+    stories_tokenizer.save_pretrained(tmp_path / "nan")
+    error = failing("eval", tmp_path / "nan", "--text", text_file, "--window", "64")
+    assert "The loss of window 0" in error
+
+
+def test_a_damaged_checkpoint(checkpoint_copy, text_file, failing):
+    path = checkpoint_copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "it is truncated or was replaced" in failing("eval", checkpoint_copy, "--text", text_file)
+
+
+def test_verbose_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["-v", "inspect", str(tmp_path / "nothing" / "here" / "at" / "all")])
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snnllm.cli.inspect.open_model", interrupt)
+    assert main(["inspect", "model"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+# -- generate ------------------------------------------------------------------------------------------------------
+
+
+def test_generate_with_either_cache(stories_checkpoint, stories_dir, capsys):
+    texts = []
+    for cache in ("dynamic", "static"):
+        run("generate", stories_checkpoint, "Once upon a time", "--max-new-tokens", "8", "--cache", cache)
+        text, _, speed = capsys.readouterr().out.rstrip().rpartition("\n")
+        assert speed.startswith("[8 tokens, ")
+        texts.append(text)
+    assert texts[0] == texts[1]
+    assert "Once upon a time" in texts[0]
+    run("generate", stories_dir, "Once upon a time", "--max-new-tokens", "4", "--sample", "--seed", "1")
+    sampled = capsys.readouterr().out.partition("[")[0]
+    run("generate", stories_dir, "Once upon a time", "--max-new-tokens", "4", "--sample", "--seed", "1")
+    assert capsys.readouterr().out.partition("[")[0] == sampled
+
+
+def test_generate_refuses(stories_checkpoint, failing):
+    assert "The prompt is empty" in failing("generate", stories_checkpoint, "  ")
+    error = failing("generate", stories_checkpoint, "Hello", "--chat")
+    assert "tokenizer of this model has no chat template" in error
+
+
+def test_a_chat_prompt_is_wrapped_by_the_template(stories_tokenizer):
+    stories_tokenizer.chat_template = "user: {{ messages[0]['content'] }} bot:"
+    try:
+        ids = prompt_ids(stories_tokenizer, "Hello", chat=True)
+    finally:
+        stories_tokenizer.chat_template = None
+    assert stories_tokenizer.decode(ids[0]).strip() == "user: Hello bot:"
+
+
+# -- inspect, simulate, demo ----------------------------------------------------------------------------------------
+
+
+def test_inspect_prints_a_table_or_json(stories_checkpoint, stories_dir, capsys):
+    run("inspect", stories_checkpoint)
+    assert "45 of 46 matmuls are spiking" in capsys.readouterr().out
+    run("inspect", stories_checkpoint, "--json")
+    rows = json.loads(capsys.readouterr().out)
+    assert sum(r["spiking"] for r in rows) == 45
+    run("inspect", stories_dir)
+    assert "0 of 46 matmuls are spiking" in capsys.readouterr().out
+
+
+def test_simulate_writes_recordings_and_operations(stories_checkpoint, tmp_path, capsys):
+    layers = ["--layers", "model.layers.0.self_attn.q_proj"]
+    run("simulate", stories_checkpoint, "Once upon", "--output", tmp_path / "rec", *layers)
+    written = [Path(line.removeprefix("wrote ")) for line in capsys.readouterr().out.split("\n") if line]
+    files = [p for p in written if p.is_file()]
+    assert {p.suffix for p in files} >= {".npz", ".png", ".json", ".md"}
+    assert json.loads((tmp_path / "rec" / "operations.json").read_text())
+
+
+def test_simulate_refuses_an_unknown_layer(stories_checkpoint, tmp_path, failing):
+    layers = ["--layers", "model.layers.99.*"]
+    assert "model.layers.99" in failing("simulate", stories_checkpoint, "Hi", *layers, "--output", tmp_path)
+
+
+def test_demo_on_a_small_model(stories_dir, text_file, tmp_path, capsys):
+    output = tmp_path / "demo"
+    arguments = ["--model", stories_dir, "--output", output, "--text", text_file, "--limit", "2"]
+    run("demo", *arguments, *CALIBRATION, "--calibration", text_file)
+    text = capsys.readouterr().out
+    assert "5/5 recording membranes" in text
+    assert "perplexity  dense" in text
+    names = {p.name for p in output.iterdir()}
+    assert names >= {"checkpoint", "simulation", "report.json", "report.md"}
+    report = (output / "report.md").read_text()
+    figures = [line for line in report.split("\n") if line.startswith("![")]
+    assert figures
+    for line in figures:
+        assert (output / line.partition("](")[2].rstrip(")")).is_file()
+    values = json.loads((output / "report.json").read_text())
+    assert values["perplexity"]["spiking"]["perplexity"] > values["perplexity"]["dense"]["perplexity"]
+    assert all((output / name).is_file() for name in values["files"])
+    assert main(["demo", *map(str, arguments)]) == 2
+    assert f"remove {output} or choose another --output" in capsys.readouterr().err
+
+
+def test_the_progress_bar_passes_items_on():
+    assert list(cli_options.progress("label")([1, 2, 3])) == [1, 2, 3]
