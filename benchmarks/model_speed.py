@@ -67,8 +67,16 @@ def main(argv: list[str] | None = None) -> int:
         f"decode after {args.context}": (decode, ids[:, : args.context], args.tokens),
     }
     contenders = ["dense", *args.views]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {spiking.config.spike.label}")
-    print("| task | " + " | ".join(contenders) + " | " + " | ".join(f"dense / {v}" for v in args.views) + " |")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {spiking.config.spike.label}"
+    )
+    print(
+        "| task | "
+        + " | ".join(contenders)
+        + " | "
+        + " | ".join(f"dense / {v}" for v in args.views)
+        + " |"
+    )
     print("|---" * (1 + len(contenders) + len(args.views)) + "|")
     for name, (task, *rest) in tasks.items():
         seconds: dict[str, list[float]] = {c: [] for c in contenders}

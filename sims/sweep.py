@@ -36,9 +36,7 @@ from sims.common import (
     add_conversion_arguments,
     add_model_argument,
     converted,
-    dense_model,
     make_folder,
-    open_dense,
     read_conversion,
     run_script,
 )
@@ -47,7 +45,7 @@ from snnllm.config import SpikeConfig
 from snnllm.data import load_text, token_windows, tokenize
 from snnllm.evaluate import token_perplexity
 from snnllm.modeling import load
-from snnllm.sources import Source
+from snnllm.sources import Source, dense_model, open_source
 
 __all__ = ["Parameter", "Point", "grid", "measure", "sweep_figure"]
 
@@ -272,7 +270,7 @@ def simulate(
     """
     points = grid(conversion.preset, vary, by)
     folder = make_folder(output)
-    source = open_dense(model)
+    source = open_source(model)
     ids = token_windows(tokenize(load_text(text), source.tokenizer()), window, windows)
     measured, baseline = measure(points, source, ids, conversion)
     print(f"dense: perplexity {baseline:.4g} on {len(ids)} windows of {window} tokens of {text}")

@@ -12,7 +12,7 @@ product with the decoded V: the outputs of all views are equal bit for bit.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,9 @@ _UNKNOWN: object = ...  # survives deepcopy and pickle as itself
 _EXACT_FLOAT32 = 1 << 24
 # transformers 5.20 renamed the argument; both spellings are supported.
 _CACHE_ARGUMENT = (
-    "cache" if "cache" in inspect.signature(LlamaAttention.forward).parameters else "past_key_values"
+    "cache"
+    if "cache" in inspect.signature(LlamaAttention.forward).parameters
+    else "past_key_values"
 )
 
 
@@ -56,8 +58,8 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
     def __init__(self, config: LlamaConfig, layer_idx: int, spike: SpikeConfig) -> None:
         super().__init__(config, layer_idx)
         prefix = f"model.layers.{layer_idx}.self_attn"
-        heads = config.num_key_value_heads
-        groups = torch.zeros(heads, self.head_dim, dtype=torch.uint8)
+        heads, dim = config.num_key_value_heads, int(self.head_dim)  # type: ignore[arg-type]
+        groups = torch.zeros(heads, dim, dtype=torch.uint8)
         common: dict[str, Any] = {
             "bits": spike.activation_bits,
             "value_range": str(spike.value_range),
@@ -72,9 +74,9 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
             groups.clone(), steps=spike.kv_steps, name=f"{prefix}.v", **common
         )
         if spike.rotation is Rotation.GROUPS:
-            eye = torch.eye(self.head_dim).repeat(heads, 1, 1)
+            eye = torch.eye(dim).repeat(heads, 1, 1)
             self.register_buffer("qk_rotation", eye)
-        self._native: NativeAttention | None | object = _UNKNOWN
+        self._native: NativeAttention | object | None = _UNKNOWN
 
     def set_channel_groups(self, key: Tensor, value: Tensor) -> None:
         """Choose the saliency groups of K and V, uint8 `[H_kv, D]`."""
@@ -104,7 +106,7 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
             encoders = (self.q_encoder, self.k_encoder, self.v_encoder)
             reason = NativeAttention.refusal(*encoders)
             self._native = None if reason else NativeAttention(*encoders)
-        return self._native
+        return cast("NativeAttention | None", self._native)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._native = _UNKNOWN  # the encoders may move to another device

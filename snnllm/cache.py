@@ -17,7 +17,9 @@ from neurons import Encoding, SpikeEncoder
 
 
 class _CacheLike(Protocol):
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any: ...
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any: ...
 
 
 def to_payload(encoding: Encoding) -> Tensor:
@@ -38,7 +40,9 @@ def from_payload(payload: Tensor, encoder: SpikeEncoder) -> Encoding:
     groups = len(encoder.steps)
     dtype = torch.uint8 if max(encoder.capacities) <= 255 else torch.int16
     tail = 6 * groups
-    count, zero, threshold = payload.split((payload.shape[-1] - tail, 2 * groups, 4 * groups), dim=-1)
+    count, zero, threshold = payload.split(
+        (payload.shape[-1] - tail, 2 * groups, 4 * groups), dim=-1
+    )
     return Encoding(
         count.contiguous().view(dtype),
         threshold.contiguous().view(torch.float32),

@@ -146,7 +146,9 @@ def published(output: Path) -> Iterator[Path]:
         OSError: The parent cannot be written to, or the disk is full.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not empty; choose another output or remove it.")
+        raise FileExistsError(
+            f"{output} exists and is not empty; choose another output or remove it."
+        )
     work = output.with_name(output.name + ".partial")
     if work.exists():
         shutil.rmtree(work)

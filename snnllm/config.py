@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from neurons import Capacity, ValueRange
+from neurons import Capacity as Capacity
+from neurons import ValueRange as ValueRange
 
 SCHEMA_VERSION = 1
 FLOAT_BITS = 16
@@ -103,7 +104,8 @@ class SpikeConfig:
     def __post_init__(self) -> None:
         for name, enum in _ENUMS.items():
             object.__setattr__(self, name, _member(enum, name, getattr(self, name)))
-        if isinstance(self.modules_to_not_convert, str):  # as a tuple: the suffixes "q", "_", ...
+        names: object = self.modules_to_not_convert
+        if isinstance(names, str):  # as a tuple it would be the suffixes "q", "_", ...
             raise TypeError(
                 f"modules_to_not_convert must be a sequence of names, got the string "
                 f"{self.modules_to_not_convert!r}."
@@ -239,7 +241,9 @@ def _member(enum: type[StrEnum], name: str, value: Any) -> StrEnum:
     try:
         return enum(value)
     except ValueError:
-        raise ValueError(f"{name} must be one of {[str(m) for m in enum]}, got {value!r}.") from None
+        raise ValueError(
+            f"{name} must be one of {[str(m) for m in enum]}, got {value!r}."
+        ) from None
 
 
 def _check_int(name: str, value: Any, low: int, high: int, also: int | None = None) -> None:

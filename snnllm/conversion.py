@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from snnllm import checkpoint
 from snnllm.config import FLOAT_BITS, SpikeConfig
 from snnllm.execution import spiking_modules
+from snnllm.linear import SpikingLinear
 from snnllm.modeling import spiking_config
 from snnllm.pipelines import Pipeline, rotated, rtn
 from snnllm.pipelines.report import BlockReport, peak_mib
@@ -197,14 +198,16 @@ def _finite(source: Source, name: str) -> dict[str, Tensor]:
 
 
 def _converted_weights(block: nn.Module) -> int:
-    modules = [block.get_submodule(p) for paths in INPUT_GROUPS for p in paths]
-    return sum(
-        m.in_features * m.out_features for m in modules if hasattr(m, "weight_codes")
-    )
+    modules = [m for _, m in spiking_modules(block) if isinstance(m, SpikingLinear)]
+    return sum(m.in_features * m.out_features for m in modules if hasattr(m, "weight_codes"))
 
 
 def _finish(
-    folder: Path, writer: ShardWriter, source: Source, spike: SpikeConfig, provenance: dict[str, Any]
+    folder: Path,
+    writer: ShardWriter,
+    source: Source,
+    spike: SpikeConfig,
+    provenance: dict[str, Any],
 ) -> int:
     writer.add(_finite(source, "model.norm.weight"))
     if not source.config.tie_word_embeddings:

@@ -44,7 +44,9 @@ def inverse_factor(hessian: Tensor, name: str = "", damping: float = DAMPING) ->
         damped.diagonal().add_(damping * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) == 0:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            inverse = torch.cholesky_inverse(factor)
+            upper: Tensor
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(failed) == 0 and bool(torch.isfinite(upper).all()):
                 return upper
         damping *= 10.0

@@ -25,7 +25,7 @@ from snnllm.linear import SpikingLinear
 QUANT_METHOD = "spikellm"
 
 
-class SpikeQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class SpikeQuantizationConfig(QuantizationConfigMixin):
     """`SpikeConfig` in the form that transformers carries around."""
 
     def __init__(self, **values: Any) -> None:
@@ -38,7 +38,7 @@ class SpikeQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.spike.to_dict()
 
 
-class SpikeHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class SpikeHfQuantizer(HfQuantizer):
     """Loads and saves packed spiking checkpoints."""
 
     requires_calibration = True

@@ -110,7 +110,10 @@ def table(rows: list[MatmulRow]) -> str:
         for r in rows
     ]
     widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in (header, *body)]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+        for line in (header, *body)
+    ]
     spiking = sum(r.spiking for r in rows)
     total = sum(r.bytes for r in rows)
     return "\n".join([*lines, f"{spiking} of {len(rows)} matmuls are spiking; {total:,} bytes"])

@@ -126,9 +126,13 @@ class SpikingLinear(SpikingModule):
         else:
             groups = group_count(in_features, layout.group_size)
             width = packed_width(in_features, layout.weight_bits)
-            self.register_buffer("weight_codes", torch.zeros(out_features, width, dtype=torch.uint8))
+            self.register_buffer(
+                "weight_codes", torch.zeros(out_features, width, dtype=torch.uint8)
+            )
             self.register_buffer("weight_scale", torch.zeros(out_features, groups))
-            self.register_buffer("weight_zero", torch.zeros(out_features, groups, dtype=torch.uint8))
+            self.register_buffer(
+                "weight_zero", torch.zeros(out_features, groups, dtype=torch.uint8)
+            )
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
         self.rotation: OnlineRotation | None = None
         if layout.rotated is not None:
@@ -328,7 +332,9 @@ class SpikingLinear(SpikingModule):
         assert total is not None  # an encoder has at least one step
         return total
 
-    def _segment_sum(self, spikes: Tensor, spec: LinearSpec, segment: Segment, order: Tensor) -> Tensor:
+    def _segment_sum(
+        self, spikes: Tensor, spec: LinearSpec, segment: Segment, order: Tensor
+    ) -> Tensor:
         """Sum over binary event slots of `events @ levels^T` on one segment, int32 `[tokens, N]`."""
         steps = self.layout.steps[segment.act_group]  # later steps are silent in this group
         train = spikes[:steps].index_select(-1, order[segment.start : segment.stop])

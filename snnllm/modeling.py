@@ -30,7 +30,7 @@ LINEARS = (
 """The linears of a LLaMA block, in the order of execution."""
 
 
-class SpikingLlamaConfig(LlamaConfig):  # type: ignore[misc]
+class SpikingLlamaConfig(LlamaConfig):
     """A LLaMA configuration with a spiking `quantization_config` (`SpikeConfig.to_dict`)."""
 
     model_type = MODEL_TYPE
@@ -66,7 +66,9 @@ def spiking_config(config: LlamaConfig, spike: SpikeConfig) -> SpikingLlamaConfi
     return out
 
 
-def spike_block(block: LlamaDecoderLayer, layer_idx: int, config: LlamaConfig, spike: SpikeConfig) -> None:
+def spike_block(
+    block: LlamaDecoderLayer, layer_idx: int, config: LlamaConfig, spike: SpikeConfig
+) -> None:
     """Replace the linears and the attention of one decoder block by their spiking counterparts.
 
     The new modules hold no weights yet (zeros); a pipeline or a checkpoint fills them.
@@ -98,7 +100,7 @@ def spiking_linear(dense: nn.Linear, spike: SpikeConfig, name: str) -> SpikingLi
     )
 
 
-class SpikingLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+class SpikingLlamaForCausalLM(LlamaForCausalLM):
     """A causal LLaMA that computes with spikes; `generate`, caches and pipelines work as usual.
 
     Runs in the collapsed view unless `snnllm.set_view` or `snnllm.use_view` chooses another.
@@ -156,7 +158,9 @@ def register() -> None:
     AutoModelForCausalLM.register(SpikingLlamaConfig, SpikingLlamaForCausalLM, exist_ok=True)
 
 
-def load(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> SpikingLlamaForCausalLM:
+def load(
+    folder: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> SpikingLlamaForCausalLM:
     """Load a spiking checkpoint for inference.
 
     Raises:

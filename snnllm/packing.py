@@ -27,7 +27,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.clone()
     shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     stream = ((codes.unsqueeze(-1) >> shifts) & 1).reshape(rows, channels * bits)
-    padded = torch.nn.functional.pad(stream, (0, packed_width(channels, bits) * 8 - channels * bits))
+    padded = torch.nn.functional.pad(
+        stream, (0, packed_width(channels, bits) * 8 - channels * bits)
+    )
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
     return (padded.view(rows, -1, 8) * weights).sum(-1, dtype=torch.uint8)
 

@@ -57,10 +57,7 @@ class InputStatistics:
         moment = self.second_moment  # raises if no token came
         if self.score is Score.ABS:
             return [total / self.tokens for total in self._absolute]
-        return [
-            linear_score(self.score, w, moment, self.max_abs, generator)
-            for w in weights
-        ]
+        return [linear_score(self.score, w, moment, self.max_abs, generator) for w in weights]
 
 
 def linear_score(

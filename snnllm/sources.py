@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -103,7 +103,8 @@ class FolderSource(Source):
         path = self.folder / self._files[name]
         try:
             with safe_open(path, framework="pt") as shard:
-                return shard.get_tensor(name)
+                tensor: Tensor = shard.get_tensor(name)
+                return tensor
         except FileNotFoundError as error:
             raise SourceError(f"{path} is missing; download the checkpoint again.") from error
         except (SafetensorError, OSError, RuntimeError) as error:
@@ -138,7 +139,7 @@ class ModelSource(Source):
         self, model: torch.nn.Module, name: str, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
         self.name = name
-        self.config = check_config(model.config, name)  # type: ignore[arg-type]
+        self.config = check_config(cast(PreTrainedConfig, model.config), name)
         self._state: Mapping[str, Tensor] = model.state_dict()
         self._tokenizer = tokenizer
         self._generation: Any = getattr(model, "generation_config", None)
@@ -214,7 +215,9 @@ def dense_model(source: Source) -> LlamaForCausalLM:
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     wrong = [n for n in missing if n != "lm_head.weight"]
     if wrong or (missing and not source.config.tie_word_embeddings):
-        raise SourceError(f"{source.name} lacks {', '.join(missing[:3])}; the checkpoint is incomplete.")
+        raise SourceError(
+            f"{source.name} lacks {', '.join(missing[:3])}; the checkpoint is incomplete."
+        )
     del unexpected  # buffers of older releases (rotary_emb.inv_freq)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(source.config)  # was made on meta
@@ -239,7 +242,9 @@ def check_config(config: PreTrainedConfig, name: str) -> LlamaConfig:
 
 def _check_kind(kind: Any, name: str) -> None:
     if kind == "spiking_llama":
-        raise SourceError(f"{name} is a spiking LLaMA already; convert the dense model it came from.")
+        raise SourceError(
+            f"{name} is a spiking LLaMA already; convert the dense model it came from."
+        )
     if kind != "llama":
         raise SourceError(f"{name} is a {kind!r} model. Supported: {SUPPORTED}.")
 
@@ -265,7 +270,9 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
     except SourceError:
         raise
     except (OSError, ValueError, AttributeError, StrictDataclassError) as error:
-        raise SourceError(f"{folder}/config.json cannot be read ({error}). Supported: {SUPPORTED}.") from error
+        raise SourceError(
+            f"{folder}/config.json cannot be read ({error}). Supported: {SUPPORTED}."
+        ) from error
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -274,17 +281,25 @@ def _weight_map(folder: Path) -> dict[str, str]:
         try:
             weights: dict[str, str] = json.loads(index.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
-            raise SourceError(f"{index} is no index of shards ({error}); download it again.") from error
+            raise SourceError(
+                f"{index} is no index of shards ({error}); download it again."
+            ) from error
         return weights
     single = folder / "model.safetensors"
     if not single.is_file():
-        hint = " (only .bin weights: save them as safetensors first)" if list(folder.glob("*.bin")) else ""
+        hint = (
+            " (only .bin weights: save them as safetensors first)"
+            if list(folder.glob("*.bin"))
+            else ""
+        )
         raise SourceError(f"{folder} has no model.safetensors and no index of shards{hint}.")
     try:
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), single.name)
     except (SafetensorError, OSError) as error:
-        raise SourceError(f"{single} is corrupt or truncated ({error}); download it again.") from error
+        raise SourceError(
+            f"{single} is corrupt or truncated ({error}); download it again."
+        ) from error
 
 
 def _open_gguf(path: Path) -> Source:
@@ -297,7 +312,9 @@ def _open_gguf(path: Path) -> Source:
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise SourceError(f"{path} cannot be read as a GGUF LLaMA ({error}). Supported: {SUPPORTED}.") from error
+        raise SourceError(
+            f"{path} cannot be read as a GGUF LLaMA ({error}). Supported: {SUPPORTED}."
+        ) from error
     _log.info("dequantised %s to float32", path.name)
     return ModelSource(model, path.name, tokenizer)
 
@@ -309,7 +326,9 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
     except HFValidationError as error:
-        raise SourceError(f"{name} does not exist (neither a folder, a .gguf file nor a hub id).") from error
+        raise SourceError(
+            f"{name} does not exist (neither a folder, a .gguf file nor a hub id)."
+        ) from error
     except Exception as error:  # the hub client raises many types; each means "not to be had"
         raise SourceError(
             f"{name} is no local folder or file, and the hub did not deliver it "

@@ -61,14 +61,16 @@ def orthogonal(size: int, generator: torch.Generator) -> Tensor:
     signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
     left = random_orthogonal(size // p, generator)
     right = torch.from_numpy(hadamard(p).astype(np.float64)) / p**0.5
-    return signs.unsqueeze(1) * torch.kron(left, right)
+    rotation: Tensor = signs.unsqueeze(1) * torch.kron(left, right)
+    return rotation
 
 
 def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """A Haar-distributed orthogonal matrix, float64 `[size, size]`."""
     gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
-    return (q * torch.sign(r.diagonal())).contiguous()
+    haar: Tensor = (q * torch.sign(r.diagonal())).contiguous()
+    return haar
 
 
 def group_rotation(group: Tensor, generator: torch.Generator) -> Tensor:
@@ -144,7 +146,7 @@ class OnlineRotation(nn.Module):
 
     def matrix(self) -> Tensor:
         """`R`, float32 `[K, K]`, to fold its inverse into a weight: `W' = W R`."""
-        return self(torch.eye(sum(self.sizes), device=self.order.device))
+        return self.forward(torch.eye(sum(self.sizes), device=self.order.device))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Rounded factors would no longer be orthogonal: keep them in float32 under `.half()`.
@@ -158,7 +160,8 @@ class OnlineRotation(nn.Module):
 @lru_cache(maxsize=32)
 def _hadamard(size: int, device: torch.device) -> Tensor:
     matrix = torch.from_numpy(hadamard(size).astype(np.float32)) / size**0.5
-    return matrix.to(device)
+    on_device: Tensor = matrix.to(device)
+    return on_device
 
 
 class RotatedSource(Source):
@@ -217,7 +220,11 @@ class RotatedSource(Source):
             bias = self._original(name)
             if linear in ("o_proj", "down_proj"):
                 return bias @ r
-            return self._rotate_values(prefix, bias.unsqueeze(1)).squeeze(1) if linear == "v_proj" else bias
+            return (
+                self._rotate_values(prefix, bias.unsqueeze(1)).squeeze(1)
+                if linear == "v_proj"
+                else bias
+            )
         weight = self._original(name)
         if linear in ("q_proj", "k_proj", "v_proj"):
             weight = (weight * self._original(f"{prefix}.input_layernorm.weight")) @ r

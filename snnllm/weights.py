@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _SCALE_FLOOR = 1e-8
-_CLIP_RATIOS = tuple(1.0 - 0.025 * i for i in range(21))
+_CLIP_RATIOS = tuple(1.0 - 0.025 * i for i in range(1, 21))
 
 
 class QuantizedWeight(NamedTuple):
@@ -71,26 +71,34 @@ def weight_parameters(
     """
     blocks = _blocks(weight, group_size)
     low, high = blocks.amin(-1).clamp(max=0.0), blocks.amax(-1).clamp(min=0.0)
-    ratios = (1.0,) if importance is None else _CLIP_RATIOS
-    h = None if importance is None else _blocks(importance.unsqueeze(0), group_size)
-    best_scale = best_zero = best_error = None
-    for ratio in ratios:
-        scale = (ratio * (high - low) / (2**bits - 1)).clamp(min=_SCALE_FLOOR)
-        zero = torch.round(-ratio * low / scale).clamp(0, 2**bits - 1)
-        if h is None:
-            return scale, zero.to(torch.uint8)
-        codes = torch.round(blocks / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1))
-        restored = codes.clamp_(0, 2**bits - 1).sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
-        error = (restored.sub_(blocks).square_() * h).sum(-1)
-        if best_error is None or best_scale is None or best_zero is None:
-            best_scale, best_zero, best_error = scale, zero, error
-            continue
-        better = error < best_error
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-        best_error = torch.minimum(error, best_error)
-    assert best_scale is not None and best_zero is not None  # the grid is not empty
-    return best_scale, best_zero.to(torch.uint8)
+    scale, zero = _clipped_range(low, high, bits, 1.0)
+    if importance is None:
+        return scale, zero.to(torch.uint8)
+    h = _blocks(importance.unsqueeze(0), group_size)
+    error = _rounding_error(blocks, scale, zero, bits, h)
+    for ratio in _CLIP_RATIOS:
+        other_scale, other_zero = _clipped_range(low, high, bits, ratio)
+        other_error = _rounding_error(blocks, other_scale, other_zero, bits, h)
+        better = other_error < error
+        scale = torch.where(better, other_scale, scale)
+        zero = torch.where(better, other_zero, zero)
+        error = torch.minimum(other_error, error)
+    return scale, zero.to(torch.uint8)
+
+
+def _clipped_range(low: Tensor, high: Tensor, bits: int, ratio: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (as a float) of the range `ratio * [low, high]`."""
+    scale = (ratio * (high - low) / (2**bits - 1)).clamp(min=_SCALE_FLOOR)
+    return scale, torch.round(-ratio * low / scale).clamp(0, 2**bits - 1)
+
+
+def _rounding_error(
+    blocks: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor
+) -> Tensor:
+    """`sum_c h_c (w_c - w_hat_c)^2` of every weight group, `[N, J]`."""
+    scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
+    codes = torch.round(blocks / scale).add_(zero).clamp_(0, 2**bits - 1)
+    return (codes.sub_(zero).mul_(scale).sub_(blocks).square_() * importance).sum(-1)
 
 
 def round_to_nearest(

@@ -34,10 +34,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("output", type=Path, help="checkpoint folder to make; must not exist")
     add_spike_options(parser)
     parser.add_argument("--device", default="cpu", help="where a block runs (default: cpu)")
-    parser.add_argument("--eval", metavar="TEXT", help="measure perplexity before and after on this")
+    parser.add_argument(
+        "--eval", metavar="TEXT", help="measure perplexity before and after on this"
+    )
     parser.add_argument("--limit", type=int, default=8, help="windows of --eval (default: 8)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print estimated time, memory and disk; write nothing"
+        "--dry-run",
+        action="store_true",
+        help="print estimated time, memory and disk; write nothing",
     )
     parser.set_defaults(run=run)
 

@@ -66,7 +66,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="results folder")
     parser.add_argument("--model", default="smollm2", help="another dense LLaMA (default: smollm2)")
-    parser.add_argument("--text", default="pydoc:test", help="evaluation text (default: %(default)s)")
+    parser.add_argument(
+        "--text", default="pydoc:test", help="evaluation text (default: %(default)s)"
+    )
     parser.add_argument("--limit", type=int, default=6, help="evaluation windows (default: 6)")
     parser.add_argument("--prompt", default=_PROMPT, help="text to continue (default: %(default)r)")
     parser.add_argument("--layers", nargs="+", default=_LAYERS, help="layers to record")
@@ -112,19 +114,20 @@ def run(args: argparse.Namespace) -> int:
         f"perplexity, spiking ({after.metric}, {args.text})": f"{after.perplexity:.2f}",
     }
     write_card(checkpoint, spike, measured)
+    seconds = time.perf_counter() - start
     values = {
         "measured": measured,
         "conversion": report.to_dict(),
         "perplexity": {"dense": before.to_dict(), "spiking": after.to_dict()},
         "sentences": sentences,
         "files": [str(f.relative_to(output)) for f in files],
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
     }
     (output / "report.json").write_text(json.dumps(values, indent=2) + "\n")
     text = _REPORT.format(
         model=source.name,
         label=spike.label,
-        minutes=values["seconds"] / 60,
+        minutes=seconds / 60,
         windows=after.windows,
         window=after.window_length,
         text=args.text,
@@ -141,13 +144,15 @@ def run(args: argparse.Namespace) -> int:
         figures="\n\n".join(
             f"![{f.stem}]({f.relative_to(output)})" for f in files if f.suffix == ".png"
         ),
-        recordings=", ".join(f"`{f.relative_to(output)}`" for f in files if f.suffix in (".npz", ".csv")),
+        recordings=", ".join(
+            f"`{f.relative_to(output)}`" for f in files if f.suffix in (".npz", ".csv")
+        ),
         operations=(rec / "operations.md").read_text(),
     )
     (output / "report.md").write_text(text)
     print(f"perplexity  dense {before.perplexity:.2f}   spiking {after.perplexity:.2f}")
     print(f"dense:   {_cell(sentences['dense'])}\nspiking: {_cell(sentences['spiking'])}")
-    print(f"report: {output / 'report.md'}  ({values['seconds'] / 60:.1f} min)")
+    print(f"report: {output / 'report.md'}  ({seconds / 60:.1f} min)")
     return 0
 
 

@@ -24,7 +24,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--chat", action="store_true", help="apply the chat template to the prompt")
     parser.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
-    parser.add_argument("--temperature", type=float, default=0.8, help="with --sample (default: 0.8)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="with --sample (default: 0.8)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="with --sample (default: 0)")
     parser.add_argument("--cache", choices=["dynamic", "static"], default="dynamic")
     add_run_options(parser)
@@ -64,5 +66,7 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
         raise ValueError("--chat: the tokenizer of this model has no chat template.")
     message = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    chat_ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    chat_ids: torch.Tensor = tokenizer(
+        text, return_tensors="pt", add_special_tokens=False
+    ).input_ids
     return chat_ids

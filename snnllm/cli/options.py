@@ -52,7 +52,9 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     spike.add_argument("--range", choices=[*ValueRange], help="own threshold per group, or shared")
     spike.add_argument("--score", choices=[*Score], help="saliency score")
     spike.add_argument("--mask-scope", choices=[*MaskScope], help="a mask per linear or per input")
-    spike.add_argument("--attention", choices=[*Operands], help="encode Q, K, V or leave them float")
+    spike.add_argument(
+        "--attention", choices=[*Operands], help="encode Q, K, V or leave them float"
+    )
     spike.add_argument("--weight-range", choices=[*WeightRange], help="min/max or clip search")
     spike.add_argument("--group-size", type=int, help="inputs that share a weight scale")
     data = parser.add_argument_group("calibration")
@@ -62,7 +64,9 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
         help="text file, JSONL or dataset name; never the test text (default: %(default)s)",
     )
     data.add_argument("--nsamples", type=int, default=16, help="windows (default: %(default)s)")
-    data.add_argument("--seqlen", type=int, default=512, help="tokens a window (default: %(default)s)")
+    data.add_argument(
+        "--seqlen", type=int, default=512, help="tokens a window (default: %(default)s)"
+    )
     data.add_argument("--seed", type=int, default=0, help="offsets of the windows (default: 0)")
 
 

@@ -33,10 +33,17 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--tokens", default="all", help="positions like 0,3,8:16 or all")
     parser.add_argument(
-        "--channels", default="auto:6", help="like 0,3,8:16, all, salient, auto:N (default: auto:6)"
+        "--channels",
+        default="auto:6",
+        help="of the membranes: like 0,3,8:16, all, salient, auto:N (default: auto:6); spikes and "
+        "rates are recorded of all channels",
     )
     parser.add_argument(
-        "--memory-limit", type=float, default=256, metavar="MIB", help="of a recording (default: 256)"
+        "--memory-limit",
+        type=float,
+        default=256,
+        metavar="MIB",
+        help="of a recording (default: 256)",
     )
     parser.set_defaults(run=run, view=None, device="cpu")
 
@@ -79,9 +86,9 @@ def simulate(
     model, tokenizer = open_model(str(checkpoint), options)
     if not spiking_modules(model):
         raise ValueError(f"{checkpoint} is dense; convert it first with `snnllm convert`.")
-    common = (str(checkpoint), Conversion(), prompt, layers, tokens, channels, memory_limit, output)
-    files = membrane.simulate(*common)
-    files += raster.simulate(*common)
+    name, limit = str(checkpoint), memory_limit
+    files = membrane.simulate(name, Conversion(), prompt, layers, tokens, channels, limit, output)
+    files += raster.simulate(name, Conversion(), prompt, layers, tokens, "all", limit, output)
     report = count_operations(model, tokenizer(prompt, return_tensors="pt").input_ids)
     for path, text in (
         (output / "operations.json", json.dumps(report.to_dict(), indent=2)),

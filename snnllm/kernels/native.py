@@ -191,7 +191,15 @@ def library(definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib.snn_encode.argtypes = [pointer] * 5 + [size, number]
     lib.snn_int_bmm.argtypes = [pointer] * 3 + [size] * 4 + [number]
     real = ctypes.c_float
-    lib.snn_encode_heads.argtypes = [pointer] * 4 + [size, size, pointer, size, real, pointer, number]
+    lib.snn_encode_heads.argtypes = [pointer] * 4 + [
+        size,
+        size,
+        pointer,
+        size,
+        real,
+        pointer,
+        number,
+    ]
     lib.snn_attention_scores.argtypes = [pointer] * 4 + [size, real, pointer, number]
     lib.snn_decode_heads.argtypes = [pointer] + [size] * 4 + [pointer, size, pointer, number]
     lib.snn_decode_heads.restype = None

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from neurons import SpikeEncoder
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention
 from snnllm.config import FLOAT_BITS, Rotation, Score, SpikeConfig
 from snnllm.gptq import gptq, inverse_factor
-from snnllm.linear import SpikingLinear
 from snnllm.modeling import spike_block, spiking_linear
 from snnllm.pipelines.report import BlockReport, SpikeRateMeter, peak_mib, sqnr_db
 from snnllm.pipelines.streaming import (
@@ -87,10 +87,8 @@ def find_basis(source: Source, spike: SpikeConfig, windows: Tensor, device: torc
         with statistics.observing():
             stream.hidden = list(stream.run(block))
         for group in (0, 2):
-            score = sum(
-                statistics.inputs[group].second_moment.diagonal() * w.square().sum(0)
-                for w in statistics.weights(group)
-            )
+            columns = torch.stack([w.square().sum(0) for w in statistics.weights(group)]).sum(0)
+            score = statistics.inputs[group].second_moment.diagonal() * columns
             residual += score / score.sum()
         key, value = statistics.kv.scores(generator)
         count = salient_count(key.shape[1], ratio)
@@ -105,7 +103,9 @@ def find_basis(source: Source, spike: SpikeConfig, windows: Tensor, device: torc
 def rotated_config(spike: SpikeConfig) -> SpikeConfig:
     """The configuration of a rotated model."""
     if not spike.encodes_activations:
-        raise ValueError("The rotated pipeline needs spiking activations; choose activation bits <= 8.")
+        raise ValueError(
+            "The rotated pipeline needs spiking activations; choose activation bits <= 8."
+        )
     return dataclasses.replace(spike, rotation=Rotation.GROUPS, score=Score(spike.score))
 
 
@@ -204,10 +204,10 @@ def convert_block(
         spike, modules_to_not_convert=(*spike.modules_to_not_convert, *dense)
     )
     spike_block(block, index, source.config, attention_only)
-    attention = block.self_attn
-    attention.config._attn_implementation = "sdpa"
-    if isinstance(attention, SpikingLlamaAttention):
-        attention.config._attn_implementation = SPIKING_ATTENTION
+    attention: Any = block.self_attn
+    encoded = isinstance(attention, SpikingLlamaAttention)
+    attention.config._attn_implementation = SPIKING_ATTENTION if encoded else "sdpa"
+    if encoded:
         rotation = [group_rotation(head, generator) for head in basis.keys[index]]
         attention.qk_rotation.copy_(torch.stack(rotation))
         attention.set_channel_groups(
@@ -236,7 +236,8 @@ def _convert_input(
     dense = [linear_of(block, p) for p in paths]
     device = dense[0].weight.device
     modules = [
-        spiking_linear(d, spike, f"{prefix}.{p}").to(device) for d, p in zip(dense, paths, strict=True)
+        spiking_linear(d, spike, f"{prefix}.{p}").to(device)
+        for d, p in zip(dense, paths, strict=True)
     ]
     first = modules[0]
     rotation = first.rotation

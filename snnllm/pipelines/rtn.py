@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,13 @@ from snnllm.execution import View, spiking_modules
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import spike_block
 from snnllm.pipelines.report import BlockReport, SpikeRateMeter, peak_mib, sqnr_db
-from snnllm.pipelines.streaming import INPUT_GROUPS, BlockStatistics, BlockStream, load_block
+from snnllm.pipelines.streaming import (
+    INPUT_GROUPS,
+    BlockStatistics,
+    BlockStream,
+    linear_of,
+    load_block,
+)
 from snnllm.saliency import allocate, allocate_map
 from snnllm.sources import Source
 from snnllm.weights import round_to_nearest
@@ -81,24 +88,23 @@ def fill_block(
     allocation: Mapping[str, Tensor],
 ) -> None:
     """Turn a dense block into a spiking one in place: masks, then rounded weights."""
-    dense = {p: block.get_submodule(p) for paths in INPUT_GROUPS for p in paths}
+    dense = {p: linear_of(block, p) for paths in INPUT_GROUPS for p in paths}
     groups = channel_groups(index, spike, statistics, generator, allocation)
     importance: dict[str, Tensor | None] = dict.fromkeys(dense)
     if spike.weight_range is WeightRange.CLIP:
         for paths, inputs in zip(INPUT_GROUPS, statistics.inputs, strict=True):
             importance |= dict.fromkeys(paths, inputs.second_moment.diagonal())
     spike_block(block, index, source.config, spike)
-    block.to(next(iter(dense.values())).weight.device)
+    block.to(dense[INPUT_GROUPS[0][0]].weight.device)
     for path, linear in dense.items():
         module = block.get_submodule(path)
         if isinstance(module, SpikingLinear):
-            assert isinstance(linear, nn.Linear)
             fill_linear(module, linear, groups[path], importance[path])
     _choose_views(block)
-    attention = block.self_attn
-    attention.config._attn_implementation = "sdpa"
-    if isinstance(attention, SpikingLlamaAttention):
-        attention.config._attn_implementation = SPIKING_ATTENTION
+    attention: Any = block.self_attn
+    encoded = isinstance(attention, SpikingLlamaAttention)
+    attention.config._attn_implementation = SPIKING_ATTENTION if encoded else "sdpa"
+    if encoded:
         key, value = statistics.kv.scores(generator)
         steps = len(spike.kv_steps)
         attention.set_channel_groups(

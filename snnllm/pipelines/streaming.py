@@ -91,7 +91,9 @@ def load_block(source: Source, index: int, device: torch.device) -> LlamaDecoder
     try:
         block.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"Block {index} of {source.name} does not fit its config: {error}") from error
+        raise ValueError(
+            f"Block {index} of {source.name} does not fit its config: {error}"
+        ) from error
     return block.to(device).eval()
 
 

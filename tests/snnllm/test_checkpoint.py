@@ -108,9 +108,13 @@ def test_the_folder_appears_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), published(tmp_path / "out") as work:
-        (work / "file").write_text("x")
-        raise error
+    def write_and_fail() -> None:
+        with published(tmp_path / "out") as work:
+            (work / "file").write_text("x")
+            raise error
+
+    with pytest.raises(error):
+        write_and_fail()
     assert contents(tmp_path) == []
 
 

@@ -61,7 +61,9 @@ def test_help_teaches(command, capsys):
         assert "exit codes: 0 done" in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["nothing"], ["eval"], ["convert", "a", "b", "--score", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["nothing"], ["eval"], ["convert", "a", "b", "--score", "x"]]
+)
 def test_bad_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -98,7 +100,15 @@ def test_convert_reports_and_writes_a_card(stories_dir, text_file, tmp_path, cap
 
 
 def test_a_dry_run_writes_nothing(stories_dir, text_file, tmp_path, capsys):
-    run("convert", stories_dir, tmp_path / "out", "--dry-run", "--calibration", text_file, *CALIBRATION)
+    run(
+        "convert",
+        stories_dir,
+        tmp_path / "out",
+        "--dry-run",
+        "--calibration",
+        text_file,
+        *CALIBRATION,
+    )
     text = capsys.readouterr().out
     assert all(f"estimated {what}" in text for what in ("time", "memory", "disk"))
     assert not list(tmp_path.iterdir())
@@ -163,7 +173,9 @@ def test_a_spiking_checkpoint_is_not_converted_again(stories_checkpoint, tmp_pat
 # -- eval --------------------------------------------------------------------------------------------------------
 
 
-def test_eval_is_the_same_in_every_view(stories_checkpoint, stories_dir, text_file, tmp_path, capsys):
+def test_eval_is_the_same_in_every_view(
+    stories_checkpoint, stories_dir, text_file, tmp_path, capsys
+):
     options = ["--text", text_file, "--window", "64", "--limit", "2", "--json", tmp_path / "r.json"]
     values = []
     for view in ("binary", "unrolled", "collapsed"):
@@ -184,7 +196,10 @@ EVAL_ERRORS = {
     "unknown": (["--text", "tales"], "Unknown text 'tales'"),
     "split": (["--text", "pydoc:dev"], "Unknown split 'dev' of pydoc"),
     "limit": (["--limit", "0"], "limit must be at least 1"),
-    "batch": (["--window", "64", "--limit", "1", "--batch-size", "0"], "batch size must be at least 1"),
+    "batch": (
+        ["--window", "64", "--limit", "1", "--batch-size", "0"],
+        "batch size must be at least 1",
+    ),
     "window": (["--window", "1"], "A window needs at least 2 tokens"),
 }
 
@@ -216,7 +231,9 @@ def test_logits_that_are_not_finite(stories_model, stories_tokenizer, text_file,
 def test_a_damaged_checkpoint(checkpoint_copy, text_file, failing):
     path = checkpoint_copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert "it is truncated or was replaced" in failing("eval", checkpoint_copy, "--text", text_file)
+    assert "it is truncated or was replaced" in failing(
+        "eval", checkpoint_copy, "--text", text_file
+    )
 
 
 def test_verbose_shows_the_traceback(tmp_path):
@@ -239,15 +256,41 @@ def test_interrupted(monkeypatch, capsys):
 def test_generate_with_either_cache(stories_checkpoint, stories_dir, capsys):
     texts = []
     for cache in ("dynamic", "static"):
-        run("generate", stories_checkpoint, "Once upon a time", "--max-new-tokens", "8", "--cache", cache)
+        run(
+            "generate",
+            stories_checkpoint,
+            "Once upon a time",
+            "--max-new-tokens",
+            "8",
+            "--cache",
+            cache,
+        )
         text, _, speed = capsys.readouterr().out.rstrip().rpartition("\n")
         assert speed.startswith("[8 tokens, ")
         texts.append(text)
     assert texts[0] == texts[1]
     assert "Once upon a time" in texts[0]
-    run("generate", stories_dir, "Once upon a time", "--max-new-tokens", "4", "--sample", "--seed", "1")
+    run(
+        "generate",
+        stories_dir,
+        "Once upon a time",
+        "--max-new-tokens",
+        "4",
+        "--sample",
+        "--seed",
+        "1",
+    )
     sampled = capsys.readouterr().out.partition("[")[0]
-    run("generate", stories_dir, "Once upon a time", "--max-new-tokens", "4", "--sample", "--seed", "1")
+    run(
+        "generate",
+        stories_dir,
+        "Once upon a time",
+        "--max-new-tokens",
+        "4",
+        "--sample",
+        "--seed",
+        "1",
+    )
     assert capsys.readouterr().out.partition("[")[0] == sampled
 
 
@@ -282,7 +325,9 @@ def test_inspect_prints_a_table_or_json(stories_checkpoint, stories_dir, capsys)
 def test_simulate_writes_recordings_and_operations(stories_checkpoint, tmp_path, capsys):
     layers = ["--layers", "model.layers.0.self_attn.q_proj"]
     run("simulate", stories_checkpoint, "Once upon", "--output", tmp_path / "rec", *layers)
-    written = [Path(line.removeprefix("wrote ")) for line in capsys.readouterr().out.split("\n") if line]
+    written = [
+        Path(line.removeprefix("wrote ")) for line in capsys.readouterr().out.split("\n") if line
+    ]
     files = [p for p in written if p.is_file()]
     assert {p.suffix for p in files} >= {".npz", ".png", ".json", ".md"}
     assert json.loads((tmp_path / "rec" / "operations.json").read_text())
@@ -290,7 +335,9 @@ def test_simulate_writes_recordings_and_operations(stories_checkpoint, tmp_path,
 
 def test_simulate_refuses_an_unknown_layer(stories_checkpoint, tmp_path, failing):
     layers = ["--layers", "model.layers.99.*"]
-    assert "model.layers.99" in failing("simulate", stories_checkpoint, "Hi", *layers, "--output", tmp_path)
+    assert "model.layers.99" in failing(
+        "simulate", stories_checkpoint, "Hi", *layers, "--output", tmp_path
+    )
 
 
 def test_demo_on_a_small_model(stories_dir, text_file, tmp_path, capsys):
@@ -308,7 +355,9 @@ def test_demo_on_a_small_model(stories_dir, text_file, tmp_path, capsys):
     for line in figures:
         assert (output / line.partition("](")[2].rstrip(")")).is_file()
     values = json.loads((output / "report.json").read_text())
-    assert values["perplexity"]["spiking"]["perplexity"] > values["perplexity"]["dense"]["perplexity"]
+    assert (
+        values["perplexity"]["spiking"]["perplexity"] > values["perplexity"]["dense"]["perplexity"]
+    )
     assert all((output / name).is_file() for name in values["files"])
     assert main(["demo", *map(str, arguments)]) == 2
     assert f"remove {output} or choose another --output" in capsys.readouterr().err

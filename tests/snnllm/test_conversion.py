@@ -67,8 +67,12 @@ def test_the_report_tells_what_was_done(dense, token_ids, tmp_path):
     assert {"snnllm", "torch", "transformers", "spikingjelly"} <= provenance["versions"].keys()
 
 
-@pytest.mark.parametrize(("bits", "group_size", "limit"), [(4, None, 0.6), (2, None, 0.35), (4, 64, 0.6)])
-def test_weights_are_stored_at_their_bit_width(make_llama, token_ids, tmp_path, bits, group_size, limit):
+@pytest.mark.parametrize(
+    ("bits", "group_size", "limit"), [(4, None, 0.6), (2, None, 0.35), (4, 64, 0.6)]
+)
+def test_weights_are_stored_at_their_bit_width(
+    make_llama, token_ids, tmp_path, bits, group_size, limit
+):
     model = make_llama(
         hidden_size=128, intermediate_size=256, num_key_value_heads=4, num_hidden_layers=1
     )
@@ -198,8 +202,16 @@ def test_explicit_maps_are_followed(dense, token_ids, tmp_path):
 @pytest.mark.parametrize(
     ("name", "steps", "message"),
     [
-        ("model.layers.9.mlp.down_proj", torch.ones(64).long(), r"which is no linear of this model"),
-        ("lm_head", torch.ones(32).long(), r"names look like 'model\.layers\.0\.self_attn\.q_proj'"),
+        (
+            "model.layers.9.mlp.down_proj",
+            torch.ones(64).long(),
+            r"which is no linear of this model",
+        ),
+        (
+            "lm_head",
+            torch.ones(32).long(),
+            r"names look like 'model\.layers\.0\.self_attn\.q_proj'",
+        ),
         ("model.layers.0.mlp.down_proj", torch.ones(32).long(), r"each of 64 channels, got shape"),
         ("model.layers.0.mlp.down_proj", torch.zeros(64).long(), r"at least one time step"),
     ],
@@ -230,7 +242,9 @@ def test_windows_that_the_model_cannot_read(dense, tmp_path, windows, message):
 
 def test_nothing_converted_is_an_error(dense, token_ids, tmp_path):
     spike = SpikeConfig(modules_to_not_convert=("_proj",), attention="float")
-    with pytest.raises(ValueError, match="Nothing was converted: every linear is in modules_to_not"):
+    with pytest.raises(
+        ValueError, match="Nothing was converted: every linear is in modules_to_not"
+    ):
         convert(dense, tmp_path / "out", spike, token_ids[:1])
     assert not list(tmp_path.iterdir())
 

@@ -263,9 +263,7 @@ def test_deepcopy_is_independent(model, token_ids):
 
 @pytest.mark.parametrize("pipeline", ["rtn", "rotated"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_integers_and_scales(
-    make_llama, token_ids, dtype, pipeline, tmp_path
-):
+def test_half_precision_keeps_integers_and_scales(make_llama, token_ids, dtype, pipeline, tmp_path):
     spike = SpikeConfig(salient_ratio=0.25)
     convert(make_llama(), tmp_path / "first", spike, token_ids[:2], pipeline=pipeline)
     model, half = load(tmp_path / "first"), load(tmp_path / "first", dtype)

@@ -200,7 +200,9 @@ def test_a_corrupt_shard_is_named(dense, tmp_path):
         dense_model(source)
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+)
 def test_a_missing_tensor_is_named(folder, token_ids, tmp_path, name):
     change_weights(folder, lambda tensors: tensors.pop(name))
     with pytest.raises(SourceError, match=f"has no tensor {name}; the checkpoint is incomplete"):
@@ -212,7 +214,9 @@ def test_a_missing_tensor_is_named(folder, token_ids, tmp_path, name):
 
 def test_a_missing_tensor_in_a_block_is_named(folder, token_ids, tmp_path):
     change_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(ValueError, match=r"(?s)Block 1 of .* does not fit its config: .*mlp\.up_proj"):
+    with pytest.raises(
+        ValueError, match=r"(?s)Block 1 of .* does not fit its config: .*mlp\.up_proj"
+    ):
         convert(folder, tmp_path / "out", SpikeConfig(), token_ids[:1])
     assert not (tmp_path / "out").exists()
 
@@ -237,7 +241,9 @@ def test_shapes_that_do_not_fit_the_config(dense):
 )
 def test_weights_that_are_not_finite_are_named(folder, token_ids, tmp_path, name, bad):
     change_weights(folder, lambda tensors: tensors[name].view(-1)[5].fill_(bad))
-    with pytest.raises(ValueError, match=f"{name} holds NaN or infinite values; the source is broken"):
+    with pytest.raises(
+        ValueError, match=f"{name} holds NaN or infinite values; the source is broken"
+    ):
         convert(folder, tmp_path / "out", SpikeConfig(), token_ids[:1])
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
@@ -252,7 +258,9 @@ def test_a_folder_without_a_tokenizer(folder):
 
 def test_a_hub_id_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SourceError, match=r"someone/model is no local folder .* did not deliver it"):
+    with pytest.raises(
+        SourceError, match=r"someone/model is no local folder .* did not deliver it"
+    ):
         open_source("someone/model")
 
 
