@@ -218,8 +218,6 @@ class SpikeEncoder(nn.Module):
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if an argument is out of range.
-
-    Source: SpikeLLM (arXiv 2407.04752).
     """
 
     channel_group: Tensor
@@ -322,9 +320,7 @@ class SpikeEncoder(nn.Module):
         count = functional.gif_count(charge, bias, capacity)
         return Encoding(self._compact(count), threshold, zero_point)
 
-    def forward(self, x: Tensor) -> Encoding:
-        """Encode by the closed form; see :meth:`encode`."""
-        return self.encode(x)
+    forward = encode
 
     def encode_spikes(self, x: Tensor) -> tuple[Tensor, Encoding]:
         """Encode by running the neurons: charge ``x / s`` at step 0, ``v[-1] = z + 1/2``.
@@ -394,13 +390,6 @@ class SpikeEncoder(nn.Module):
         return (threshold * self.centre(encoding)).to(dtype)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Encode and decode with a straight-through gradient: ``x_hat``, ``dx_hat/dx = 1``.
-
-        Args:
-            x: activations ``[.., C]`` (``[.., H, S, C]`` with groups per head).
-
-        Returns:
-            ``x_hat`` of the shape and dtype of x.
-        """
+        """Encode and decode ``x`` with a straight-through gradient: ``x_hat``, ``dx_hat/dx = 1``."""
         x_hat = self.decode(self.encode(x.detach()), x.dtype)
         return x_hat + (x - x.detach())

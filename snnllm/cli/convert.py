@@ -71,7 +71,14 @@ def run(args: argparse.Namespace) -> int:
             bar.update()
 
         report = convert(
-            source, args.output, spike, windows, seed=args.seed, device=device, on_block=on_block
+            source,
+            args.output,
+            spike,
+            windows,
+            pipeline=args.pipeline,
+            seed=args.seed,
+            device=device,
+            on_block=on_block,
         )
     measured = summary(report)
     if text_windows is not None:

@@ -30,7 +30,7 @@ _PROMPT = "The capital of France is"
 _LAYERS = ["model.layers.3.self_attn.q_proj", "model.layers.3.mlp.down_proj"]
 _REPORT = """# {model} as a spiking LLaMA ({label})
 
-Made by `snnllm demo` in {minutes:.1f} minutes. {windows} windows of {window} tokens of `{text}`;
+Made by `snnllm demo` in {minutes:.1f} minutes with the pipeline `{pipeline}`. {windows} windows of {window} tokens of `{text}`;
 calibration on {nsamples} windows of `{calibration}`.
 
 | | dense, float32 | spiking, {label} |
@@ -73,7 +73,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--prompt", default=_PROMPT, help="text to continue (default: %(default)r)")
     parser.add_argument("--layers", nargs="+", default=_LAYERS, help="layers to record")
     add_spike_options(parser)
-    parser.set_defaults(run=run, view=None, device="cpu", nsamples=8)
+    parser.set_defaults(run=run, view=None, device="cpu", nsamples=8, pipeline="rotated")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,11 +94,17 @@ def run(args: argparse.Namespace) -> int:
     sentences = {"dense": _sentence(dense, tokenizer, args.prompt)}
     dense_bytes = sum(p.numel() * p.element_size() for p in dense.parameters())
     del dense
-    print(f"3/5 converting to {spike.label}")
+    print(f"3/5 converting to {spike.label}, pipeline {args.pipeline}")
     with tqdm(total=source.config.num_hidden_layers, desc="convert", unit="block") as bar:
         calibration = calibration_windows(args, source)
         report = convert(
-            source, checkpoint, spike, calibration, seed=args.seed, on_block=lambda _: bar.update()
+            source,
+            checkpoint,
+            spike,
+            calibration,
+            pipeline=args.pipeline,
+            seed=args.seed,
+            on_block=lambda _: bar.update(),
         )
     print("4/5 spiking perplexity and a sentence")
     model, tokenizer = open_model(str(checkpoint), args)
@@ -127,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
     text = _REPORT.format(
         model=source.name,
         label=spike.label,
+        pipeline=args.pipeline,
         minutes=seconds / 60,
         windows=after.windows,
         window=after.window_length,

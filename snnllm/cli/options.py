@@ -24,6 +24,7 @@ from snnllm.config import (
 from snnllm.data import load_text, random_windows, tokenize
 from snnllm.execution import View, set_view, spiking_modules
 from snnllm.modeling import load
+from snnllm.pipelines import Pipeline
 from snnllm.sources import Source, dense_model, open_source
 
 _OVERRIDES = {
@@ -40,6 +41,13 @@ _OVERRIDES = {
 
 def add_spike_options(parser: argparse.ArgumentParser) -> None:
     """Options that describe a `SpikeConfig` and its calibration."""
+    parser.add_argument(
+        "--pipeline",
+        choices=[*Pipeline],
+        default=Pipeline.RTN,
+        help="rtn: saliency masks and rounding; rotated: rotation inside the saliency groups and "
+        "GPTQ, much closer to full precision, about twice the time (default: %(default)s)",
+    )
     spike = parser.add_argument_group("what is computed")
     spike.add_argument(
         "--preset",

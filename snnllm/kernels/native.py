@@ -18,12 +18,21 @@ from torch.nn.functional import pad
 
 from neurons.encoder import Encoding
 from snnllm.kernels import compiler
+from snnllm.kernels.layout import (
+    BYTE,
+    NIBBLE,
+    WIDE,
+    choose_layout,
+    int16_pair,
+    pack_levels,
+    padded_starts,
+    segment_words,
+)
 from snnllm.kernels.spec import (
     ALL_GROUPS,
     EncoderSpec,
     LinearSpec,
     PreparedLinear,
-    Segment,
     check_bmm,
     check_counts,
     check_input,
@@ -31,9 +40,7 @@ from snnllm.kernels.spec import (
     segments_of,
 )
 
-_OCTET = 8  # channels of a packed unit, and outputs of a vector
 _COLUMNS = 32  # outputs of a tile
-_NIBBLE, _BYTE, _WIDE = 0, 1, 2  # weight layouts of cpu.c
 _NON_FINITE, _NO_MEMORY = 1, 2  # return codes of cpu.c
 _INT16_MAX = 2**15 - 1
 
@@ -275,29 +282,10 @@ def _count_dtype(spec: EncoderSpec) -> torch.dtype:
     return torch.uint8 if max(spec.capacities) <= 255 else torch.int16
 
 
-def _layout(weight_bits: int, capacity: int) -> int:
-    """Choose the weight layout: nibbles, bytes while two products fit int16, else wide."""
-    if weight_bits <= 4 and capacity <= 255:
-        return _NIBBLE
-    if capacity <= 255 and _safe_octets(_BYTE, weight_bits, capacity) >= 1:
-        return _BYTE
-    return _WIDE
-
-
-def _safe_octets(layout: int, weight_bits: int, capacity: int) -> int:
-    """Return how many octets of 8 channels an int16 lane sums without overflow.
-
-    vpmaddubsw adds one pair of products to a lane; an octet holds two pairs of every lane.
-    Nibbles are stored as level + 8, in 0..15.
-    """
-    largest = 15 if layout == _NIBBLE else 2 ** (weight_bits - 1)
-    return _INT16_MAX // (2 * 2 * capacity * largest)
-
-
 def _prepare(spec: LinearSpec) -> NativeLinear:
     encoder = spec.encoder
-    layout = _layout(spec.weight_bits, max(encoder.capacities))
-    starts, padded = _padded_starts(spec.segments)
+    layout = choose_layout(spec.weight_bits, max(encoder.capacities))
+    starts, padded = padded_starts(spec.segments)
     levels = torch.zeros(-(-spec.out_features // _COLUMNS) * _COLUMNS, padded, dtype=torch.int8)
     shape = (len(spec.segments), levels.shape[0])
     scale = torch.zeros(shape)
@@ -308,67 +296,23 @@ def _prepare(spec: LinearSpec) -> NativeLinear:
         levels[:n, starts[i] : starts[i] + stop - start] = level
         scale[i, :n] = spec.scale[:, weight_group]
         level_sum = level.sum(1, dtype=torch.int32) - zero * (stop - start)
-        shifted = zero + (8 if layout == _NIBBLE else 0)
-        low[i, :n] = _int16_pair(shifted, level_sum & _INT16_MAX)
-        high[i, :n] = _int16_pair(shifted, level_sum >> 15)
+        shifted = zero + (8 if layout == NIBBLE else 0)
+        low[i, :n] = int16_pair(shifted, level_sum & _INT16_MAX)
+        high[i, :n] = int16_pair(shifted, level_sum >> 15)
     bias = None if spec.bias is None else pad(spec.bias.detach(), (0, shape[1] - n))
-    weight = _pack(levels, layout)
-    words = _segment_words(spec.segments, starts, encoder, layout, spec.weight_bits)
+    weight = pack_levels(levels, layout)
+    words = segment_words(spec.segments, starts, encoder, layout, spec.weight_bits)
     weights = (weight, scale, low, high, bias)
     return _describe(encoder, (n, *levels.shape), layout, words, weights)
-
-
-def _int16_pair(first: Tensor, second: Tensor) -> Tensor:
-    """Return int32 words with `first` in the lower and `second` in the upper 16 bits."""
-    return (first & 0xFFFF) | (second << 16)
 
 
 def _prepare_encoder(spec: EncoderSpec) -> NativeLinear:
     """Describe a layer without outputs, for `encode`."""
     segments = segments_of(spec.sizes)
-    starts, padded = _padded_starts(segments)
-    layout = _BYTE if _count_dtype(spec) is torch.uint8 else _WIDE
-    words = _segment_words(segments, starts, spec, layout, 1)
+    starts, padded = padded_starts(segments)
+    layout = BYTE if _count_dtype(spec) is torch.uint8 else WIDE
+    words = segment_words(segments, starts, spec, layout, 1)
     return _describe(spec, (0, 0, padded), layout, words, (None,) * 5)
-
-
-def _padded_starts(segments: tuple[Segment, ...]) -> tuple[list[int], int]:
-    """Return where every segment starts when each is padded to whole octets, and the total."""
-    starts, position = [], 0
-    for start, stop, _, _ in segments:
-        starts.append(position)
-        position += -(-(stop - start) // _OCTET) * _OCTET
-    return starts, position
-
-
-def _segment_words(
-    segments: tuple[Segment, ...],
-    starts: list[int],
-    encoder: EncoderSpec,
-    layout: int,
-    weight_bits: int,
-) -> Tensor:
-    """Return the C structs `Segment`, int64 [S, 7]."""
-    rows = []
-    for segment, padded_start in zip(segments, starts, strict=True):
-        octets = -(-(segment.stop - segment.start) // _OCTET)
-        capacity = encoder.capacities[segment.act_group]
-        chunks = [max(_safe_octets(kind, weight_bits, capacity), 1) for kind in (layout, _BYTE)]
-        rows.append([*segment[:2], padded_start, octets, segment.act_group, *chunks])
-    return torch.tensor(rows, dtype=torch.int64)
-
-
-def _pack(levels: Tensor, layout: int) -> Tensor:
-    """Pack int8 [N, K] (N multiple of 32, K of 8) into the layout of cpu.c, one byte string."""
-    n, k = levels.shape
-    if layout == _WIDE:  # [block, lane, octet, pair, 2] -> [block, octet, pair, lane, 2]
-        tiles = levels.view(n // 8, 8, k // 8, 4, 2).permute(0, 2, 3, 1, 4)
-        return tiles.contiguous().flatten()
-    tiles = levels.view(n // 8, 8, k // 8, 2, 4).permute(0, 2, 3, 1, 4)
-    if layout == _BYTE:
-        return tiles.contiguous().flatten()
-    nibbles = (tiles + 8).to(torch.uint8)
-    return (nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)).contiguous().flatten()
 
 
 def _float_bits(value: float) -> int:
@@ -401,5 +345,5 @@ def _describe(
         tensors,
         len(segment_words),
         descriptor.data_ptr(),
-        torch.int16 if layout == _WIDE else torch.uint8,
+        torch.int16 if layout == WIDE else torch.uint8,
     )

@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,7 +204,8 @@ def convert_block(
     attention_only = dataclasses.replace(
         spike, modules_to_not_convert=(*spike.modules_to_not_convert, *dense)
     )
-    spike_block(block, index, source.config, attention_only)
+    # A copy: the attention writes its implementation into its config, the source stays dense.
+    spike_block(block, index, deepcopy(source.config), attention_only)
     attention: Any = block.self_attn
     encoded = isinstance(attention, SpikingLlamaAttention)
     attention.config._attn_implementation = SPIKING_ATTENTION if encoded else "sdpa"
@@ -216,7 +218,8 @@ def convert_block(
         )
     block.to(device)
     for paths, rows in zip(INPUT_GROUPS, inputs.rows, strict=True):
-        converted = [p for p in paths if not p.endswith(spike.modules_to_not_convert)]
+        kept = spike.modules_to_not_convert
+        converted = [p for p in paths if not f"model.layers.{index}.{p}".endswith(kept)]
         if converted:
             _convert_input(block, index, converted, basis, spike, stream, rows, generator)
 

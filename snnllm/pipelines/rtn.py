@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -94,7 +95,8 @@ def fill_block(
     if spike.weight_range is WeightRange.CLIP:
         for paths, inputs in zip(INPUT_GROUPS, statistics.inputs, strict=True):
             importance |= dict.fromkeys(paths, inputs.second_moment.diagonal())
-    spike_block(block, index, source.config, spike)
+    # A copy: the attention writes its implementation into its config, the source stays dense.
+    spike_block(block, index, deepcopy(source.config), spike)
     block.to(dense[INPUT_GROUPS[0][0]].weight.device)
     for path, linear in dense.items():
         module = block.get_submodule(path)

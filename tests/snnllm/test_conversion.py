@@ -18,8 +18,9 @@ from snnllm.execution import View, use_view
 from snnllm.inspection import matmuls, table
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
-from snnllm.pipelines.rtn import sqnr_db
-from snnllm.sources import ModelSource
+from snnllm.pipelines import Pipeline
+from snnllm.pipelines.report import sqnr_db
+from snnllm.sources import ModelSource, dense_model, open_source
 
 
 @torch.no_grad()
@@ -104,6 +105,29 @@ def test_the_source_is_not_changed(make_llama, token_ids, tmp_path):
     convert(model, tmp_path / "out", SpikeConfig(), token_ids[:1])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("pipeline", list(Pipeline))
+def test_a_source_stays_dense(make_llama, token_ids, tmp_path, pipeline):
+    model = make_llama()
+    model.save_pretrained(tmp_path / "dense")
+    source = open_source(tmp_path / "dense")
+    spike = SpikeConfig(salient_ratio=0.25)
+    convert(source, tmp_path / "out", spike, token_ids[:1], pipeline=pipeline)
+    assert source.config.model_type == "llama"
+    assert torch.equal(logits(dense_model(source), token_ids), logits(model, token_ids))
+
+
+def test_the_rotated_pipeline_refuses_what_it_cannot_do(dense, token_ids, tmp_path):
+    maps = {"model.layers.0.mlp.down_proj": torch.ones(64, dtype=torch.int64)}
+    output, windows = tmp_path / "out", token_ids[:1]
+    with pytest.raises(ValueError, match="explicit allocation maps go with pipeline='rtn'"):
+        convert(dense, output, SpikeConfig(), windows, pipeline="rotated", allocation=maps)
+    with pytest.raises(ValueError, match="rotated pipeline needs spiking activations"):
+        convert(dense, output, SpikeConfig.preset("W4A16"), windows, pipeline="rotated")
+    with pytest.raises(ValueError, match="'gptq' is not a valid Pipeline"):
+        convert(dense, output, SpikeConfig(), windows, pipeline="gptq")
+    assert not list(tmp_path.iterdir())
 
 
 PRESETS = ["W4A4T2", "W4A4T4", "W4A8", "W2A8", "W8A8", "A4", "A4T2", "W4A16", "W3A5T3", "W5A1"]

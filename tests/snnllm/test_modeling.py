@@ -116,17 +116,21 @@ def test_fewer_bits_are_worse(convert_tiny, token_ids):
     assert quality == sorted(quality)
 
 
+@pytest.mark.parametrize("pipeline", ["rtn", "rotated"])
 @pytest.mark.parametrize("skipped", ["down_proj", "model.layers.1.self_attn.q_proj"])
-def test_modules_to_not_convert_stay_dense(convert_tiny, token_ids, skipped):
-    dense, folder = convert_tiny(overrides={"modules_to_not_convert": (skipped,)})
-    spiking = load(folder)
+def test_modules_to_not_convert_stay_dense(make_llama, token_ids, tmp_path, skipped, pipeline):
+    dense = make_llama()
+    spike = SpikeConfig.preset("W8A8", modules_to_not_convert=(skipped,))
+    convert(dense, tmp_path / "out", spike, token_ids[:2], pipeline=pipeline)
+    spiking = load(tmp_path / "out")
     for name, module in dense.named_modules():
         if isinstance(module, torch.nn.Linear):
             ours = spiking.get_submodule(name)
             stays = name.endswith(skipped) or name == "lm_head"
             assert isinstance(ours, torch.nn.Linear) == stays, name
-            assert not stays or torch.equal(ours.weight, module.weight)
-    assert torch.isfinite(logits(spiking, token_ids)).all()
+            if stays and pipeline == "rtn":  # the other one moves its weights into a new basis
+                assert torch.equal(ours.weight, module.weight)
+    assert sqnr_db(logits(dense, token_ids), logits(spiking, token_ids)) > 20
 
 
 # -- Auto classes -----------------------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""The rotated pipeline end to end: same integers in all views, better than rounding, saved and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from snnllm.config import Rotation, SpikeConfig
+from snnllm.conversion import ConversionReport, convert
+from snnllm.execution import View, use_view
+from snnllm.linear import SpikingLinear
+from snnllm.modeling import load
+from snnllm.pipelines.rotated import compensated
+from snnllm.sources import dense_model, open_source
+
+
+def rotate(model: Any, folder: Path, ids: Tensor, preset: str = "W4A4T2", **fields: Any) -> ConversionReport:
+    spike = SpikeConfig.preset(preset, **fields)
+    return convert(model, folder, spike, ids, pipeline="rotated")
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention": "float"}, {"value_range": "shared"}])
+def test_views_are_equal_bit_for_bit(
+    make_llama: Any, token_ids: Tensor, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    rotate(make_llama(), tmp_path / "out", token_ids, **fields)
+    model = load(tmp_path / "out")
+    assert model.config.spike.rotation is Rotation.GROUPS
+    with torch.no_grad():
+        expected = model(token_ids).logits
+        for view in (View.UNROLLED, View.BINARY):
+            with use_view(model, view):
+                assert torch.equal(model(token_ids).logits, expected)
+
+
+def test_eight_bits_are_close_to_the_float_model(
+    make_llama: Any, token_ids: Tensor, tmp_path: Path, tolerance: Any
+) -> None:
+    model = make_llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    rotate(model, tmp_path / "out", token_ids, "W8A8", salient_ratio=0.1, salient_steps=1)
+    with torch.no_grad():
+        expected, logits = model(token_ids).logits, load(tmp_path / "out")(token_ids).logits
+    noise = (logits - expected).square().sum() / expected.square().sum()
+    assert -10 * torch.log10(noise) > tolerance.sqnr_w8a8_db
+
+
+def test_generate_is_the_same_with_every_cache(
+    make_llama: Any, token_ids: Tensor, tmp_path: Path
+) -> None:
+    rotate(make_llama(), tmp_path / "out", token_ids)
+    model = load(tmp_path / "out")
+    prompt, options = token_ids[:1, :5], {"max_new_tokens": 8, "do_sample": False}
+    dynamic = model.generate(prompt, **options)
+    assert torch.equal(dynamic, model.generate(prompt, cache_implementation="static", **options))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(dynamic, load(tmp_path / "again").generate(prompt, **options))
+
+
+def test_one_group_has_one_threshold(make_llama: Any, token_ids: Tensor, tmp_path: Path) -> None:
+    rotate(make_llama(), tmp_path / "out", token_ids, "W4A4")
+    linears = [m for m in load(tmp_path / "out").modules() if isinstance(m, SpikingLinear)]
+    assert all(m.encoder.steps == (1,) and not m.encoder.channel_group.any() for m in linears)
+
+
+def test_rotation_beats_rounding_on_a_trained_model(
+    stories_dir: Path, stories_ids: Tensor, tmp_path: Path
+) -> None:
+    source = open_source(str(stories_dir))
+    windows = stories_ids[: 8 * 128].view(8, 128)
+    held_out = stories_ids[2048 : 2048 + 512].view(4, 128)
+    with torch.no_grad():
+        target = dense_model(source)(held_out).logits
+        noise = {}
+        for pipeline in ("rtn", "rotated"):
+            spike = SpikeConfig.preset("W4A4T2")
+            convert(source, tmp_path / pipeline, spike, windows, pipeline=pipeline)
+            noise[pipeline] = float((load(tmp_path / pipeline)(held_out).logits - target).square().sum())
+    assert noise["rotated"] < 0.7 * noise["rtn"]
+
+
+def test_what_it_refuses(make_llama: Any, token_ids: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rotated pipeline needs spiking activations"):
+        rotate(make_llama(), tmp_path / "out", token_ids, weight_bits=4, activation_bits=16)
+    steps = {"model.layers.0.mlp.up_proj": torch.ones(32, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="explicit allocation maps go with pipeline='rtn'"):
+        convert(
+            make_llama(), tmp_path / "out", SpikeConfig(), token_ids, pipeline="rotated", allocation=steps
+        )
+    with pytest.raises(ValueError, match="'spinquant' is not a valid Pipeline"):
+        convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids, pipeline="spinquant")
+    assert not (tmp_path / "out").exists()
+
+
+def test_compensation_finds_the_regression() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 12, generator=generator)
+    encoded = 0.5 * x + 0.1 * torch.randn(4000, 12, generator=generator)
+    weight = torch.randn(5, 12, generator=generator)
+    moment, cross = encoded.T @ encoded / 4000, x.T @ encoded / 4000
+    found = compensated(weight, moment, cross, "layer")
+    before = (x @ weight.T - encoded @ weight.T).square().sum()
+    assert (x @ weight.T - encoded @ found.T).square().sum() < 0.2 * before

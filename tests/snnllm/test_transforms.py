@@ -1,0 +1,103 @@
+"""Rotations inside saliency groups change the basis, not the function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from snnllm.sources import ModelSource, dense_model, open_source
+from snnllm.transforms import (
+    OnlineRotation,
+    RotatedSource,
+    group_rotation,
+    orthogonal,
+    power_of_two_factor,
+    salient_count,
+    sorted_groups,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_groups(channels: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 2, (channels,), generator=generator(seed), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("channels", "ratio", "count"),
+    [(576, 0.1, 64), (1536, 0.1, 128), (64, 0.1, 8), (4096, 0.05, 256), (576, 0.0, 0), (4, 0.01, 1)],
+)
+def test_salient_counts_are_powers_of_two(channels: int, ratio: float, count: int) -> None:
+    assert salient_count(channels, ratio) == count
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 8, 12, 56, 64, 88])
+def test_rotations_are_orthogonal_and_spread_every_channel(size: int) -> None:
+    rotation = orthogonal(size, generator())
+    assert rotation.shape == (size, size)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(size, dtype=torch.float64))
+    if power_of_two_factor(max(size, 1)) == size > 1:  # a Hadamard matrix: all entries alike
+        torch.testing.assert_close(rotation.abs(), torch.full_like(rotation, size**-0.5))
+
+
+def test_groups_do_not_mix() -> None:
+    group = random_groups(24)
+    rotation = group_rotation(group, generator())
+    torch.testing.assert_close(rotation.T @ rotation, torch.eye(24, dtype=torch.float64))
+    new = sorted_groups(group)
+    mixed = group[:, None] != new[None, :]
+    assert not rotation[mixed].any()
+    assert torch.equal(new.bincount(), group.bincount())
+
+
+@pytest.mark.parametrize("sizes", [(56, 8), (11, 4), (16,), (12, 0)])
+def test_an_online_rotation_is_the_matrix_it_says(sizes: tuple[int, ...]) -> None:
+    rotation, channels = OnlineRotation(sizes), sum(sizes)
+    group = (torch.arange(channels) >= sizes[0])[torch.randperm(channels, generator=generator())]
+    rotation.randomise(group, generator())
+    matrix = rotation.matrix()
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(channels))
+    x = torch.randn(3, 5, channels, generator=generator(1))
+    torch.testing.assert_close(rotation(x), x @ matrix)
+    new = torch.arange(channels) >= sizes[0]
+    assert not matrix[group[:, None] != new[None, :]].any()
+    assert rotation.half().matrix().dtype == torch.float32
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_rotated_model_is_the_same_function(
+    make_llama: Any, token_ids: Tensor, tied: bool, biases: bool
+) -> None:
+    model = make_llama(tie_word_embeddings=tied, attention_bias=biases, mlp_bias=biases)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 2.0)
+    config, rng = model.config, generator()
+    residual = group_rotation(random_groups(config.hidden_size), rng)
+    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    values = [
+        torch.stack([group_rotation(random_groups(dim, seed), rng) for seed in range(heads)])
+        for _ in range(config.num_hidden_layers)
+    ]
+    rotated = dense_model(RotatedSource(ModelSource(model, "tiny"), residual, values))
+    assert not rotated.config.tie_word_embeddings
+    with torch.no_grad():
+        expected, logits = model(token_ids).logits, rotated(token_ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert not torch.allclose(rotated.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_stories_rotated_is_the_same_function(stories_dir: Any) -> None:
+    source = open_source(str(stories_dir))
+    residual = group_rotation(random_groups(source.config.hidden_size), generator())
+    ids = torch.randint(3, 500, (2, 40), generator=generator())
+    with torch.no_grad():
+        expected = dense_model(source)(ids).logits
+        logits = dense_model(RotatedSource(source, residual))(ids).logits
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
