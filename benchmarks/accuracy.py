@@ -26,6 +26,7 @@ from snnllm.modeling import load
 from snnllm.sources import dense_model, open_source
 
 FLOAT = {"attention": "float"}
+MINMAX = {"weight_range": "minmax"}
 ROTATED = {"pipeline": "rotated"}
 ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "issue": [
@@ -35,6 +36,8 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("10 % salient, split, attention encoded", "W4A4T2", {}),
         ("10 % salient, shared, attention encoded", "W4A4T2", {"value_range": "shared"}),
         ("no saliency, attention encoded", "W4A4", {}),
+        ("10 % salient, split, attention float, min/max", "W4A4T2", {**FLOAT, **MINMAX}),
+        ("10 % salient, split, attention encoded, min/max", "W4A4T2", MINMAX),
     ],
     "presets": [
         ("T = 4 on 5 %", "W4A4T4", {}),

@@ -94,7 +94,7 @@ class SpikeConfig:
     score: Score = Score.FIRST_ORDER
     mask_scope: MaskScope = MaskScope.LINEAR
     attention: Operands = Operands.ENCODED
-    weight_range: WeightRange = WeightRange.MINMAX
+    weight_range: WeightRange = WeightRange.CLIP
     rotation: Rotation = Rotation.NONE
     activation_clip: float = 1.0
     weight_group_size: int | None = None

@@ -299,6 +299,8 @@ def encoded_moments(
 ) -> tuple[Tensor, Tensor]:
     """Moments of one linear's encoded input `x_hat` over the stream.
 
+    Every token counts by `token_weights`.
+
     Returns:
         `H = mean x_hat x_hat^T` and `C = mean x x_hat^T`, `[K, K]`, with `x` the input of the same
         linear for the same token in the full-precision model.
@@ -306,7 +308,7 @@ def encoded_moments(
     channels = encoder.channel_group.numel()
     device = encoder.channel_group.device
     moment, cross = (torch.zeros(channels, channels, device=device) for _ in range(2))
-    current, tokens = 0, 0
+    current, tokens = 0, 0.0
 
     def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal tokens
@@ -314,9 +316,11 @@ def encoded_moments(
         if rotation is not None:
             rows, dense = rotation(rows), rotation(dense)
         encoded = encoder.decode(encoder.encode(rows))
-        moment.addmm_(encoded.T, encoded)
-        cross.addmm_(dense.T, encoded)
-        tokens += rows.shape[0]
+        weights = token_weights(path, stream.hidden[current]).to(device)
+        weighted = encoded * weights.unsqueeze(1)
+        moment.addmm_(weighted.T, encoded)
+        cross.addmm_(dense.T, weighted)
+        tokens += float(weights.sum())
         raise _Reached
 
     handle = linear_of(block, path).register_forward_pre_hook(observe)
@@ -326,7 +330,24 @@ def encoded_moments(
                 stream.run_one(block, current)
     finally:
         handle.remove()
-    return moment / max(1, tokens), cross / max(1, tokens)
+    return moment / tokens, cross / tokens
+
+
+def token_weights(path: str, hidden: Tensor) -> Tensor:
+    """How much an error of a linear's output matters at each token, `[tokens]`.
+
+    What o_proj and down_proj write is divided by the size of the residual stream at the next norm. A
+    few tokens have massive activations there; unweighted, they alone would decide how the weights
+    are rounded, though an error at them is the one that matters least.
+
+    Args:
+        path: The linear in its block.
+        hidden: Residual stream in front of the block, `[1, tokens, hidden]`.
+    """
+    mean_square = hidden.float().square().mean(-1).flatten()
+    if path not in ("self_attn.o_proj", "mlp.down_proj"):
+        return torch.ones_like(mean_square)
+    return 1.0 / (mean_square + 1e-6 * mean_square.mean() + 1e-12)
 
 
 def compensated(weight: Tensor, moment: Tensor, cross: Tensor, name: str) -> Tensor:
