@@ -29,7 +29,7 @@ demo: $(STAMP)  ## convert SmolLM2 to a spiking LLaMA, evaluate, generate, recor
 	$(BIN)/python -m snnllm demo --output demo
 
 test: $(STAMP)  ## the quick tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 test-all: $(STAMP)  ## all tests, the slow ones too
 	$(BIN)/python -m pytest

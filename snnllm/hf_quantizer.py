@@ -1,7 +1,7 @@
 """The transformers quantizer plug-in behind `quant_method: spikellm`.
 
 `SpikingLlamaForCausalLM` builds its spiking modules from the configuration alone; the plug-in tells
-transformers that such a checkpoint is quantised, serialisable and compilable, and checks the result.
+transformers that such a checkpoint is quantised, serialisable, and checks the result.
 """
 
 from __future__ import annotations
@@ -66,8 +66,11 @@ class SpikeHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """The collapsed view has no data-dependent control flow on CUDA."""
-        return True
+        """Not yet: kernel choice and weight packing happen inside the first forward pass.
+
+        `generate` with a static cache therefore runs uncompiled instead of failing in a graph break.
+        """
+        return False
 
 
 def register_quantizer() -> None:

@@ -20,6 +20,8 @@ import snnllm  # noqa: F401  (hides broken torchvision and torchaudio from trans
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # A busy machine is slow, not wrong: no limit on the time of one example.
+# pytest-xdist runs one process per core; more threads would only wait for each other.
+torch.set_num_threads(1)
 settings.register_profile("snnllm", deadline=None)
 settings.load_profile("snnllm")
 

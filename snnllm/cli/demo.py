@@ -30,8 +30,9 @@ _PROMPT = "The capital of France is"
 _LAYERS = ["model.layers.3.self_attn.q_proj", "model.layers.3.mlp.down_proj"]
 _REPORT = """# {model} as a spiking LLaMA ({label})
 
-Made by `snnllm demo` in {minutes:.1f} minutes with the pipeline `{pipeline}`. {windows} windows of {window} tokens of `{text}`;
-calibration on {nsamples} windows of `{calibration}`.
+Made by `snnllm demo` in {minutes:.1f} minutes with the pipeline `{pipeline}`. Evaluated on
+{windows} windows of {window} tokens of `{text}`, calibrated on {nsamples} windows of
+`{calibration}`.
 
 | | dense, float32 | spiking, {label} |
 |---|---|---|

@@ -81,7 +81,7 @@ def convert_tiny(
     ) -> tuple[Any, Path]:
         dense = llama(**config)
         folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
-        convert(dense, folder, SpikeConfig.preset(preset, **(overrides or {})), token_ids[:2])
+        convert(dense, folder, SpikeConfig.preset(preset, **(overrides or {})), token_ids[:1])
         return dense, folder
 
     return run

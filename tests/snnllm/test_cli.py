@@ -176,11 +176,11 @@ def test_a_spiking_checkpoint_is_not_converted_again(stories_checkpoint, tmp_pat
 def test_eval_is_the_same_in_every_view(
     stories_checkpoint, stories_dir, text_file, tmp_path, capsys
 ):
-    options = ["--text", text_file, "--window", "64", "--limit", "2", "--json", tmp_path / "r.json"]
+    options = ["--text", text_file, "--window", "32", "--limit", "2", "--json", tmp_path / "r.json"]
     values = []
     for view in ("binary", "unrolled", "collapsed"):
         run("eval", stories_checkpoint, *options, "--view", view)
-        assert capsys.readouterr().out.startswith("token_ppl@64 ")
+        assert capsys.readouterr().out.startswith("token_ppl@32 ")
         values.append(json.loads((tmp_path / "r.json").read_text()))
     assert values[0]["window_nll"] == values[1]["window_nll"] == values[2]["window_nll"]
     assert values[0]["windows"] == 2

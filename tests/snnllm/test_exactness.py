@@ -28,7 +28,9 @@ from snnllm.sources import ModelSource
 
 
 @contextmanager
-def recorded(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Tensor]]]:
+def recorded(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, list[Tensor]]]:
     """Collect the accumulators of all linears and Q K products while the model runs."""
     records: dict[str, list[Tensor]] = {}
     hooks = []
@@ -77,7 +79,9 @@ def differing(first: dict[str, list[Tensor]], second: dict[str, list[Tensor]]) -
 @torch.no_grad()
 def test_a_window_of_stories260k(stories_checkpoint, stories_tokenizer, monkeypatch):
     model = load(stories_checkpoint)
-    ids = tokenize(load_text("pydoc:test"), stories_tokenizer)[: model.config.max_position_embeddings]
+    ids = tokenize(load_text("pydoc:test"), stories_tokenizer)[
+        : model.config.max_position_embeddings
+    ]
     records, logits = {}, {}
     for view in View:
         with use_view(model, view), recorded(model, monkeypatch) as records[view]:

@@ -20,7 +20,9 @@ def problem(rows: int = 24, channels: int = 160, seed: int = 0) -> tuple[Tensor,
     return torch.randn(rows, channels, generator=generator), x.T @ x / len(x)
 
 
-def output_error(weight: Tensor, quantized: QuantizedWeight, moment: Tensor, size: int | None) -> float:
+def output_error(
+    weight: Tensor, quantized: QuantizedWeight, moment: Tensor, size: int | None
+) -> float:
     error = weight - dequantize(quantized, size)
     return float(torch.einsum("nk,kl,nl->", error, moment, error))
 
@@ -66,7 +68,9 @@ def test_a_failing_factorisation_raises_the_damping_and_says_so(
     indefinite[0, 1] = indefinite[1, 0] = 1.05
     with caplog.at_level(logging.WARNING):
         quantized = gptq(weight, indefinite, 4, name="model.layers.7.mlp.up_proj")
-    assert "model.layers.7.mlp.up_proj: Cholesky failed, trying again with damping 0.1" in caplog.text
+    assert (
+        "model.layers.7.mlp.up_proj: Cholesky failed, trying again with damping 0.1" in caplog.text
+    )
     assert torch.isfinite(dequantize(quantized)).all()
 
 
@@ -74,7 +78,9 @@ def test_errors_name_the_layer() -> None:
     weight, moment = problem(4, 8)
     with pytest.raises(ValueError, match="here: the weight holds NaN"):
         gptq(weight * torch.nan, moment, 4, name="here")
-    with pytest.raises(ValueError, match="here: the Hessian of the calibration inputs is not finite"):
+    with pytest.raises(
+        ValueError, match="here: the Hessian of the calibration inputs is not finite"
+    ):
         gptq(weight, moment * torch.inf, 4, name="here")
     hopeless = torch.full((8, 8), -1e6)
     hopeless.fill_diagonal_(1.0)

@@ -30,7 +30,14 @@ def random_groups(channels: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize(
     ("channels", "ratio", "count"),
-    [(576, 0.1, 64), (1536, 0.1, 128), (64, 0.1, 8), (4096, 0.05, 256), (576, 0.0, 0), (4, 0.01, 1)],
+    [
+        (576, 0.1, 64),
+        (1536, 0.1, 128),
+        (64, 0.1, 8),
+        (4096, 0.05, 256),
+        (576, 0.0, 0),
+        (4, 0.01, 1),
+    ],
 )
 def test_salient_counts_are_powers_of_two(channels: int, ratio: float, count: int) -> None:
     assert salient_count(channels, ratio) == count
