@@ -15,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from neurons import SpikeEncoder
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention
 from snnllm.config import FLOAT_BITS, Rotation, Score, SpikeConfig
-from snnllm.gptq import gptq, inverse_factor
+from snnllm.gptq import gptq
 from snnllm.modeling import spike_block, spiking_linear
 from snnllm.pipelines.report import BlockReport, SpikeRateMeter, peak_mib, sqnr_db
 from snnllm.pipelines.streaming import (
@@ -49,8 +49,6 @@ from snnllm.transforms import (
 from snnllm.weights import QuantizedWeight
 
 _log = logging.getLogger(__name__)
-COMPENSATION_DAMPING = 0.1
-"""Ridge of `compensated`, relative to the mean of diag(H)."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +139,11 @@ def convert_blocks(
         The spiking block and its report, in order.
     """
     stream = BlockStream(source, windows, device)
-    dense_stream = BlockStream(source, windows, device)
     for index in range(source.config.num_hidden_layers):
         start = time.perf_counter()
         block = load_block(source, index, device)
-        inputs = DenseInputs(block)
-        with inputs.recording():
-            dense_stream.hidden = list(dense_stream.run(block))
         target = list(stream.run(block))
-        convert_block(block, index, source, basis, spike, stream, inputs, generator)
+        convert_block(block, index, source, basis, spike, stream, generator)
         with SpikeRateMeter(block) as rate:
             converted = list(stream.run(block))
         stream.hidden = converted
@@ -160,34 +154,6 @@ def convert_blocks(
         yield block, report
 
 
-class DenseInputs:
-    """Inputs of a block's linears in the full-precision stream, one list per input group.
-
-    Attributes:
-        rows: `rows[group][window]` is `[tokens, K]`, float32 on the CPU.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self._block = block
-        self.rows: list[list[Tensor]] = [[] for _ in INPUT_GROUPS]
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep what runs through the block inside the `with` block."""
-        with ExitStack() as stack:
-            for paths, rows in zip(INPUT_GROUPS, self.rows, strict=True):
-                hook = linear_of(self._block, paths[0]).register_forward_pre_hook(_keep(rows))
-                stack.callback(hook.remove)
-            yield
-
-
-def _keep(rows: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows.append(inputs[0].reshape(-1, inputs[0].shape[-1]).float().cpu())
-
-    return hook
-
-
 def convert_block(
     block: nn.Module,
     index: int,
@@ -195,7 +161,6 @@ def convert_block(
     basis: Basis,
     spike: SpikeConfig,
     stream: BlockStream,
-    inputs: DenseInputs,
     generator: torch.Generator,
 ) -> None:
     """Make one block spiking in place: attention, then the linears input by input."""
@@ -217,11 +182,11 @@ def convert_block(
             torch.stack([sorted_groups(h) for h in basis.values[index]]),
         )
     block.to(device)
-    for paths, rows in zip(INPUT_GROUPS, inputs.rows, strict=True):
+    for paths in INPUT_GROUPS:
         kept = spike.modules_to_not_convert
         converted = [p for p in paths if not f"model.layers.{index}.{p}".endswith(kept)]
         if converted:
-            _convert_input(block, index, converted, basis, spike, stream, rows, generator)
+            _convert_input(block, index, converted, basis, spike, stream, generator)
 
 
 def _convert_input(
@@ -231,7 +196,6 @@ def _convert_input(
     basis: Basis,
     spike: SpikeConfig,
     stream: BlockStream,
-    dense_rows: list[Tensor],
     generator: torch.Generator,
 ) -> None:
     """Convert the linears that share one input, on the spikes they will really see."""
@@ -252,14 +216,14 @@ def _convert_input(
     for module in modules:
         module.set_channel_group(groups)
         module.rotation = rotation
-    moments = encoded_moments(block, paths[0], first.encoder, rotation, stream, dense_rows)
+    hessian = encoded_moment(block, paths[0], first.encoder, rotation, stream)
     weight = torch.cat([linear.weight.detach().float() for linear in dense])
     if rotation is not None:
         weight = weight @ rotation.matrix()
     if first.layout.weight_bits != FLOAT_BITS:
         order = first.order
-        h, cross = (m[order][:, order] for m in moments)
-        weight = compensated(weight[:, order], h, cross, first.name)
+        h = hessian[order][:, order]
+        weight = weight[:, order]
         quantized = gptq(weight, h, first.layout.weight_bits, first.layout.group_size, first.name)
     start = 0
     for path, module, linear in zip(paths, modules, dense, strict=True):
@@ -289,37 +253,30 @@ class _Reached(Exception):
     """The forward pass has come to the input that was wanted."""
 
 
-def encoded_moments(
+def encoded_moment(
     block: nn.Module,
     path: str,
     encoder: SpikeEncoder,
     rotation: OnlineRotation | None,
     stream: BlockStream,
-    dense_rows: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Moments of one linear's encoded input `x_hat` over the stream.
+) -> Tensor:
+    """Weighted mean of `x_hat x_hat^T` of one linear's encoded input over the stream, `[K, K]`.
 
     Every token counts by `token_weights`.
-
-    Returns:
-        `H = mean x_hat x_hat^T` and `C = mean x x_hat^T`, `[K, K]`, with `x` the input of the same
-        linear for the same token in the full-precision model.
     """
     channels = encoder.channel_group.numel()
     device = encoder.channel_group.device
-    moment, cross = (torch.zeros(channels, channels, device=device) for _ in range(2))
+    moment = torch.zeros(channels, channels, device=device)
     current, tokens = 0, 0.0
 
     def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal tokens
-        rows, dense = inputs[0].reshape(-1, channels), dense_rows[current].to(device)
+        rows = inputs[0].reshape(-1, channels)
         if rotation is not None:
-            rows, dense = rotation(rows), rotation(dense)
+            rows = rotation(rows)
         encoded = encoder.decode(encoder.encode(rows))
         weights = token_weights(path, stream.hidden[current]).to(device)
-        weighted = encoded * weights.unsqueeze(1)
-        moment.addmm_(weighted.T, encoded)
-        cross.addmm_(dense.T, weighted)
+        moment.addmm_((encoded * weights.unsqueeze(1)).T, encoded)
         tokens += float(weights.sum())
         raise _Reached
 
@@ -330,7 +287,7 @@ def encoded_moments(
                 stream.run_one(block, current)
     finally:
         handle.remove()
-    return moment / tokens, cross / tokens
+    return moment / tokens
 
 
 def token_weights(path: str, hidden: Tensor) -> Tensor:
@@ -348,24 +305,3 @@ def token_weights(path: str, hidden: Tensor) -> Tensor:
     if path not in ("self_attn.o_proj", "mlp.down_proj"):
         return torch.ones_like(mean_square)
     return 1.0 / (mean_square + 1e-6 * mean_square.mean() + 1e-12)
-
-
-def compensated(weight: Tensor, moment: Tensor, cross: Tensor, name: str) -> Tensor:
-    """The float weight that maps encoded inputs closest to the full-precision outputs.
-
-        W' = W + W (C - H) (H + lambda I)^-1  minimises  E ||W x - W' x_hat||^2  (ridge)
-
-    so that rounding to integers starts from weights that already correct the encoding error of the
-    activations and the error of the blocks in front (GPTAQ, arXiv 2504.02692).
-
-    Args:
-        weight: float32 `[N, K]`.
-        moment: H, `[K, K]`.
-        cross: C, `[K, K]`.
-        name: Layer name for messages.
-
-    Returns:
-        float32 `[N, K]`.
-    """
-    upper = inverse_factor(moment.clone(), name, COMPENSATION_DAMPING)
-    return weight + ((weight @ (cross - moment)) @ upper.T) @ upper
