@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from snnllm.config import SCHEMA_VERSION
+from snnllm.config import SCHEMA_VERSION, SpikeConfig
 
 MANIFEST = "spikellm_manifest.json"
 SHIM = "spiking_llama_hf.py"
@@ -63,9 +63,16 @@ def finish(folder: Path, config: PreTrainedConfig, extra: dict[str, Any] | None 
             p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)}
             for p in sorted(folder.glob("*.safetensors"))
         },
+        "spiking_config_sha256": _config_digest(values),
         "provenance": extra or {},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _config_digest(config: dict[str, Any]) -> str:
+    """SHA-256 of the spiking part of a `config.json`; the rest may be edited freely."""
+    spiking = json.dumps(config.get("quantization_config"), sort_keys=True)
+    return hashlib.sha256(spiking.encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -104,16 +111,25 @@ def verify(folder: Path) -> None:
 
     Raises:
         CheckpointError: A file is missing, truncated or altered, or the format is another.
+        ValueError: The spiking configuration is not valid, or of another schema version.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a model folder.")
-    kind = _read_json(folder / "config.json").get("model_type")
+    config = _read_json(folder / "config.json")
+    kind = config.get("model_type")
     if kind != "spiking_llama":
         raise CheckpointError(
             f"{folder} holds a {kind!r} model, not a spiking LLaMA. Convert it first: "
             f"snnllm convert {folder} OUTPUT."
         )
-    files = read_manifest(folder).get("files")
+    manifest = read_manifest(folder)
+    SpikeConfig.from_dict(config.get("quantization_config") or {})  # another schema is said first
+    if manifest.get("spiking_config_sha256") != _config_digest(config):
+        raise CheckpointError(
+            f"{folder}/config.json: the quantization_config was altered after it was written, so the "
+            "weights would be read with other bits or steps; restore it or convert again."
+        )
+    files = manifest.get("files")
     if not files:
         raise CheckpointError(f"{folder} lists no weight files; convert again.")
     for name, recorded in files.items():

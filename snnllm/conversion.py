@@ -111,6 +111,7 @@ def convert(
     source = as_source(model)
     spike = with_allocation(source, spike, allocation or {})
     check_windows(windows, source)
+    check_names(source, spike)
     provenance = make_provenance(source, spike, windows, seed, Pipeline(pipeline))
     target = Path(output)
     reports: list[BlockReport] = []
@@ -259,6 +260,29 @@ def with_allocation(
             )
         steps[name] = allocate_map(channel_steps)[1]
     return dataclasses.replace(spike, group_steps=steps)
+
+
+def check_names(source: Source, spike: SpikeConfig) -> None:
+    """Refuse names in `modules_to_not_convert` that no linear of the model has.
+
+    Raises:
+        ValueError: Such a name; it is a typo that would convert what should stay dense.
+    """
+    linears = [
+        "lm_head",
+        *(
+            f"model.layers.{i}.{path}"
+            for i in range(source.config.num_hidden_layers)
+            for paths in INPUT_GROUPS
+            for path in paths
+        ),
+    ]
+    for name in spike.modules_to_not_convert:
+        if not any(linear.endswith(name) for linear in linears):
+            raise ValueError(
+                f"modules_to_not_convert names {name!r}, but no linear of {source.name} ends like "
+                f"that; names look like {linears[1]!r} or 'down_proj'."
+            )
 
 
 def check_windows(windows: Tensor, source: Source) -> None:

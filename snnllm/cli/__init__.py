@@ -8,9 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from snnllm import __version__
-from snnllm.cli import convert, demo, evaluate, generate, inspect, simulate
 
-_COMMANDS = (convert, evaluate, generate, simulate, inspect, demo)
 _EPILOG = """examples:
   snnllm demo                                      the whole way on a small real model
   snnllm convert MODEL out --preset W4A4T2         dense LLaMA -> spiking checkpoint
@@ -25,6 +23,9 @@ exit codes: 0 done, 1 a check failed, 2 bad input (the message says what to chan
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
+    # Here, because they load transformers: `snnllm --version` need not wait for it.
+    from snnllm.cli import convert, demo, evaluate, generate, inspect, simulate
+
     parser = argparse.ArgumentParser(
         prog="snnllm",
         description="Turn LLaMA checkpoints into spiking neural networks and run them.",
@@ -34,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"snnllm {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is done")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in _COMMANDS:
+    for module in (convert, evaluate, generate, simulate, inspect, demo):
         module.add_parser(commands)
     return parser
 
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when done, 1 when a check failed, 2 on bad input (one line on standard error says what).
     """
+    if list(sys.argv[1:] if argv is None else argv) == ["--version"]:
+        print(f"snnllm {__version__}")
+        return 0
     args = build_parser().parse_args(argv)
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(name)s: %(message)s")

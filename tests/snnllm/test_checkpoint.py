@@ -237,3 +237,15 @@ def test_the_manifest_lists_size_and_digest_of_every_shard(tiny_checkpoint):
     assert files == {
         path.name: {"bytes": path.stat().st_size, "sha256": checkpoint.file_digest(path)}
     }
+
+
+def test_an_altered_spiking_config_is_refused(checkpoint_copy):
+    path = checkpoint_copy / "config.json"
+    values = json.loads(path.read_text())
+    values["bos_token_id"] = 3  # not ours to guard
+    path.write_text(json.dumps(values))
+    verify(checkpoint_copy)
+    values["quantization_config"]["salient_steps"] = 4
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="quantization_config was altered"):
+        verify(checkpoint_copy)

@@ -357,3 +357,9 @@ def test_a_trained_model_keeps_its_perplexity(
     assert quality[0] / before < 2
     names = {p.name for p in stories_checkpoint.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
+
+
+def test_a_name_that_matches_no_linear_is_refused(make_llama, token_ids, tmp_path):
+    spike = SpikeConfig(modules_to_not_convert=("lm_head", "dwon_proj"))
+    with pytest.raises(ValueError, match="names 'dwon_proj', but no linear"):
+        convert(make_llama(), tmp_path / "out", spike, token_ids)
