@@ -255,10 +255,15 @@ class SpikeEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         """Parameters shown by ``repr``."""
-        return (
-            f"channels={tuple(self.channel_group.shape)}, steps={self.steps}, bits={self.bits}, "
-            f"value_range={self.value_range}, capacity={self.capacity}, name={self.name!r}"
-        )
+        shape, range_ = tuple(self.channel_group.shape), self.value_range
+        return f"channels={shape}, steps={self.steps}, bits={self.bits}, value_range={range_}, {self.name!r}"
+
+    @property
+    def watched(self) -> bool:
+        """Whether someone records from the neurons: hooks, ``store_v_seq``, or a wrapped method."""
+        node = self.node
+        hooks = bool(node._forward_hooks or node._forward_pre_hooks)
+        return hooks or node.store_v_seq or not {"encode", "encode_spikes"}.isdisjoint(vars(self))
 
     def _label(self) -> str:
         return self.name or type(self).__name__

@@ -93,14 +93,15 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Attention of the parent with an encoding stand-in for its cache."""
+        self.check_view(self.view)
         cache = kwargs.pop("past_key_values", None)
         cache = kwargs.pop("cache", None) if cache is None else cache
         kwargs[_CACHE_ARGUMENT] = EncodeOnWrite(cache, self._encode_key_value)
         return super().forward(*args, **kwargs)
 
     def native(self) -> NativeAttention | None:
-        """The C functions, when the collapsed view can use them here."""
-        if self.view is not View.COLLAPSED or torch.compiler.is_compiling():
+        """The C functions, where they can run."""
+        if torch.compiler.is_compiling():
             return None
         if self._native is _UNKNOWN:
             encoders = (self.q_encoder, self.k_encoder, self.v_encoder)
@@ -117,14 +118,21 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
         return {**self.__dict__, "_native": _UNKNOWN}
 
     def _encode_key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        key = self.rotate(key)
-        native = self.native()
-        if native is not None:
-            return native.encode(key, self.k_encoder), native.encode(value, self.v_encoder)
         return (
-            to_payload(self.run_encoder(self.k_encoder, key)),
-            to_payload(self.run_encoder(self.v_encoder, value)),
+            self.encode_payload(self.k_encoder, self.rotate(key)),
+            self.encode_payload(self.v_encoder, value),
         )
+
+    def encode_payload(self, encoder: SpikeEncoder, x: Tensor) -> Tensor:
+        """Encode an operand in the current view, uint8 payloads `[B, H, S, bytes]`.
+
+        Outside of the collapsed view the neurons run over their steps: in C on the CPU, and as the
+        encoder's `GIFNode` elsewhere and whenever somebody records from it.
+        """
+        native = self.native()
+        if native is not None and not encoder.watched:
+            return native.encode(x, encoder, stepped=self.view is not View.COLLAPSED)
+        return to_payload(self.run_encoder(encoder, x))
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate Q or K `[B, H, S, D]` after RoPE, per KV head; `Q K^T` stays the same number."""
@@ -240,11 +248,14 @@ def spiking_attention(
     batch, heads, tokens, _ = query.shape
     dtype, query = query.dtype, module.rotate(query)
     native = module.native()
+    encoded = module.encode_payload(module.q_encoder, query)
+    if native is not None and module.view is View.COLLAPSED:
+        scores = native.scores(encoded, key, scaling)
+    else:
+        scores = spiking_scores(module, encoded, key, scaling)
     if native is not None:
-        scores = native.scores(native.encode(query, module.q_encoder), key, scaling)
         decoded = native.decode_values(value)
     else:
-        scores = spiking_scores(module, query, key, scaling)
         decoded = module.v_encoder.decode(from_payload(value, module.v_encoder), torch.float32)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -262,12 +273,12 @@ def spiking_scores(
 
     Args:
         module: The attention layer.
-        query: float `[B, H, S_q, D]`.
+        query: payloads `[B, H, S_q, bytes]`.
         key: payloads `[B, H_kv, S_k, bytes]`.
         scaling: Factor of the scores.
     """
     batch, heads, tokens, _ = query.shape
-    encoded_q = module.run_encoder(module.q_encoder, query)
+    encoded_q = from_payload(query, module.q_encoder)
     encoded_k = from_payload(key, module.k_encoder)
     s_q = encoded_q.threshold.view(batch, key.shape[1], -1, 1)
     scores: Tensor | None = None

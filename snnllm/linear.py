@@ -12,7 +12,7 @@ from neurons import Encoding, SpikeEncoder
 from neurons.functional import spikes_to_events
 from snnllm.config import FLOAT_BITS, Capacity, Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
-from snnllm.kernels import get_backend
+from snnllm.kernels import NativeBackend, get_backend
 from snnllm.kernels.epilogue import centre, scale_and_sum
 from snnllm.kernels.spec import (
     Backend,
@@ -287,13 +287,20 @@ class SpikingLinear(SpikingModule):
     def _forward(self, x: Tensor) -> Tensor:
         if self.layout.activation_bits == FLOAT_BITS or self.layout.weight_bits == FLOAT_BITS:
             return self._forward_float(x)
+        self.check_view(self.view)
+        backend, prepared = self.prepared()
         if self.view is View.COLLAPSED:
-            self.check_view(self.view)
-            backend, prepared = self.prepared()
             return backend.linear(x, prepared)
         rows = x.reshape(-1, self.in_features)
-        encoding, accumulators = self._accumulate_steps(rows)
-        y = scale_and_sum(accumulators, encoding.threshold, self.spec())
+        if self.view is View.UNROLLED and not self.encoder.watched and backend.name == "native":
+            # Nobody records from the nodes: the same neurons, stepped in C.
+            assert isinstance(backend, NativeBackend)
+            steps = self.layout.steps
+            accumulators, threshold = backend.unrolled(rows, prepared, steps, self.encoder.levels)
+        else:
+            encoding, accumulators = self._accumulate_steps(rows)
+            threshold = encoding.threshold
+        y = scale_and_sum(accumulators, threshold, self.spec())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def accumulators(self, x: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor
 from snnllm.config import Score
 
 HESSIAN_DAMPING = 0.01
+MAX_GROUPS = 64
+"""Channel groups of one operand that the kernels can tell apart."""
 
 
 class InputStatistics:
@@ -229,13 +231,15 @@ def allocate_map(steps_per_channel: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         `(channel_group, group_steps)`: uint8 `[C]` and the steps of each group, ascending.
 
     Raises:
-        ValueError: A channel has no step, steps are no integers, or more than 255 values differ.
+        ValueError: A channel has no step, steps are no integers, or more than `MAX_GROUPS` values differ.
     """
     if steps_per_channel.is_floating_point():
         raise ValueError(f"Time steps are integers, got a map of {steps_per_channel.dtype}.")
     if steps_per_channel.numel() == 0 or int(steps_per_channel.min()) < 1:
         raise ValueError("Every channel needs at least one time step.")
     values, groups = torch.unique(steps_per_channel, sorted=True, return_inverse=True)
-    if values.numel() > 255:
-        raise ValueError(f"At most 255 different step counts are supported, got {values.numel()}.")
+    if values.numel() > MAX_GROUPS:
+        raise ValueError(
+            f"At most {MAX_GROUPS} different step counts are supported, got {values.numel()}."
+        )
     return groups.to(torch.uint8), tuple(int(v) for v in values)

@@ -57,8 +57,13 @@ class NativeAttention:
             return "the native kernels cannot be built here"
         return None
 
-    def encode(self, x: Tensor, encoder: SpikeEncoder) -> Tensor:
+    def encode(self, x: Tensor, encoder: SpikeEncoder, stepped: bool = False) -> Tensor:
         """Payloads of `x [B, H, S, D]`: uint8 `[B, H, S, D + 6 G]`.
+
+        Args:
+            x: float activations.
+            encoder: one of the three encoders.
+            stepped: run the neurons over their steps instead of the closed form; the same counts.
 
         Raises:
             ValueError: NaN or infinity; names the layer.
@@ -78,6 +83,8 @@ class NativeAttention:
             1 if group.dim() == 1 else group.shape[0],
             groups,
             self._capacities[id(encoder)].data_ptr(),
+            _int64(encoder.steps) if stepped else None,
+            encoder.levels,
             encoder.value_range == ValueRange.SHARED,
             encoder.clip,
             out.data_ptr(),

@@ -58,7 +58,7 @@ INLINE void centre(int32_t *raw, const int32_t *low, const int32_t *high, int32_
 /* One tile of `rows` x 32 outputs: y float [m][n], or the accumulators int32 [segments][m][n]. */
 static void run_tile(const Layer *layer, Rows encoded, uint64_t active, const Panel *panel,
                      int64_t m, int64_t row, int rows, int64_t column, float *y,
-                     int32_t *accumulator) {
+                     int32_t *accumulator, int add) {
     const int64_t bytes = count_bytes(layer);
     const int64_t left = layer->n - column < COLUMNS ? layer->n - column : COLUMNS;
     int32_t raw[ROWS * COLUMNS];
@@ -67,7 +67,7 @@ static void run_tile(const Layer *layer, Rows encoded, uint64_t active, const Pa
         const Segment *seg = layer->segment + i;
         const int64_t at = i * layer->n_padded + column;
         if (!(active >> seg->act_group & 1)) {
-            for (int r = 0; r < rows; r++)
+            for (int r = 0; r < rows && !add; r++)
                 memset(accumulator + (i * m + row + r) * layer->n + column, 0,
                        sizeof(int32_t) * (size_t)left);
             continue;
@@ -84,8 +84,9 @@ static void run_tile(const Layer *layer, Rows encoded, uint64_t active, const Pa
             centre(raw + r * COLUMNS, layer->low + at, layer->high + at,
                    encoded.sum[(row + r) * layer->segments + i], encoded.zero_point[g]);
             if (accumulator) {
-                memcpy(accumulator + (i * m + row + r) * layer->n + column, raw + r * COLUMNS,
-                       sizeof(int32_t) * (size_t)left);
+                int32_t *to = accumulator + (i * m + row + r) * layer->n + column;
+                for (int64_t j = 0; j < left; j++)
+                    to[j] = raw[r * COLUMNS + j] + (add ? to[j] : 0);
                 continue;
             }
             const float s = encoded.threshold[g];
@@ -111,16 +112,17 @@ static void run_tile(const Layer *layer, Rows encoded, uint64_t active, const Pa
 
 /* All tiles of one block of rows and 32 outputs. `scratch` holds an unpacked panel. */
 static void run_block(const Layer *layer, Rows encoded, uint64_t active, int64_t m, int64_t row,
-                      int64_t column, uint8_t *scratch, float *y, int32_t *accumulator) {
+                      int64_t column, uint8_t *scratch, float *y, int32_t *accumulator,
+                      int add) {
     const int64_t octets = layer->k_padded / OCTET, octet_bytes = layer->layout == NIBBLE ? 32 : 64;
     const int64_t end = row + ROW_BLOCK < m ? row + ROW_BLOCK : m;
     Panel panel = {layer->weight + column * octets * octet_bytes / LANES, layer->layout,
                    octet_bytes, octets * octet_bytes, 0};
     if (layer->layout == NIBBLE && end - row >= UNPACK_ROWS) unpack_panel(&panel, octets, scratch);
     for (; row + ROWS <= end; row += ROWS)
-        run_tile(layer, encoded, active, &panel, m, row, ROWS, column, y, accumulator);
+        run_tile(layer, encoded, active, &panel, m, row, ROWS, column, y, accumulator, add);
     for (; row < end; row++)
-        run_tile(layer, encoded, active, &panel, m, row, 1, column, y, accumulator);
+        run_tile(layer, encoded, active, &panel, m, row, 1, column, y, accumulator, add);
 }
 
 /* ------------------------------------------------------------ entry points */
@@ -190,7 +192,7 @@ static int run_layer(const Layer *layer, Input input, float *y, int32_t *accumul
 #pragma omp for schedule(dynamic) nowait
             for (int64_t task = 0; task < columns * row_blocks; task++)
                 run_block(layer, work.rows, input.active, m, task / columns * ROW_BLOCK,
-                          task % columns * COLUMNS, scratch, y, accumulator);
+                          task % columns * COLUMNS, scratch, y, accumulator, 0);
         }
     }
     free(work.memory);
@@ -207,6 +209,49 @@ int snn_linear(const Layer *layer, const float *x, float *y, int32_t *accumulato
 int snn_accumulate(const Layer *layer, const void *count, const int32_t *zero, uint64_t active,
                    int32_t *accumulator, int64_t m, int threads) {
     return run_layer(layer, (Input){NULL, count, zero, active}, NULL, accumulator, m, threads);
+}
+
+/* The unrolled view: the neurons of x [m][k] run for `steps` [groups], every step one matmul over
+ * its spikes, summed to centred accumulators; threshold [m][groups] comes out, too. */
+int snn_unrolled(const Layer *layer, const float *x, const int64_t *steps, int64_t levels,
+                 int32_t *accumulator, float *threshold, int64_t m, int threads) {
+    Work work;
+    int finite = 1;
+    const int64_t columns = layer->n_padded / COLUMNS, row_blocks = (m + ROW_BLOCK - 1) / ROW_BLOCK;
+    int64_t length = 0;
+    for (int64_t g = 0; g < layer->groups; g++) length = steps[g] > length ? steps[g] : length;
+    if (m * layer->n * layer->k < PARALLEL_WORK) threads = 1;
+    if (!allocate(layer, m, threads, &work)) return NO_MEMORY;
+    work.rows.threshold = threshold;
+    Neurons neurons = {malloc(sizeof(float) * (size_t)(m * layer->k_padded) + 1), steps, levels, 0};
+    if (!neurons.membrane) {
+        free(work.memory);
+        return NO_MEMORY;
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1) firstprivate(neurons)
+    {
+        uint8_t *scratch = work.thread + thread_index() * work.scratch;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < m; row++)
+            if (!charge_row(layer, x, row, work.rows, (float *)scratch, &neurons)) {
+#pragma omp atomic write
+                finite = 0;
+            }
+        for (neurons.step = 0; finite && neurons.step < length; neurons.step++) {
+            uint64_t active = 0;
+            for (int64_t g = 0; g < layer->groups; g++)
+                active |= (uint64_t)(steps[g] > neurons.step) << g;
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < m; row++) fire_row(layer, row, work.rows, &neurons);
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < columns * row_blocks; task++)
+                run_block(layer, work.rows, active, m, task / columns * ROW_BLOCK,
+                          task % columns * COLUMNS, scratch, NULL, accumulator, neurons.step > 0);
+        }
+    }
+    free(neurons.membrane);
+    free(work.memory);
+    return finite ? OK : NON_FINITE;
 }
 
 /* x float [m][k] -> counts [m][k] in original channel order (int16 when WIDE, else uint8),

@@ -26,9 +26,22 @@ static int32_t load_zero(const uint8_t *row, int64_t d, int64_t g) {
     return z;
 }
 
-/* Encodes one row; returns 0 when a value is NaN or infinite. */
+/* Spikes that a neuron charged to v emits in `steps` steps of at most `top`, with soft reset. */
+static int32_t run_neuron(float v, int64_t steps, float top) {
+    int32_t count = 0;
+    for (int64_t t = 0; t < steps; t++) {
+        const float s = v > 0.0f ? v : 0.0f;
+        const int32_t spike = (int32_t)(s < top ? s : top);
+        v -= (float)spike;
+        count += spike;
+    }
+    return count;
+}
+
+/* Encodes one row, by the closed form or (steps given) by running the neurons; returns 0 when a
+ * value is NaN or infinite. */
 static int encode_head(const float *x, int64_t d, const uint8_t *group, int64_t groups,
-                      const int64_t *capacity, int64_t shared, float clip, uint8_t *out) {
+                      const int64_t *capacity, const int64_t *steps, int64_t levels, int64_t shared, float clip, uint8_t *out) {
     float lo[MAX_GROUPS], hi[MAX_GROUPS], s[MAX_GROUPS];
     int32_t zero[MAX_GROUPS];
     float low = 0.0f, high = 0.0f;
@@ -55,6 +68,10 @@ static int encode_head(const float *x, int64_t d, const uint8_t *group, int64_t 
         const int g = groups == 1 ? 0 : group[c];
         const float top = (float)capacity[g];
         float q = x[c] / s[g] + ((float)zero[g] + 0.5f);
+        if (steps) {
+            out[c] = (uint8_t)run_neuron(q, steps[g], (float)(levels - 1));
+            continue;
+        }
         q = q < 0.0f ? 0.0f : q; /* clipped first, so truncation is floor */
         q = q > top ? top : q;
         out[c] = (uint8_t)q;
@@ -65,8 +82,8 @@ static int encode_head(const float *x, int64_t d, const uint8_t *group, int64_t 
 /* Encodes x [batch][heads][tokens][d] with the strides given in floats (innermost is 1). */
 int snn_encode_heads(const float *x, const int64_t *shape, const int64_t *stride,
                      const uint8_t *group, int64_t group_heads, int64_t groups,
-                     const int64_t *capacity, int64_t shared, float clip, uint8_t *out,
-                     int threads) {
+                     const int64_t *capacity, const int64_t *steps, int64_t levels,
+                     int64_t shared, float clip, uint8_t *out, int threads) {
     const int64_t heads = shape[1], tokens = shape[2], d = shape[3];
     const int64_t rows = shape[0] * heads * tokens;
     int failed = 0;
@@ -77,7 +94,7 @@ int snn_encode_heads(const float *x, const int64_t *shape, const int64_t *stride
         const int64_t t = r % tokens, h = r / tokens % heads, b = r / tokens / heads;
         const float *row = x + b * stride[0] + h * stride[1] + t * stride[2];
         const uint8_t *own = group + (group_heads > 1 ? h * d : 0);
-        failed |= !encode_head(row, d, own, groups, capacity, shared, clip,
+        failed |= !encode_head(row, d, own, groups, capacity, steps, levels, shared, clip,
                               out + r * payload_bytes(d, groups));
     }
     return failed ? NON_FINITE : OK;

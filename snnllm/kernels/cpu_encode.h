@@ -137,9 +137,11 @@ static void set_parameters(float lo, float hi, float clip, float capacity, float
 DEFINE_COUNT(count_u8, uint8_t)
 DEFINE_COUNT(count_i16, int16_t)
 
-/* Encodes row m of x; `gathered` has room for k floats. Returns 0 for non-finite input. */
-static int encode_row(const Layer *layer, const float *x, int64_t m, Rows rows, float *gathered) {
-    const int64_t groups = layer->groups, bytes = count_bytes(layer);
+/* Sets threshold and zero point of row m of x and returns the row in encoded order (`gathered`
+ * has room for k floats), or NULL for non-finite input. */
+static const float *set_row(const Layer *layer, const float *x, int64_t m, Rows rows,
+                            float *gathered) {
+    const int64_t groups = layer->groups;
     x += m * layer->k;
     if (layer->order) {
         for (int64_t k = 0; k < layer->k; k++) gathered[k] = x[layer->order[k]];
@@ -159,7 +161,16 @@ static int encode_row(const Layer *layer, const float *x, int64_t m, Rows rows, 
         set_parameters(lo, hi, clip, (float)layer->capacity[g], threshold + g, zero + g);
         finite &= threshold[g] <= FLT_MAX; /* hi - lo may overflow */
     }
-    if (!finite) return 0;
+    return finite ? x : NULL;
+}
+
+/* Encodes row m of x by the closed form. Returns 0 for non-finite input. */
+static int encode_row(const Layer *layer, const float *x, int64_t m, Rows rows, float *gathered) {
+    const int64_t bytes = count_bytes(layer);
+    const float *threshold = rows.threshold + m * layer->groups;
+    const int32_t *zero = rows.zero_point + m * layer->groups;
+    x = set_row(layer, x, m, rows, gathered);
+    if (!x) return 0;
     uint8_t *count = rows.count + m * layer->k_padded * bytes;
     for (int64_t i = 0; i < layer->segments; i++) {
         const Segment *seg = layer->segment + i;
@@ -172,6 +183,56 @@ static int encode_row(const Layer *layer, const float *x, int64_t m, Rows rows, 
                        : count_i16(x + seg->start, length, threshold[g], zero[g], top, (int16_t *)to);
     }
     return 1;
+}
+
+/* Neurons of the unrolled view: membranes in thresholds, [m][k_padded], and how far they are. */
+typedef struct {
+    float *membrane;
+    const int64_t *steps; /* of every group */
+    int64_t levels, step;
+} Neurons;
+
+/* Charges the neurons of row m: v = x / s + (z + 1/2). Returns 0 for non-finite input. */
+static int charge_row(const Layer *layer, const float *x, int64_t m, Rows rows, float *gathered,
+                      const Neurons *neurons) {
+    const float *threshold = rows.threshold + m * layer->groups;
+    const int32_t *zero = rows.zero_point + m * layer->groups;
+    x = set_row(layer, x, m, rows, gathered);
+    if (!x) return 0;
+    for (int64_t i = 0; i < layer->segments; i++) {
+        const Segment *seg = layer->segment + i;
+        const float s = threshold[seg->act_group];
+        const float bias = (float)zero[seg->act_group] + 0.5f;
+        float *v = neurons->membrane + m * layer->k_padded + seg->padded_start;
+        for (int64_t k = 0; k < seg->octets * OCTET; k++)
+            v[k] = k < seg->stop - seg->start ? x[seg->start + k] / s + bias : 0.0f;
+    }
+    return 1;
+}
+
+/* One step of the neurons of row m: fire clip(floor(v), 0, L-1), soft reset. The spikes take the
+ * place of the counts; the bias charge is taken off with the first step. */
+static void fire_row(const Layer *layer, int64_t m, Rows rows, const Neurons *neurons) {
+    const int64_t bytes = count_bytes(layer);
+    const float top = (float)(neurons->levels - 1);
+    for (int64_t g = 0; g < layer->groups && neurons->step > 0; g++)
+        rows.zero_point[m * layer->groups + g] = 0;
+    for (int64_t i = 0; i < layer->segments; i++) {
+        const Segment *seg = layer->segment + i;
+        if (neurons->steps[seg->act_group] <= neurons->step) continue;
+        float *restrict v = neurons->membrane + m * layer->k_padded + seg->padded_start;
+        uint8_t *spike = rows.count + (m * layer->k_padded + seg->padded_start) * bytes;
+        int32_t sum = 0;
+        for (int64_t k = 0; k < seg->octets * OCTET; k++) {
+            float s = v[k] > 0.0f ? v[k] : 0.0f;
+            const int32_t q = (int32_t)(s < top ? s : top); /* not negative: truncation is floor */
+            v[k] -= (float)q;
+            if (bytes == 1) spike[k] = (uint8_t)q;
+            else ((int16_t *)spike)[k] = (int16_t)q;
+            sum += q;
+        }
+        rows.sum[m * layer->segments + i] = sum;
+    }
 }
 
 /* Takes row m of given counts [m][k] (original order) and zero points [m][groups] instead. */

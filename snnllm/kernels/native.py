@@ -11,6 +11,7 @@ import struct
 import weakref
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,6 +157,37 @@ class NativeBackend:
         _check(code, layer.name)
         return out
 
+    def unrolled(
+        self, x: Tensor, prepared: PreparedLinear, steps: tuple[int, ...], levels: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run the neurons of x [M, K] over their steps in C, one integer matmul per step.
+
+        Args:
+            x: float rows.
+            prepared: the layer.
+            steps: steps of every group.
+            levels: L.
+
+        Returns:
+            Centred accumulators int32 [S, M, N] and thresholds float32 [M, G].
+        """
+        layer = _native(prepared)
+        x32 = _float_rows(x, layer)
+        out = torch.empty(layer.segments, len(x), layer.out_features, dtype=torch.int32)
+        threshold = torch.empty(len(x), len(steps))
+        code = self._library.snn_unrolled(
+            layer.address,
+            x32.data_ptr(),
+            (ctypes.c_int64 * len(steps))(*steps),
+            levels,
+            out.data_ptr(),
+            threshold.data_ptr(),
+            len(x),
+            torch.get_num_threads(),
+        )
+        _check(code, layer.name)
+        return out, threshold
+
     def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
         """Return y [.., N] in x.dtype of x [.., K].
 
@@ -195,18 +227,12 @@ def library(definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     lib.snn_linear.argtypes = [pointer] * 4 + [size, number]
     lib.snn_accumulate.argtypes = [pointer] * 3 + [ctypes.c_uint64, pointer, size, number]
+    lib.snn_unrolled.argtypes = [pointer] * 3 + [size, pointer, pointer, size, number]
     lib.snn_encode.argtypes = [pointer] * 5 + [size, number]
     lib.snn_int_bmm.argtypes = [pointer] * 3 + [size] * 4 + [number]
     real = ctypes.c_float
-    lib.snn_encode_heads.argtypes = [pointer] * 4 + [
-        size,
-        size,
-        pointer,
-        size,
-        real,
-        pointer,
-        number,
-    ]
+    heads: list[Any] = [*[pointer] * 4, size, size, pointer, pointer, size, size]
+    lib.snn_encode_heads.argtypes = [*heads, real, pointer, number]
     lib.snn_attention_scores.argtypes = [pointer] * 4 + [size, real, pointer, number]
     lib.snn_decode_heads.argtypes = [pointer] + [size] * 4 + [pointer, size, pointer, number]
     lib.snn_decode_heads.restype = None

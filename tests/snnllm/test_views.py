@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from snnllm.execution import View
+from snnllm.execution import View, set_view
 from snnllm.kernels import NativeBackend
 from snnllm.linear import LinearLayout, SpikingLinear
 from snnllm.weights import QuantizedWeight
@@ -161,7 +161,7 @@ def test_power_of_two_capacity_runs_collapsed_only(make_linear):
         with pytest.raises(ValueError, match=r"3\.mlp\.up_proj: capacity='power_of_two'.*not"):
             module.check_view(view)
         module.view = view
-        with pytest.raises(ValueError, match="neurons cannot emit the capacity power_of_two"):
+        with pytest.raises(ValueError, match="capacity='power_of_two' has counts that a"):
             module(x)
 
 
@@ -225,3 +225,22 @@ def test_a_bias_on_one_side_only_is_refused(make_linear):
 def test_the_representation_says_what_runs(make_linear):
     text = repr(make_linear())
     assert "weight_bits=4, activation_bits=4, steps=(1, 2), view=collapsed" in text
+
+
+@pytest.mark.parametrize("steps", [(1,), (1, 2), (2, 1), (1, 2, 4)])
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_neurons_in_c_are_the_nodes(make_linear, steps, rows):
+    module = make_linear(channels=37, out=21, steps=steps)
+    x = torch.randn(rows, 37, generator=torch.Generator().manual_seed(1)) * 3
+    set_view(module, View.UNROLLED)
+    assert not module.encoder.watched
+    stepped = module(x)
+    module.encoder.node.store_v_seq = True  # now somebody records, so the nodes themselves run
+    assert module.encoder.watched
+    assert torch.equal(module(x), stepped)
+    assert module.encoder.node.v_seq.shape == (max(steps), rows, 37)
+    with pytest.raises(ValueError, match="layer"):
+        module(x.new_full((2, 37), torch.nan))
+    module.encoder.node.store_v_seq = False
+    with pytest.raises(ValueError, match="layer"):
+        module(x.new_full((2, 37), torch.nan))
