@@ -275,7 +275,7 @@ def plot_raster(
             ax.axvline(n * steps, color="0.8", lw=0.4)
         _token_axis(ax, labels or [str(n) for n in range(tokens)], steps, steps)
         shown = "" if len(rows) == neurons else f", {len(rows)} of {neurons} neurons"
-        ax.set_title(f"{trace.name}{shown}", loc="left")
+        ax.set_title(f"{trace.name}{shown}", loc="left", pad=20)  # above the legend
     return ax
 
 
