@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -50,7 +51,13 @@ class ShardWriter:
     def _save(tensors: dict[str, Tensor], path: Path) -> None:
         # One entry only: safetensors writes several in random order, and equal conversions should
         # give equal files. The schema version is in config.json and in the manifest.
-        save_file(tensors, path, {"format": "pt"})
+        try:
+            save_file(tensors, path, {"format": "pt"})
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(
+                f"{path.parent} cannot be written to ({error}); free some space or choose another "
+                "output."
+            ) from error
 
     def close(self) -> None:
         """Write the last shard, the final names and, for several shards, the index."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from snnllm import checkpoint, writer
 from snnllm.checkpoint import MANIFEST, CheckpointError, published, read_manifest, verify
@@ -153,8 +154,11 @@ def test_a_full_disk_leaves_nothing(make_llama, token_ids, tmp_path, monkeypatch
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def full_as_safetensors_says(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
     if failing == "shard":
-        monkeypatch.setattr(writer, "save_file", full)
+        monkeypatch.setattr(writer, "save_file", full_as_safetensors_says)
     else:
         monkeypatch.setattr(checkpoint, "file_digest", full)
     with pytest.raises(OSError, match="No space left on device"):
