@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from snnllm.card import write_card
@@ -21,23 +24,23 @@ from snnllm.cli.options import (
     spike_config,
 )
 from snnllm.cli.simulate import simulate
-from snnllm.conversion import convert
+from snnllm.conversion import ConversionReport, convert
 from snnllm.data import load_text, token_windows, tokenize
-from snnllm.evaluate import token_perplexity
-from snnllm.sources import dense_model, open_source
+from snnllm.evaluate import PerplexityResult, token_perplexity
+from snnllm.sources import Source, dense_model, open_source
 
 _PROMPT = "The capital of France is"
 _LAYERS = ["model.layers.3.self_attn.q_proj", "model.layers.3.mlp.down_proj"]
 _REPORT = """# {model} as a spiking LLaMA ({label})
 
-Made by `snnllm demo` in {minutes:.1f} minutes with the pipeline `{pipeline}`. Evaluated on
-{windows} windows of {window} tokens of `{text}`, calibrated on {nsamples} windows of
-`{calibration}`.
+Made by `snnllm demo` in {minutes:.1f} minutes with the pipeline `{args.pipeline}`. Evaluated on
+{spiking.perplexity.windows} windows of {spiking.perplexity.window_length} tokens of `{args.text}`, calibrated on
+{args.nsamples} windows of `{args.calibration}`.
 
 | | dense, float32 | spiking, {label} |
 |---|---|---|
-| perplexity | {dense_ppl:.2f} | {spiking_ppl:.2f} |
-| weights on disk | {dense_mib:.0f} MiB | {spiking_mib:.0f} MiB |
+| perplexity | {dense.perplexity.perplexity:.2f} | {spiking.perplexity.perplexity:.2f} |
+| weights | {dense.mib:.0f} MiB | {spiking.mib:.0f} MiB on disk |
 | greedy continuation | {dense_text} | {spiking_text} |
 
 The spiking model is the checkpoint in `checkpoint/` (its card: `checkpoint/README.md`), loaded with
@@ -47,7 +50,7 @@ The spiking model is the checkpoint in `checkpoint/` (its card: `checkpoint/READ
 
 {conversion}
 
-## Membranes and spikes while "{prompt}" runs
+## Membranes and spikes while "{args.prompt}" runs
 
 {figures}
 
@@ -77,6 +80,21 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run, view=None, device="cpu", nsamples=8, pipeline="rotated")
 
 
+@dataclass(frozen=True)
+class Side:
+    """One of the two models of the demo, measured.
+
+    Attributes:
+        perplexity: On the evaluation text.
+        sentence: Greedy continuation of the prompt.
+        mib: Weights, MiB.
+    """
+
+    perplexity: PerplexityResult
+    sentence: str
+    mib: float
+
+
 def run(args: argparse.Namespace) -> int:
     """Run every stage and write `report.json` and `report.md`."""
     start = time.perf_counter()
@@ -84,84 +102,92 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = output / "checkpoint"
     if checkpoint.exists():
         raise FileExistsError(f"{checkpoint} exists; remove {output} or choose another --output.")
-    spike = spike_config(args)
     print(f"1/5 opening {args.model}")
     source = open_source(args.model)
     tokenizer = source.tokenizer()
     windows = token_windows(tokenize(load_text(args.text), tokenizer), args.seqlen, args.limit)
-    dense = dense_model(source)
     print(f"2/5 dense perplexity on {args.text} and a sentence")
-    before = token_perplexity(dense, windows, progress=progress("dense"))
-    sentences = {"dense": _sentence(dense, tokenizer, args.prompt)}
-    dense_bytes = sum(p.numel() * p.element_size() for p in dense.parameters())
-    del dense
-    print(f"3/5 converting to {spike.label}, pipeline {args.pipeline}")
-    with tqdm(total=source.config.num_hidden_layers, desc="convert", unit="block") as bar:
-        calibration = calibration_windows(args, source)
-        report = convert(
-            source,
-            checkpoint,
-            spike,
-            calibration,
-            pipeline=args.pipeline,
-            seed=args.seed,
-            on_block=lambda _: bar.update(),
-        )
+    dense = _measure("dense", dense_model(source), tokenizer, windows, args.prompt)
+    print(f"3/5 converting to {args.preset}, pipeline {args.pipeline}")
+    report = _convert(args, source, checkpoint)
     print("4/5 spiking perplexity and a sentence")
     model, tokenizer = open_model(str(checkpoint), args)
-    after = token_perplexity(model, windows, progress=progress("spiking"))
-    sentences["spiking"] = _sentence(model, tokenizer, args.prompt)
+    spiking = _measure("spiking", model, tokenizer, windows, args.prompt)
+    spiking = dataclasses.replace(spiking, mib=report.weight_bytes / 2**20)
     del model
     print("5/5 recording membranes, counting operations")
     rec = output / "simulation"
     files = simulate(checkpoint, args.prompt, rec, args.layers, "all", "auto:6", 256 << 20, args)
-    measured = {
-        **summary(report),
-        f"perplexity, dense ({before.metric}, {args.text})": f"{before.perplexity:.2f}",
-        f"perplexity, spiking ({after.metric}, {args.text})": f"{after.perplexity:.2f}",
-    }
-    write_card(checkpoint, spike, measured)
     seconds = time.perf_counter() - start
+    _write_reports(args, report, dense, spiking, files, seconds)
+    for name, side in (("dense", dense), ("spiking", spiking)):
+        print(f"{name:<8} perplexity {side.perplexity.perplexity:.2f}   {_cell(side.sentence)}")
+    print(f"report: {output / 'report.md'}  ({seconds / 60:.1f} min)")
+    return 0
+
+
+def _measure(name: str, model: Any, tokenizer: Any, windows: Tensor, prompt: str) -> Side:
+    result = token_perplexity(model, windows, progress=progress(name))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Side(result, _sentence(model, tokenizer, prompt), size / 2**20)
+
+
+def _convert(args: argparse.Namespace, source: Source, checkpoint: Path) -> ConversionReport:
+    with tqdm(total=source.config.num_hidden_layers, desc="convert", unit="block") as bar:
+        return convert(
+            source,
+            checkpoint,
+            spike_config(args),
+            calibration_windows(args, source),
+            pipeline=args.pipeline,
+            seed=args.seed,
+            on_block=lambda _: bar.update(),
+        )
+
+
+def _write_reports(
+    args: argparse.Namespace,
+    report: ConversionReport,
+    dense: Side,
+    spiking: Side,
+    files: list[Path],
+    seconds: float,
+) -> None:
+    """Write `report.json`, `report.md` and the model card."""
+    output: Path = args.output
+    measured = summary(report)
+    for name, side in (("dense", dense), ("spiking", spiking)):
+        result = side.perplexity
+        measured[f"perplexity, {name} ({result.metric}, {args.text})"] = f"{result.perplexity:.2f}"
+    write_card(output / "checkpoint", report.spike, measured)
     values = {
         "measured": measured,
         "conversion": report.to_dict(),
-        "perplexity": {"dense": before.to_dict(), "spiking": after.to_dict()},
-        "sentences": sentences,
+        "perplexity": {
+            "dense": dense.perplexity.to_dict(),
+            "spiking": spiking.perplexity.to_dict(),
+        },
+        "sentences": {"dense": dense.sentence, "spiking": spiking.sentence},
         "files": [str(f.relative_to(output)) for f in files],
         "seconds": seconds,
     }
     (output / "report.json").write_text(json.dumps(values, indent=2) + "\n")
+    names = [f.relative_to(output) for f in files]
     text = _REPORT.format(
-        model=source.name,
-        label=spike.label,
-        pipeline=args.pipeline,
+        args=args,
+        label=report.spike.label,
+        model=report.provenance["source"],
         minutes=seconds / 60,
-        windows=after.windows,
-        window=after.window_length,
-        text=args.text,
-        nsamples=args.nsamples,
-        calibration=args.calibration,
-        dense_ppl=before.perplexity,
-        spiking_ppl=after.perplexity,
-        dense_mib=dense_bytes / 2**20,
-        spiking_mib=report.weight_bytes / 2**20,
-        dense_text=_cell(sentences["dense"]),
-        spiking_text=_cell(sentences["spiking"]),
+        dense=dense,
+        spiking=spiking,
+        dense_text=_cell(dense.sentence),
+        spiking_text=_cell(spiking.sentence),
         conversion="\n".join(f"- {k}: {v}" for k, v in summary(report).items()),
-        prompt=args.prompt,
-        figures="\n\n".join(
-            f"![{f.stem}]({f.relative_to(output)})" for f in files if f.suffix == ".png"
-        ),
-        recordings=", ".join(
-            f"`{f.relative_to(output)}`" for f in files if f.suffix in (".npz", ".csv")
-        ),
-        operations=(rec / "operations.md").read_text(),
+        figures="\n\n".join(f"![{n.stem}]({n})" for n in names if n.suffix == ".png"),
+        recordings=", ".join(f"`{n}`" for n in names if n.suffix in (".npz", ".csv")),
+        operations=(output / "simulation" / "operations.md").read_text(),
     )
     (output / "report.md").write_text(text)
-    print(f"perplexity  dense {before.perplexity:.2f}   spiking {after.perplexity:.2f}")
-    print(f"dense:   {_cell(sentences['dense'])}\nspiking: {_cell(sentences['spiking'])}")
-    print(f"report: {output / 'report.md'}  ({seconds / 60:.1f} min)")
-    return 0
 
 
 def _sentence(model: Any, tokenizer: Any, prompt: str) -> str:

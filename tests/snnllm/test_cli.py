@@ -346,7 +346,8 @@ def test_demo_on_a_small_model(stories_dir, text_file, tmp_path, capsys):
     run("demo", *arguments, *CALIBRATION, "--calibration", text_file)
     text = capsys.readouterr().out
     assert "5/5 recording membranes" in text
-    assert "perplexity  dense" in text
+    assert "dense    perplexity" in text
+    assert "spiking  perplexity" in text
     names = {p.name for p in output.iterdir()}
     assert names >= {"checkpoint", "simulation", "report.json", "report.md"}
     report = (output / "report.md").read_text()
