@@ -314,7 +314,7 @@ def spikes_to_count(spike_seq: Tensor) -> Tensor:
     Returns:
         int32 counts ``[*]``.
     """
-    return spike_seq.sum(0, dtype=torch.int32)
+    return spike_seq.detach().sum(0, dtype=torch.int32)  # integers carry no gradient
 
 
 def spikes_to_events(spike_seq: Tensor, levels: int) -> Tensor:

@@ -149,6 +149,24 @@ def verify(folder: Path) -> None:
             )
 
 
+def check_output(output: Path) -> None:
+    """Refuse an output folder that cannot be made, before any work is done.
+
+    Raises:
+        FileExistsError: It exists and is not empty.
+        NotADirectoryError: Its path leads through a file.
+    """
+    for parent in output.parents:
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(
+                f"{output} cannot be made: {parent} is a file; choose another output."
+            )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(
+            f"{output} exists and is not empty; choose another output or remove it."
+        )
+
+
 @contextmanager
 def published(output: Path) -> Iterator[Path]:
     """A working folder that becomes `output` only when the block ends without an error.
@@ -158,13 +176,10 @@ def published(output: Path) -> Iterator[Path]:
         half-written is left that loads.
 
     Raises:
-        FileExistsError: `output` exists and is not empty.
-        OSError: The parent cannot be written to, or the disk is full.
+        OSError: `output` exists and is not empty, its path leads through a file, its parent
+            cannot be written to, or the disk is full.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(
-            f"{output} exists and is not empty; choose another output or remove it."
-        )
+    check_output(output)
     work = output.with_name(output.name + ".partial")
     if work.exists():
         shutil.rmtree(work)
@@ -175,6 +190,8 @@ def published(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    for path in work.iterdir():
+        path.chmod(path.stat().st_mode | 0o644)  # safetensors writes 0600; copies may be read-only
     if output.exists():
         output.rmdir()
     os.replace(work, output)

@@ -344,11 +344,17 @@ class Estimate:
     disk_mib: float
 
 
-def estimate(source: Source, spike: SpikeConfig, windows: int, window: int) -> Estimate:
+def estimate(
+    source: Source,
+    spike: SpikeConfig,
+    windows: int,
+    window: int,
+    pipeline: Pipeline | str = Pipeline.RTN,
+) -> Estimate:
     """Estimate time, memory and disk of `convert` from shapes and a short timing of a matmul.
 
-    Two passes over every block, the second moments of its inputs, and float attention; measured
-    against a float32 matmul on this machine. Expect a factor of two.
+    Passes over every block (two for `rtn`, six for `rotated`), the second moments of its inputs, and
+    float attention; measured against a float32 matmul on this machine. Expect a factor of two.
     """
     c = source.config
     hidden, inner, tokens = c.hidden_size, c.intermediate_size, windows * window
@@ -357,7 +363,9 @@ def estimate(source: Source, spike: SpikeConfig, windows: int, window: int) -> E
     weights = 2 * hidden * heads + 3 * hidden * inner
     moments = 3 * hidden**2 + inner**2
     attention = 6 * hidden * window
-    flops = 2.0 * tokens * (2 * weights + moments + attention) * c.num_hidden_layers
+    rotates = Pipeline(pipeline) is Pipeline.ROTATED
+    passes = 6 if rotates else 2
+    flops = tokens * (passes * weights + moments + passes / 2 * attention) * c.num_hidden_layers * 2
     probe = torch.randn(512, hidden)
     square = torch.randn(hidden, hidden)
     probe @ square
@@ -366,7 +374,8 @@ def estimate(source: Source, spike: SpikeConfig, windows: int, window: int) -> E
         probe @ square
     rate = 4 * 2.0 * 512 * hidden * hidden / (time.perf_counter() - start)
     element = source.tensor("model.norm.weight").element_size()
-    table = c.vocab_size * hidden * element * (1 if c.tie_word_embeddings else 2)
+    tables = 1 if c.tie_word_embeddings and not rotates else 2  # a rotated head is its own table
+    table = c.vocab_size * hidden * element * tables
     bits = spike.weight_bits if spike.weight_bits != FLOAT_BITS else 8 * element
     disk = table + weights * bits / 8 * c.num_hidden_layers
     resident = weights * 4 * 3 + moments * 4 + 3 * tokens * hidden * 4 + table + min(disk, 1 << 30)

@@ -279,10 +279,11 @@ class SpikingLinear(SpikingModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the linear in the current view."""
-        dtype = x.dtype
-        if self.rotation is not None:
-            return self._forward(self.rotation(x)).to(dtype)
-        return self._forward(x)
+        return self._forward(self.encoder_input(x)).to(x.dtype)
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """What the encoder sees of an input `[..., K]`: rotated, where the layer rotates online."""
+        return x if self.rotation is None else self.rotation(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.layout.activation_bits == FLOAT_BITS or self.layout.weight_bits == FLOAT_BITS:
@@ -308,9 +309,7 @@ class SpikingLinear(SpikingModule):
 
         The same in every view: `A[m, n] = sum_k (q[m, k] - z[m]) (w[n, k] - zw[n])`.
         """
-        rows = x.reshape(-1, self.in_features)
-        if self.rotation is not None:
-            rows = self.rotation(rows)
+        rows = self.encoder_input(x.reshape(-1, self.in_features))
         if self.view is View.COLLAPSED:
             backend, prepared = self.prepared()
             return backend.accumulate(rows, prepared)

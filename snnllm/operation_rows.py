@@ -75,7 +75,7 @@ def linear_row(name: str, module: SpikingLinear, x: Tensor) -> OperationRow:
     encoded = layout.activation_bits != FLOAT_BITS
     spikes, steps = None, module.in_features
     if encoded:
-        encoding = module.encoder.encode(x)
+        encoding = module.encoder.encode(module.encoder_input(x))
         spikes = spike_statistics(module.encoder, encoding.count, module.encoder.centre(encoding))
         steps = _steps(module.encoder)
     return OperationRow(

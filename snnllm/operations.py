@@ -79,7 +79,11 @@ def count_operations(
         sequences=ids.shape[0],
         tokens=tokens,
         rows=tuple(rows),
-        float_parts=(*parts, *_elementwise_parts(model, tokens, scores)),
+        float_parts=(
+            *parts,
+            *_elementwise_parts(model, tokens, scores),
+            *_rotation_parts(model, tokens),
+        ),
         parameter_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
     )
 
@@ -152,7 +156,7 @@ def _observed_attention(
         q, k, v = module.q_encoder, module.k_encoder, module.v_encoder
 
         def observe(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-            encodings = q.encode(query), from_payload(key, k), from_payload(value, v)
+            encodings = q.encode(module.rotate(query)), from_payload(key, k), from_payload(value, v)
             call = AttentionCall(name, *encodings, visible=_visible(mask, keep), keep=keep)
             rows.extend(call.rows(module))
 
@@ -243,6 +247,22 @@ def _elementwise_parts(model: SpikingLlamaForCausalLM, tokens: int, scores: int)
     ]
 
 
+def _rotation_parts(model: SpikingLlamaForCausalLM, tokens: int) -> list[FloatPart]:
+    """Online rotations of a rotated model; the folded ones cost nothing."""
+    down = heads = 0
+    for module in model.modules():
+        if isinstance(module, SpikingLinear) and module.rotation is not None:
+            down += tokens * module.rotation.macs
+        elif isinstance(module, SpikingLlamaAttention) and "qk_rotation" in module._buffers:
+            c: Any = module.config
+            heads += tokens * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim**2
+    parts = [
+        FloatPart("rotation of down_proj inputs", down, "K (m + p) a token, as it runs"),
+        FloatPart("rotation of Q and K", heads, "D^2 a head and token, as it runs"),
+    ]
+    return [part for part in parts if part.macs]
+
+
 @dataclass(frozen=True)
 class CrossCheck:
     """Our counts of one linear beside those of SpikingJelly's `SynOpCounter`.
@@ -276,7 +296,8 @@ def _centred_levels(spec: LinearSpec) -> Tensor:
 
 def _signed_sums(module: SpikingLinear, x: Tensor) -> Tensor:
     """Sums over the signed event trains, one matmul per slot and sign, float64 `[tokens, N]`."""
-    centred = module.encoder.centre(module.encoder.encode(x))[:, module.order]
+    encoding = module.encoder.encode(module.encoder_input(x))
+    centred = module.encoder.centre(encoding)[:, module.order]
     weight = _centred_levels(module.spec()).double().T
     positive, negative = signed_events(centred, max(module.encoder.capacities))
     total = torch.zeros(len(x), module.out_features, dtype=torch.float64, device=x.device)

@@ -144,6 +144,12 @@ class OnlineRotation(nn.Module):
             parts.append((left.T @ part).flatten(-2))
         return torch.cat(parts, dim=-1)
 
+    @property
+    def macs(self) -> int:
+        """Multiplications of one row: `K (m + p)` summed over the groups."""
+        powers = [power_of_two_factor(n) for n in self.sizes]
+        return sum(n * (n // p + p) for n, p in zip(self.sizes, powers, strict=True))
+
     def matrix(self) -> Tensor:
         """`R`, float32 `[K, K]`, to fold its inverse into a weight: `W' = W R`."""
         return self.forward(torch.eye(sum(self.sizes), device=self.order.device))

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from snnllm import checkpoint
 from snnllm.card import write_card
 from snnllm.cli.options import (
     add_spike_options,
@@ -49,6 +50,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, report, and write the model card."""
     spike = spike_config(args)
+    checkpoint.check_output(args.output)
     device = checked_device(args.device)
     source = open_source(args.model)
     windows = calibration_windows(args, source)
@@ -58,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
         text_windows = token_windows(ids, args.seqlen, args.limit)
     blocks = source.config.num_hidden_layers
     if args.dry_run:
-        need = estimate(source, spike, *windows.shape)
+        count, length = windows.shape
+        need = estimate(source, spike, count, length, args.pipeline)
         print(f"{source.name}: {blocks} blocks, {spike.label}, {len(windows)} calibration windows")
         print(f"estimated time    {need.seconds / 60:.1f} min on this CPU (within a factor of two)")
         print(f"estimated memory  {need.memory_mib:.0f} MiB")

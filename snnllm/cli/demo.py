@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from snnllm.card import write_card
+from snnllm.checkpoint import check_output
 from snnllm.cli.convert import summary
 from snnllm.cli.options import (
     add_spike_options,
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = output / "checkpoint"
     if checkpoint.exists():
         raise FileExistsError(f"{checkpoint} exists; remove {output} or choose another --output.")
+    check_output(checkpoint)
     print(f"1/5 opening {args.model}")
     source = open_source(args.model)
     tokenizer = source.tokenizer()

@@ -59,7 +59,7 @@ class SpikeRateMeter:
             self.__exit__()  # one window is enough
             return
         encoder = module.encoder
-        rows = inputs[0].reshape(-1, module.in_features)
+        rows = module.encoder_input(inputs[0].reshape(-1, module.in_features))
         self._events += float(encoder.centre(encoder.encode(rows)).abs().sum())
         capacity = torch.tensor(encoder.capacities)[encoder.channel_group.long().cpu()].sum()
         self._possible += float(capacity) * rows.shape[0]

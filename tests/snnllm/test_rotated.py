@@ -14,6 +14,7 @@ from snnllm.conversion import ConversionReport, convert
 from snnllm.execution import View, use_view
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
+from snnllm.operations import count_operations, cross_check
 from snnllm.pipelines.rotated import token_weights
 from snnllm.sources import dense_model, open_source
 
@@ -111,3 +112,32 @@ def test_massive_tokens_do_not_decide_what_is_written_to_the_residual_stream() -
     assert ordinary == pytest.approx(other)
     assert massive < 1e-5 * ordinary
     assert torch.equal(token_weights("self_attn.q_proj", hidden), torch.ones(3))
+
+
+def test_operations_are_counted_behind_the_online_rotation(
+    make_llama: Any, token_ids: Tensor, tmp_path: Path
+) -> None:
+    rotate(make_llama(), tmp_path / "out", token_ids)
+    model = load(tmp_path / "out")
+    report = count_operations(model, token_ids[:1])
+    layer = model.model.layers[0].mlp.down_proj
+    captured: list[Tensor] = []
+    with layer.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0])):
+        model(token_ids[:1])
+    rotated = layer.rotation(captured[0].reshape(-1, layer.in_features))
+    events = int(layer.encoder.centre(layer.encoder.encode(rotated)).abs().sum())
+    row = next(r for r in report.rows if r.name == "model.layers.0.mlp.down_proj")
+    assert row.spikes.events == events
+    assert cross_check(layer, captured[0].reshape(-1, layer.in_features).detach()).agrees
+    names = {part.name: part.macs for part in report.float_parts}
+    assert names["rotation of down_proj inputs"] > 0
+    assert names["rotation of Q and K"] == 2 * 24 * (4 + 2) * 8**2
+
+
+def test_views_run_with_gradients_on(make_llama: Any, token_ids: Tensor, tmp_path: Path) -> None:
+    rotate(make_llama(), tmp_path / "out", token_ids)
+    model = load(tmp_path / "out")
+    expected = model(token_ids).logits
+    for view in (View.UNROLLED, View.BINARY):
+        with use_view(model, view):
+            assert torch.equal(model(token_ids).logits, expected)
