@@ -14,10 +14,9 @@ expression (the closed form here, the neuron step by step, a kernel) gives the s
 Source: SpikeLLM (arXiv 2407.04752), saliency-based spiking of LLM activations.
 """
 
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +125,7 @@ def encode_parameters(
     channel_group: Tensor,
     capacities: Sequence[int],
     value_range: ValueRange | str = ValueRange.SPLIT,
-    clip: float = 1.0,
+    clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Threshold and bias charge of every token and channel group.
 
@@ -139,7 +138,8 @@ def encode_parameters(
         channel_group: group of each channel, integers in ``0..G-1``, ``[C]`` or ``[H, C]``.
         capacities: qmax of each group, G of them.
         value_range: "split" or "shared".
-        clip: Factor on ``lo`` and ``hi`` in (0, 1]: a smaller threshold, larger values saturate.
+        clip: Factors on ``lo`` and ``hi`` of each group, float32 ``[G]`` in (0, 1]: a smaller
+            threshold, larger values saturate. None for the full range.
 
     Returns:
         Thresholds, float32 ``[.., G]``, in units of x; bias charges, int32 ``[.., G]``.
@@ -156,7 +156,7 @@ def encode_parameters(
         lo, hi = _row_range(x)
     else:
         lo, hi = _group_ranges(x, _align(channel_group), groups)
-    if clip != 1.0:
+    if clip is not None:
         lo, hi = lo * clip, hi * clip
     # A tensor divisor: CUDA would multiply by the reciprocal of a Python one.
     capacity = torch.tensor(capacities, dtype=torch.float32, device=x.device)
@@ -192,6 +192,13 @@ def _check_groups(channel_group: Tensor | int, groups: int) -> Tensor:
     return channel_group
 
 
+def _check_clip(clip: float | Sequence[float], groups: int) -> Tensor:
+    factors = [clip] * groups if isinstance(clip, int | float) else list(clip)
+    if len(factors) != groups or not all(0.0 < f <= 1.0 for f in factors):
+        raise ValueError(f"clip must hold {groups} factors in (0, 1], got {clip}.")
+    return torch.tensor(factors, dtype=torch.float32)
+
+
 class SpikeEncoder(nn.Module):
     """Encode activations as spikes of GIF neurons with dynamic thresholds, and decode them.
 
@@ -207,10 +214,12 @@ class SpikeEncoder(nn.Module):
         capacity: "steps", or "power_of_two" to reproduce published fake-quantised numbers, which a
             neuron cannot emit.
         name: name of the layer, for messages.
-        clip: factor on the range of a token, in (0, 1]; 1 uses the full range.
+        clip: factor on the range of a token, in (0, 1], of every group or of each; 1 uses the full
+            range.
 
     Attributes:
         channel_group: the groups, a persistent uint8 buffer.
+        clip: factors on the range of each group, a persistent float32 buffer ``[G]``.
         capacities: qmax of each group.
         levels: L.
         node: the :class:`.GIFNode` that :meth:`encode_spikes` runs; monitors attach to it.
@@ -221,6 +230,7 @@ class SpikeEncoder(nn.Module):
     """
 
     channel_group: Tensor
+    clip: Tensor
 
     def __init__(
         self,
@@ -230,17 +240,13 @@ class SpikeEncoder(nn.Module):
         value_range: ValueRange | str = ValueRange.SPLIT,
         capacity: Capacity | str = Capacity.STEPS,
         name: str = "",
-        clip: float = 1.0,
+        clip: float | Sequence[float] = 1.0,
     ) -> None:
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int):
             raise TypeError(f"bits must be an int, got {type(bits).__name__}.")
         if not 1 <= bits <= 8:
             raise ValueError(f"bits must be 1 to 8, got {bits}.")
-        if not 0.0 < clip <= 1.0:
-            raise ValueError(f"clip must lie in (0, 1], got {clip}.")
-        # Rounded to float32 here, so that every execution multiplies by the same number.
-        self.clip: float = struct.unpack("f", struct.pack("f", clip))[0]
         self.steps = _check_steps(steps)
         self.bits, self.levels, self.name = bits, 2**bits, name
         self.value_range = _mode(ValueRange, value_range)
@@ -251,6 +257,7 @@ class SpikeEncoder(nn.Module):
                 f"capacity {max(self.capacities)} exceeds {MAX_CAPACITY}; use fewer steps or bits."
             )
         self.register_buffer("channel_group", _check_groups(channel_group, len(self.steps)))
+        self.register_buffer("clip", _check_clip(clip, len(self.steps)))
         self.node = GIFNode(self.levels, step_mode="m")
 
     def extra_repr(self) -> str:
@@ -264,6 +271,13 @@ class SpikeEncoder(nn.Module):
         node = self.node
         hooks = bool(node._forward_hooks or node._forward_pre_hooks)
         return hooks or node.store_v_seq or not {"encode", "encode_spikes"}.isdisjoint(vars(self))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        clip = self.clip
+        super()._apply(fn, recurse)
+        if self.clip.dtype != torch.float32:  # `.half()` would round the thresholds
+            self.clip = clip.to(self.clip.device)
+        return self
 
     def _label(self) -> str:
         return self.name or type(self).__name__

@@ -50,7 +50,8 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
         spike: The spiking configuration.
 
     Attributes:
-        q_encoder: One step, all channels of a head in one group.
+        q_encoder: One step, all channels of a head in one group; or the groups and steps of K
+            (`query_groups`), `[H, D]`.
         k_encoder: Own channel groups per KV head, `[H_kv, D]`.
         v_encoder: Likewise.
     """
@@ -64,9 +65,14 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
             "bits": spike.activation_bits,
             "value_range": str(spike.value_range),
             "capacity": str(spike.capacity),
-            "clip": spike.activation_clip,
         }
-        self.q_encoder = SpikeEncoder(groups[0], steps=(1,), name=f"{prefix}.q", **common)
+        query = groups.repeat_interleave(config.num_attention_heads // heads, 0)
+        self.q_encoder = SpikeEncoder(
+            query if spike.query_groups else groups[0],
+            steps=spike.kv_steps if spike.query_groups else (1,),
+            name=f"{prefix}.q",
+            **common,
+        )
         self.k_encoder = SpikeEncoder(
             groups.clone(), steps=spike.kv_steps, name=f"{prefix}.k", **common
         )
@@ -82,6 +88,9 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
         """Choose the saliency groups of K and V, uint8 `[H_kv, D]`."""
         self.k_encoder.channel_group.copy_(key)
         self.v_encoder.channel_group.copy_(value)
+        if self.q_encoder.channel_group.dim() == 2:  # Q is multiplied with K channel by channel
+            shared = self.q_encoder.channel_group.shape[0] // key.shape[0]
+            self.q_encoder.channel_group.copy_(key.repeat_interleave(shared, 0))
 
     def check_view(self, view: View) -> None:
         """Refuse a view that the configuration cannot run."""
@@ -156,7 +165,7 @@ def query_key_accumulators(
 ) -> list[Tensor]:
     """Centred integer products of Q and K, one per channel group of K.
 
-        A_g[i, j] = sum_{c in g} (q_ic - z_i) (k_jc - z_jg)
+        A_g[i, j] = sum_{c in g} (q_ic - z_ig) (k_jc - z_jg),   z_ig = z_i if Q has one group
 
     Args:
         module: The attention layer; its view decides how the sum is executed.
@@ -230,7 +239,7 @@ def spiking_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over encoded K and V; the signature is transformers' attention interface.
 
-        P = softmax(scaling * sum_g s_q s_kg A_g + mask),   out = P (s_v (q_v - z_v))
+        P = softmax(scaling * sum_g s_qg s_kg A_g + mask),   out = P (s_v (q_v - z_v))
 
     Args:
         module: The attention layer.
@@ -269,7 +278,7 @@ def spiking_attention(
 def spiking_scores(
     module: SpikingLlamaAttention, query: Tensor, key: Tensor, scaling: float
 ) -> Tensor:
-    """`scaling * sum_g (A_g s_q) s_kg`, float32 `[B, H, S_q, S_k]`, with torch operations.
+    """`scaling * sum_g (A_g s_qg) s_kg`, float32 `[B, H, S_q, S_k]`, with torch operations.
 
     Args:
         module: The attention layer.
@@ -280,10 +289,11 @@ def spiking_scores(
     batch, heads, tokens, _ = query.shape
     encoded_q = from_payload(query, module.q_encoder)
     encoded_k = from_payload(key, module.k_encoder)
-    s_q = encoded_q.threshold.view(batch, key.shape[1], -1, 1)
+    s_q = encoded_q.threshold.view(batch, key.shape[1], -1, encoded_q.threshold.shape[-1])
     scores: Tensor | None = None
     for g, product in enumerate(query_key_accumulators(module, encoded_q, encoded_k)):
-        term = (product.float() * s_q) * encoded_k.threshold[..., g].unsqueeze(-2)
+        own = s_q[..., g if s_q.shape[-1] > 1 else 0, None]
+        term = (product.float() * own) * encoded_k.threshold[..., g].unsqueeze(-2)
         scores = term if scores is None else scores + term
     assert scores is not None  # an encoder has at least one group
     return scores.view(batch, heads, tokens, -1) * scaling

@@ -27,7 +27,7 @@ class NativeAttention:
     """The C attention functions for one pair of Q and K encoders.
 
     Args:
-        query: Encoder of Q: one step class.
+        query: Encoder of Q: one channel group, or the groups of K.
         key: Encoder of K.
         value: Encoder of V.
     """
@@ -49,8 +49,8 @@ class NativeAttention:
             return "the model is not on the CPU"
         if any(max(e.capacities) > 255 or len(e.steps) > _MAX_GROUPS for e in encoders):
             return "spike counts beyond 255 or more than 8 groups"
-        if len(query.steps) != 1 or max(query.capacities) > _INT8_MAX:
-            return "spikes of Q beyond 7 bits"
+        if query.steps not in ((1,), key.steps) or max(query.capacities) > _INT8_MAX:
+            return "spikes of Q beyond 7 bits, or with groups of its own"
         if 2 * max(key.capacities) * max(query.capacities) > _INT16_MAX:
             return "products of spikes beyond 16 bits"
         if get_backend("auto", "cpu").name != "native":
@@ -86,7 +86,7 @@ class NativeAttention:
             _int64(encoder.steps) if stepped else None,
             encoder.levels,
             encoder.value_range == ValueRange.SHARED,
-            encoder.clip,
+            encoder.clip.data_ptr(),
             out.data_ptr(),
             torch.get_num_threads(),
         )
@@ -95,10 +95,10 @@ class NativeAttention:
         return out
 
     def scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
-        """`scaling * sum_g (A_g s) s_g` of Q and K payloads.
+        """`scaling * sum_g (A_g s_qg) s_kg` of Q and K payloads.
 
         Args:
-            query: `[B, H, S_q, D + 6]`.
+            query: `[B, H, S_q, D + 6 G_q]`, `G_q` 1 or `G`.
             key: `[B, H_kv, S_k, D + 6 G]`.
             scaling: Factor, rounded to float32 as torch does.
 
@@ -111,7 +111,7 @@ class NativeAttention:
         out = torch.empty(batch, heads, tokens, keys)
         sizes = (batch * kv_heads, heads // kv_heads * tokens, keys, dim)
         code = self._library.snn_attention_scores(
-            _int64((*sizes, len(self._key.steps), kv_heads)),
+            _int64((*sizes, len(self._key.steps), kv_heads, len(self._query.steps))),
             query.data_ptr(),
             key.data_ptr(),
             self._key.channel_group.data_ptr(),

@@ -3,7 +3,8 @@
  * An encoded row is a byte string, the payload of snnllm/cache.py:
  *   [d] counts uint8 | [g] zero points int16 | [g] thresholds float32            (native endian)
  * Channel c of head h belongs to group[h * d + c]. Every result equals the reference bit for bit:
- *   A_g = sum_{c in g} (q_c - z) (k_c - zk_g),   score = (sum_g (float(A_g) * s) * sk_g) * scaling
+ *   A_g = sum_{c in g} (q_c - z_g) (k_c - zk_g),   score = (sum_g (float(A_g) * s_g) * sk_g) * scaling
+ *   where Q has one group (s_g = s, z_g = z) or the groups of K
  */
 #ifndef SNN_CPU_ATTENTION_H
 #define SNN_CPU_ATTENTION_H
@@ -41,7 +42,8 @@ static int32_t run_neuron(float v, int64_t steps, float top) {
 /* Encodes one row, by the closed form or (steps given) by running the neurons; returns 0 when a
  * value is NaN or infinite. */
 static int encode_head(const float *x, int64_t d, const uint8_t *group, int64_t groups,
-                      const int64_t *capacity, const int64_t *steps, int64_t levels, int64_t shared, float clip, uint8_t *out) {
+                      const int64_t *capacity, const int64_t *steps, int64_t levels, int64_t shared,
+                      const float *clip, uint8_t *out) {
     float lo[MAX_GROUPS], hi[MAX_GROUPS], s[MAX_GROUPS];
     int32_t zero[MAX_GROUPS];
     float low = 0.0f, high = 0.0f;
@@ -58,7 +60,7 @@ static int encode_head(const float *x, int64_t d, const uint8_t *group, int64_t 
         }
     }
     for (int64_t g = 0; g < groups; g++) {
-        set_parameters(lo[g], hi[g], clip, (float)capacity[g], &s[g], &zero[g]);
+        set_parameters(lo[g], hi[g], clip[g], (float)capacity[g], &s[g], &zero[g]);
         const int16_t z = (int16_t)zero[g];
         memcpy(out + d + 2 * g, &z, sizeof z);
         memcpy(out + d + 2 * groups + 4 * g, &s[g], sizeof s[g]);
@@ -83,7 +85,7 @@ static int encode_head(const float *x, int64_t d, const uint8_t *group, int64_t 
 int snn_encode_heads(const float *x, const int64_t *shape, const int64_t *stride,
                      const uint8_t *group, int64_t group_heads, int64_t groups,
                      const int64_t *capacity, const int64_t *steps, int64_t levels,
-                     int64_t shared, float clip, uint8_t *out, int threads) {
+                     int64_t shared, const float *clip, uint8_t *out, int threads) {
     const int64_t heads = shape[1], tokens = shape[2], d = shape[3];
     const int64_t rows = shape[0] * heads * tokens;
     int failed = 0;
@@ -181,6 +183,7 @@ static void query_keys(const int8_t *query, const uint8_t *quad, int64_t d4, int
 
 typedef struct {
     int64_t pairs, rows, keys, d, groups, heads; /* pairs = batch * heads, heads of K */
+    int64_t query_groups;                        /* 1, or groups: Q has the groups of K */
     const uint8_t *query, *key, *group;
     int64_t chunk;
     float scaling;
@@ -192,15 +195,14 @@ typedef struct {
 /* Splits query row m of all pairs into its groups. */
 static void split_query(const Product *p, int64_t m) {
     const int64_t width = (p->d + 3) / 4 * 4;
-    const uint8_t *row = p->query + m * payload_bytes(p->d, 1);
+    const uint8_t *row = p->query + m * payload_bytes(p->d, p->query_groups);
     const uint8_t *group = p->group + m / p->rows % p->heads * p->d;
-    const int32_t z = load_zero(row, p->d, 0);
     int8_t *part = p->part + m * p->groups * width;
     memset(part, 0, (size_t)(p->groups * width));
     for (int64_t g = 0; g < p->groups; g++) p->sum[m * p->groups + g] = 0;
     for (int64_t c = 0; c < p->d; c++) {
         const int g = p->groups == 1 ? 0 : group[c];
-        const int32_t q = (int32_t)row[c] - z;
+        const int32_t q = (int32_t)row[c] - load_zero(row, p->d, p->query_groups == 1 ? 0 : g);
         part[g * width + c] = (int8_t)q;
         p->sum[m * p->groups + g] += q;
     }
@@ -215,8 +217,10 @@ static void score_block(const Product *p, int64_t pair, int64_t first, Keys *key
     load_keys(p->key + (pair * p->keys + first) * payload_bytes(p->d, p->groups), count, p->d,
               p->groups, keys);
     for (int64_t m = pair * p->rows; m < (pair + 1) * p->rows; m++) {
-        const float s = load_threshold(p->query + m * payload_bytes(p->d, 1), p->d, 1, 0);
+        const uint8_t *row = p->query + m * payload_bytes(p->d, p->query_groups);
         for (int64_t g = 0; g < p->groups; g++) {
+            const int64_t own = p->query_groups == 1 ? 0 : g;
+            const float s = load_threshold(row, p->d, p->query_groups, own);
             const int32_t sum = p->sum[m * p->groups + g];
             const int32_t *zero = keys->zero[g];
             const float *threshold = keys->threshold[g];
@@ -233,13 +237,13 @@ static void score_block(const Product *p, int64_t pair, int64_t first, Keys *key
     }
 }
 
-/* score [pairs][rows][keys] of query payloads [pairs][rows] (one group) and key payloads
- * [pairs][keys]. groups <= MAX_GROUPS and |q - z| <= 127: the caller checks. */
+/* score [pairs][rows][keys] of query payloads [pairs][rows] (one group, or those of K) and key
+ * payloads [pairs][keys]. groups <= MAX_GROUPS and |q - z| <= 127: the caller checks. */
 int snn_attention_scores(const int64_t *shape, const uint8_t *query, const uint8_t *key,
                          const uint8_t *group, int64_t chunk, float scaling, float *score,
                          int threads) {
-    Product p = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], query,
-                 key,      group,    chunk,    scaling,  score,    NULL,     NULL};
+    Product p = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6],
+                 query,    key,      group,    chunk,    scaling,  score,    NULL,     NULL};
     const int64_t blocks = (p.keys + KEY_BLOCK - 1) / KEY_BLOCK, d4 = (p.d + 3) / 4;
     const int64_t rows = p.pairs * p.rows;
     int failed = 0;

@@ -34,7 +34,7 @@ typedef struct {
 
 typedef struct {
     int64_t k, n, k_padded, n_padded, groups, segments, layout, shared;
-    int64_t clip_bits;        /* float factor on the range of a row */
+    const float *clip;        /* factor on the range of every group */
     const int32_t *order;     /* original channel of every encoded position, or NULL */
     const int64_t *sizes;     /* channels of every group */
     const int64_t *capacity;  /* of every group */
@@ -149,16 +149,14 @@ static const float *set_row(const Layer *layer, const float *x, int64_t m, Rows 
     }
     float *threshold = rows.threshold + m * groups;
     int32_t *zero = rows.zero_point + m * groups;
-    float lo = 0.0f, hi = 0.0f, clip;
-    const int32_t clip_bits = (int32_t)layer->clip_bits;
-    memcpy(&clip, &clip_bits, sizeof clip);
+    float lo = 0.0f, hi = 0.0f;
     int finite = !layer->shared || widen_range(x, layer->k, &lo, &hi);
     for (int64_t g = 0, start = 0; g < groups; start += layer->sizes[g++]) {
         if (!layer->shared) {
             lo = hi = 0.0f;
             finite &= widen_range(x + start, layer->sizes[g], &lo, &hi);
         }
-        set_parameters(lo, hi, clip, (float)layer->capacity[g], threshold + g, zero + g);
+        set_parameters(lo, hi, layer->clip[g], (float)layer->capacity[g], threshold + g, zero + g);
         finite &= threshold[g] <= FLT_MAX; /* hi - lo may overflow */
     }
     return finite ? x : NULL;

@@ -7,7 +7,6 @@ the C struct `Layer` word by word, which is all a call has to pass besides the i
 from __future__ import annotations
 
 import ctypes
-import struct
 import weakref
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -230,10 +229,9 @@ def library(definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib.snn_unrolled.argtypes = [pointer] * 3 + [size, pointer, pointer, size, number]
     lib.snn_encode.argtypes = [pointer] * 5 + [size, number]
     lib.snn_int_bmm.argtypes = [pointer] * 3 + [size] * 4 + [number]
-    real = ctypes.c_float
     heads: list[Any] = [*[pointer] * 4, size, size, pointer, pointer, size, size]
-    lib.snn_encode_heads.argtypes = [*heads, real, pointer, number]
-    lib.snn_attention_scores.argtypes = [pointer] * 4 + [size, real, pointer, number]
+    lib.snn_encode_heads.argtypes = [*heads, pointer, pointer, number]
+    lib.snn_attention_scores.argtypes = [pointer] * 4 + [size, ctypes.c_float, pointer, number]
     lib.snn_decode_heads.argtypes = [pointer] + [size] * 4 + [pointer, size, pointer, number]
     lib.snn_decode_heads.restype = None
     return lib
@@ -341,10 +339,6 @@ def _prepare_encoder(spec: EncoderSpec) -> NativeLinear:
     return _describe(spec, (0, 0, padded), layout, words, (None,) * 5)
 
 
-def _float_bits(value: float) -> int:
-    return int(struct.unpack("i", struct.pack("f", value))[0])
-
-
 def _describe(
     encoder: EncoderSpec,
     sizes: tuple[int, int, int],
@@ -357,9 +351,9 @@ def _describe(
     order = None if encoder.order is None else encoder.order.to("cpu", torch.int32).contiguous()
     group_sizes = torch.tensor(encoder.sizes, dtype=torch.int64)
     capacities = torch.tensor(encoder.capacities, dtype=torch.int64)
-    pointed = (order, group_sizes, capacities, segment_words, *weights)
+    pointed = (encoder.clip_factors, order, group_sizes, capacities, segment_words, *weights)
     words = [encoder.channels, n, padded_k, padded_n, len(encoder.sizes), len(segment_words)]
-    words += [layout, int(encoder.shared), _float_bits(encoder.clip)]
+    words += [layout, int(encoder.shared)]
     words += [0 if tensor is None else tensor.data_ptr() for tensor in pointed]
     descriptor = torch.tensor(words, dtype=torch.int64)
     tensors = tuple(tensor for tensor in pointed if tensor is not None)

@@ -137,7 +137,8 @@ def encode_rows(x: Tensor, spec: EncoderSpec) -> _Rows:
     x = x.float()
     group = spec.channel_group.to(x.device)
     value_range = ValueRange.SHARED if spec.shared else ValueRange.SPLIT
-    threshold, zero_point = encode_parameters(x, group, spec.capacities, value_range, spec.clip)
+    clip = None if spec.clip is None else spec.clip_factors.to(x.device)
+    threshold, zero_point = encode_parameters(x, group, spec.capacities, value_range, clip)
     # NaN and infinity reach the threshold of their row.
     if not torch.compiler.is_compiling() and not bool(torch.isfinite(threshold).all()):
         raise non_finite_error(spec.name)

@@ -77,7 +77,7 @@ class EncoderSpec:
         capacities: largest spike count of every group, `T_g * (L - 1)`.
         shared: True when all groups share the range of the whole row.
         name: layer name for error messages.
-        clip: factor on the range of a row, float32 in (0, 1].
+        clip: factors on the range of every group, float32 in (0, 1]; None for the full range.
     """
 
     order: Tensor | None
@@ -85,7 +85,7 @@ class EncoderSpec:
     capacities: tuple[int, ...]
     shared: bool = False
     name: str = ""
-    clip: float = 1.0
+    clip: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check that the groups, the capacities and the order fit together."""
@@ -94,6 +94,8 @@ class EncoderSpec:
                 f"{self.name}: expected a size and a capacity for each of one or more groups, "
                 f"got sizes={self.sizes} and capacities={self.capacities}"
             )
+        if self.clip is not None and len(self.clip) != len(self.sizes):
+            raise ValueError(f"{self.name}: clip={self.clip} must hold a factor for each group")
         if min(self.sizes) < 0 or sum(self.sizes) == 0:
             raise ValueError(f"{self.name}: sizes={self.sizes} must be >= 0 and hold a channel")
         if min(self.capacities) < 1 or max(self.capacities) > COUNT_MAX:
@@ -116,6 +118,11 @@ class EncoderSpec:
     def channels(self) -> int:
         """K, the number of channels of a row."""
         return sum(self.sizes)
+
+    @property
+    def clip_factors(self) -> Tensor:
+        """Return the factors on the range of every group, float32 [G]."""
+        return torch.tensor(self.clip or (1.0,) * len(self.sizes), dtype=torch.float32)
 
     @cached_property
     def channel_group(self) -> Tensor:
