@@ -80,8 +80,8 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
 
     def set_channel_groups(self, key: Tensor, value: Tensor) -> None:
         """Choose the saliency groups of K and V, uint8 `[H_kv, D]`."""
-        self.k_encoder.channel_group.copy_(key)
-        self.v_encoder.channel_group.copy_(value)
+        self.k_encoder.set_groups(key)
+        self.v_encoder.set_groups(value)
 
     def check_view(self, view: View) -> None:
         """Refuse a view that the configuration cannot run."""

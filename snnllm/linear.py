@@ -150,7 +150,7 @@ class SpikingLinear(SpikingModule):
 
     def set_channel_group(self, channel_group: Tensor) -> None:
         """Choose the saliency groups (uint8 `[K]`, original order), before the weight is set."""
-        self.encoder.channel_group.copy_(channel_group)
+        self.encoder.set_groups(channel_group)
         self.invalidate()
 
     def set_weight(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
@@ -227,6 +227,7 @@ class SpikingLinear(SpikingModule):
 
     def _build_spec(self) -> LinearSpec:
         bits, size = self.layout.weight_bits, self.layout.group_size
+        self.encoder.check_groups()
         group = self.encoder.channel_group.cpu().long()
         sizes = tuple(torch.bincount(group, minlength=len(self.layout.steps)).tolist())
         offset = 1 << (bits - 1)

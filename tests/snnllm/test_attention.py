@@ -27,6 +27,7 @@ from snnllm.attention import (
 from snnllm.cache import EncodeOnWrite, from_payload, to_payload
 from snnllm.config import SpikeConfig
 from snnllm.execution import View, use_view
+from snnllm.kernels import get_backend
 from snnllm.modeling import load
 
 
@@ -182,6 +183,23 @@ def test_without_a_cache_the_stand_in_only_encodes():
         torch.zeros(1), torch.zeros(1), 0
     )
     assert (key.item(), value.item()) == (1, 2)
+
+
+def test_channel_groups_that_do_not_exist_are_refused():
+    module = make_attention()
+    good = module.k_encoder.channel_group.clone()
+    bad = torch.full_like(good, 2)
+    with pytest.raises(ValueError, match=r"self_attn\.k: channel_group must lie in 0\.\.1"):
+        module.set_channel_groups(bad, good)
+    with pytest.raises(ValueError, match=r"self_attn\.v: channel_group must lie in 0\.\.1"):
+        module.set_channel_groups(good, bad)
+    with pytest.raises(ValueError, match=r"shape \(2, 8\), got \(8,\)"):
+        module.set_channel_groups(good[0], good)
+    module.k_encoder.channel_group = bad  # past every check: the C functions must not see it
+    module._apply(lambda t: t)
+    if get_backend("auto").name == "native":
+        with pytest.raises(ValueError, match=r"self_attn\.k: channel_group must lie in"):
+            module.native()
 
 
 # -- inside the model ---------------------------------------------------------------------------------

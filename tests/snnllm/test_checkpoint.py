@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from snnllm import checkpoint, writer
 from snnllm.checkpoint import MANIFEST, CheckpointError, published, read_manifest, verify
@@ -89,6 +90,22 @@ def test_a_dense_folder_is_refused(make_llama, tmp_path):
     make_llama().save_pretrained(tmp_path / "dense")
     with pytest.raises(CheckpointError, match="not a spiking LLaMA"):
         load(tmp_path / "dense")
+
+
+@pytest.mark.parametrize("name", ["mlp.up_proj.encoder", "self_attn.k_encoder"])
+def test_channel_groups_out_of_range_are_refused_on_loading(checkpoint_copy, name):
+    path, key = checkpoint_copy / "model.safetensors", f"model.layers.1.{name}.channel_group"
+    tensors = load_file(path)
+    tensors[key].view(-1)[3] = 7
+    save_file(tensors, path, {"format": "pt"})
+    manifest = read_manifest(checkpoint_copy)["files"]
+    manifest[path.name] = {
+        "bytes": path.stat().st_size,
+        "sha256": checkpoint.file_digest(path),
+    }
+    change_json(checkpoint_copy / MANIFEST, files=manifest)
+    with pytest.raises(ValueError, match=r"layers\.1\..*channel_group must lie in 0\.\.1 .*got 7"):
+        load(checkpoint_copy)
 
 
 # -- all or nothing --------------------------------------------------------------------------------------
@@ -211,8 +228,6 @@ def test_a_killed_conversion_leaves_nothing_that_loads(
 
 @pytest.mark.parametrize("shard_bytes", [1, 500, 1 << 30])
 def test_shards_hold_every_tensor_once(tmp_path, shard_bytes):
-    from safetensors.torch import load_file
-
     tensors = {f"t{i}": torch.full((25,), float(i)) for i in range(7)}
     shards = ShardWriter(tmp_path, shard_bytes)
     for name, tensor in tensors.items():

@@ -244,3 +244,20 @@ def test_neurons_in_c_are_the_nodes(make_linear, steps, rows):
     module.encoder.node.store_v_seq = False
     with pytest.raises(ValueError, match="layer"):
         module(x.new_full((2, 37), torch.nan))
+
+
+def test_channel_groups_that_do_not_exist_are_refused(make_linear):
+    module, before = make_linear(name="q_proj"), make_linear().encoder.channel_group
+    for bad, message in (
+        (torch.full((24,), 2, dtype=torch.uint8), r"must lie in 0\.\.1 .* got 2"),
+        (torch.tensor(1, dtype=torch.uint8), r"must have one .*, shape \(24,\), got \(\)"),
+    ):
+        with pytest.raises(ValueError, match=f"q_proj: channel_group {message}"):
+            module.set_channel_group(bad)
+        with pytest.raises(ValueError, match=f"q_proj: channel_group {message}"):
+            module.load_state_dict({**module.state_dict(), "encoder.channel_group": bad})
+    assert torch.equal(module.encoder.channel_group, before)
+    module.encoder.channel_group = torch.full((24,), 9, dtype=torch.uint8)
+    module.invalidate()
+    with pytest.raises(ValueError, match=r"q_proj: channel_group must lie in 0\.\.1"):
+        module(inputs((2,), 24, 0))
