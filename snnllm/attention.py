@@ -27,12 +27,12 @@ from snnllm.config import Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
 from snnllm.kernels import get_backend
 from snnllm.kernels.attention import NativeAttention
+from snnllm.kernels.exact import exact_matmul
 
 SPIKING_ATTENTION = "spiking"
 CALIBRATION_ATTENTION = "spiking_calibration"
 _INT8_MAX = 127
 _UNKNOWN: object = ...  # survives deepcopy and pickle as itself
-_EXACT_FLOAT32 = 1 << 24
 # transformers 5.20 renamed the argument; both spellings are supported.
 _CACHE_ARGUMENT = (
     "cache"
@@ -213,9 +213,7 @@ def integer_product(a: Tensor, b: Tensor, bound_a: int, bound_b: int) -> Tensor:
         left, right = (t.to(torch.int8).reshape(batch * heads, -1, dim) for t in (a, b))
         product = get_backend("auto", a.device).int_bmm(left, right)
         return product.view(batch, heads, rows, b.shape[-2])
-    # 9-bit operands do not fit int8; a float matmul of integers below the mantissa is exact.
-    dtype = torch.float32 if bound_a * bound_b * dim < _EXACT_FLOAT32 else torch.float64
-    return torch.matmul(a.to(dtype), b.to(dtype).mT).to(torch.int32)
+    return exact_matmul(a, b.mT, bound_a * bound_b * dim)  # 9-bit operands do not fit int8
 
 
 def spiking_attention(

@@ -14,6 +14,7 @@ from snnllm.config import FLOAT_BITS, Capacity, Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
 from snnllm.kernels import NativeBackend, get_backend
 from snnllm.kernels.epilogue import centre, scale_and_sum
+from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.spec import (
     Backend,
     EncoderSpec,
@@ -27,7 +28,6 @@ from snnllm.transforms import OnlineRotation, salient_count
 from snnllm.weights import QuantizedWeight, expand_groups, group_count
 
 _COLLAPSED_CAPACITY = 255
-_EXACT_FLOAT32 = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -348,12 +348,9 @@ class SpikingLinear(SpikingModule):
         train = spikes_to_events(train, self.encoder.levels)
         levels = spec.levels[:, segment.start : segment.stop]
         reach = (self.encoder.levels - 1) * (1 << (spec.weight_bits - 1)) * levels.shape[1]
-        # Integers in a float matmul are exact while every partial sum stays below the mantissa.
-        dtype = torch.float32 if reach < _EXACT_FLOAT32 else torch.float64
-        weight = levels.to(dtype).T
         total = torch.zeros(train.shape[1], levels.shape[0], dtype=torch.int32, device=train.device)
-        for step in train.to(dtype):
-            total += torch.mm(step, weight).to(torch.int32)
+        for step in train:
+            total += exact_matmul(step, levels.T, reach)
         return total
 
     def _forward_float(self, x: Tensor) -> Tensor:

@@ -142,12 +142,14 @@ def test_half_precision_comes_back_in_its_dtype(dtype):
 
 
 @pytest.mark.parametrize(("bound_a", "bound_b"), [(15, 30), (127, 127), (255, 510), (255, 4000)])
-def test_integer_products_are_exact(bound_a, bound_b):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_integer_products_are_exact(bound_a, bound_b, autocast):
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(-bound_a, bound_a + 1, (2, 3, 5, 64), generator=generator)
     b = torch.randint(-bound_b, bound_b + 1, (2, 3, 7, 64), generator=generator)
     a[0, 0, 0], b[0, 0, 0] = bound_a, bound_b
-    product = integer_product(a.short(), b.short(), bound_a, bound_b)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        product = integer_product(a.short(), b.short(), bound_a, bound_b)
     assert product.dtype == torch.int32
     assert torch.equal(product.long(), a @ b.mT)
 

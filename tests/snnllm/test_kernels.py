@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,8 @@ from snnllm.kernels import (
     segments_of,
 )
 from snnllm.kernels import native as native_module
-from snnllm.kernels.reference import int_mm
+from snnllm.kernels.exact import exact_matmul
+from snnllm.kernels.reference import OperandKind, int_mm
 
 REFERENCE, NATIVE = ReferenceBackend(), NativeBackend()
 PORTABLE = NativeBackend(("-DSNN_PORTABLE",))
@@ -35,6 +38,8 @@ REASON = NATIVE.available()
 needs_compiler = pytest.mark.skipif(REASON is not None, reason=f"native kernels: {REASON}")
 BACKENDS = [
     pytest.param(REFERENCE, id="reference"),
+    # What CUDA runs: torch._int_mm, which the CPU has, too.
+    pytest.param(ReferenceBackend(OperandKind.INT8), id="reference-int8"),
     pytest.param(NATIVE, id="native", marks=needs_compiler),
     pytest.param(PORTABLE, id="portable", marks=needs_compiler),
 ]
@@ -294,16 +299,73 @@ def test_int_mm_pads_to_what_torch_accepts() -> None:
         assert torch.equal(int_mm(a, b).long(), a.long() @ b.long().T)
 
 
-def test_reference_stays_exact_when_torch_lowers_matmuls() -> None:
-    spec = make_spec(torch.Generator().manual_seed(8))
-    prepared = REFERENCE.prepare(spec)
-    x = torch.randn(5, 63)
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@contextmanager
+def lowered_matmuls() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
     try:
-        torch.set_float32_matmul_precision("medium")
-        assert torch.equal(REFERENCE.accumulate(x, prepared).long(), oracle(x, spec))
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def lowered_backend() -> Iterator[None]:
+    """The precision of one backend only, after which torch refuses to tell the precision."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+LOWERED = [
+    pytest.param(autocast, id="autocast"),
+    pytest.param(lowered_matmuls, id="precision"),
+    pytest.param(
+        lowered_backend,
+        id="backend",
+        marks=pytest.mark.skipif(
+            not hasattr(torch.backends.mkldnn, "matmul"), reason="needs a newer torch"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("lowered", LOWERED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_integers_stay_exact_when_torch_lowers_matmuls(
+    backend: Backend, lowered: Callable[[], AbstractContextManager[None]]
+) -> None:
+    generator = torch.Generator().manual_seed(8)
+    for capacities in ((15, 30), (510, 1000)):
+        spec = make_spec(generator, capacities=capacities, bits=8)
+        prepared = backend.prepare(spec)
+        x = torch.randn(5, 63, generator=generator)
+        a = torch.randint(-128, 128, (2, 3, 70), generator=generator, dtype=torch.int8)
+        with lowered():
+            accumulators, product = backend.accumulate(x, prepared), backend.int_bmm(a, a)
+        assert torch.equal(accumulators.long(), oracle(x, spec))
+        assert torch.equal(product.long(), a.long() @ a.long().mT)
+
+
+@pytest.mark.parametrize("lowered", [nullcontext, *LOWERED])
+@pytest.mark.parametrize("largest", [1, 255, 4000])
+def test_exact_matmul(lowered: Callable[[], AbstractContextManager[None]], largest: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-largest, largest + 1, (3, 4, 65), generator=generator)
+    b = torch.randint(-largest, largest + 1, (3, 65, 6), generator=generator)
+    a[0, 0], b[0, :, 0] = largest, largest
+    with lowered():
+        product = exact_matmul(a, b, largest**2 * 65)
+    assert product.dtype == torch.int32
+    assert torch.equal(product.long(), a @ b)
 
 
 @needs_compiler
@@ -348,7 +410,7 @@ def test_wrong_inputs_are_refused(backend: Backend) -> None:
         backend.int_bmm(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
     with pytest.raises(ValueError, match=r"a \[B, M, K\]"):
         backend.int_bmm(torch.zeros(1, 2, 3).to(torch.int8), torch.zeros(1, 2, 4).to(torch.int8))
-    other = REFERENCE if backend is not REFERENCE else NATIVE
+    other = NATIVE if isinstance(backend, ReferenceBackend) else REFERENCE
     with pytest.raises(TypeError, match="prepared by another backend"):
         other.linear(torch.zeros(2, 63), prepared)
 

@@ -108,6 +108,13 @@ def test_counts_up_to_255(make_linear, bits, steps, weight_bits):
     check(module, inputs((4,), 40, 0))
 
 
+@pytest.mark.parametrize(("bits", "steps"), [(4, (1, 2)), (8, (1,))])
+def test_autocast_changes_no_integer(make_linear, bits, steps):
+    module = make_linear(200, 9, bits=bits, steps=steps, weight_bits=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(module, inputs((4,), 200, 0))
+
+
 def test_extreme_weights_and_inputs():
     """All levels at one end and all counts at the other: the largest sums there are."""
     layout = LinearLayout(8, 8, (1,), "split", "steps", None)
