@@ -293,15 +293,7 @@ class SpikingLinear(SpikingModule):
         backend, prepared = self.prepared()
         if self.view is View.COLLAPSED:
             return backend.linear(x, prepared)
-        rows = x.reshape(-1, self.in_features)
-        if self.view is View.UNROLLED and not self.encoder.watched and backend.name == "native":
-            # Nobody records from the nodes: the same neurons, stepped in C.
-            assert isinstance(backend, NativeBackend)
-            steps = self.layout.steps
-            accumulators, threshold = backend.unrolled(rows, prepared, steps, self.encoder.levels)
-        else:
-            encoding, accumulators = self._accumulate_steps(rows)
-            threshold = encoding.threshold
+        accumulators, threshold = self._run_neurons(x.reshape(-1, self.in_features))
         y = scale_and_sum(accumulators, threshold, self.spec())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
@@ -314,7 +306,16 @@ class SpikingLinear(SpikingModule):
         if self.view is View.COLLAPSED:
             backend, prepared = self.prepared()
             return backend.accumulate(rows, prepared)
-        return self._accumulate_steps(rows)[1]
+        return self._run_neurons(rows)[0]
+
+    def _run_neurons(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Accumulators and thresholds of a view over time steps: in C while nobody watches."""
+        backend, prepared = self.prepared()
+        stepped = self.view is View.UNROLLED and not self.encoder.watched
+        if stepped and isinstance(backend, NativeBackend):
+            return backend.unrolled(rows, prepared, self.layout.steps, self.encoder.levels)
+        encoding, accumulators = self._accumulate_steps(rows)
+        return accumulators, encoding.threshold
 
     def _accumulate_steps(self, rows: Tensor) -> tuple[Encoding, Tensor]:
         """Run the neurons over T steps and sum one matmul per step (or per binary event slot)."""
