@@ -11,6 +11,7 @@ from typing import Any
 
 from neurons import Capacity as Capacity
 from neurons import ValueRange as ValueRange
+from snnllm.kernels.spec import MAX_GROUPS
 
 SCHEMA_VERSION = 1
 FLOAT_BITS = 16
@@ -133,6 +134,10 @@ class SpikeConfig:
         for name, values in steps.items():
             if not values or min(values) < 1:
                 raise ValueError(f"group_steps[{name!r}] must hold steps >= 1, got {values}.")
+            if len(values) > MAX_GROUPS:
+                raise ValueError(
+                    f"group_steps[{name!r}] must hold at most {MAX_GROUPS} groups, got {len(values)}."
+                )
 
     @property
     def encodes_activations(self) -> bool:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from snnllm.config import Score
+from snnllm.kernels.spec import MAX_GROUPS
 
 HESSIAN_DAMPING = 0.01
-MAX_GROUPS = 64
-"""Channel groups of one operand that the kernels can tell apart."""
 
 
 class InputStatistics:

@@ -18,7 +18,9 @@ from neurons.encoder import Encoding
 
 INT32_MAX = 2**31 - 1
 COUNT_MAX = 2**15 - 1
-ALL_GROUPS = 2**64 - 1
+MAX_GROUPS = 64
+"""Activation groups of a layer: the kernels are told by a 64-bit mask which of them are active."""
+ALL_GROUPS = 2**MAX_GROUPS - 1
 """Every group of a layer is active (`Backend.accumulate_counts`)."""
 ZERO_MAX = 2**15 - 9  # a kernel may shift levels and zero points by 8, and multiply int16
 
@@ -93,6 +95,11 @@ class EncoderSpec:
             raise ValueError(
                 f"{self.name}: expected a size and a capacity for each of one or more groups, "
                 f"got sizes={self.sizes} and capacities={self.capacities}"
+            )
+        if len(self.sizes) > MAX_GROUPS:
+            raise ValueError(
+                f"{self.name}: expected at most {MAX_GROUPS} channel groups, got {len(self.sizes)}; "
+                "give more channels the same steps"
             )
         if min(self.sizes) < 0 or sum(self.sizes) == 0:
             raise ValueError(f"{self.name}: sizes={self.sizes} must be >= 0 and hold a channel")

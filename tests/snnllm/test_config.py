@@ -68,6 +68,10 @@ def test_an_unknown_preset_shows_examples(name):
         ({"weight_bits": 16, "activation_bits": 16}, r"leaves the model dense"),
         ({"group_steps": {"a": ()}}, r"group_steps\['a'\] must hold steps >= 1"),
         ({"group_steps": {"a": (1, 0)}}, r"group_steps\['a'\] must hold steps >= 1"),
+        (
+            {"group_steps": {"a": (1,) * 65}},
+            r"group_steps\['a'\] must hold at most 64 groups, got 65",
+        ),
         ({"activation_clip": 0.0}, r"activation_clip must lie in \(0, 1\], got 0\.0"),
         ({"activation_clip": 1.5}, r"activation_clip must lie in \(0, 1\], got 1\.5"),
         ({"value_range": "both"}, r"value_range must be one of \['split', 'shared'\]"),

@@ -31,6 +31,7 @@ from snnllm.kernels import (
 from snnllm.kernels import native as native_module
 from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.reference import OperandKind, int_mm
+from snnllm.kernels.spec import MAX_GROUPS
 
 REFERENCE, NATIVE = ReferenceBackend(), NativeBackend()
 PORTABLE = NativeBackend(("-DSNN_PORTABLE",))
@@ -224,6 +225,16 @@ def test_ties_and_tiny_ranges_encode_alike(backend: Backend) -> None:
     x[:, -1] = torch.tensor([7.5, 6.0, 7.5e-6, 7.5e30, -7.5])
     got, expected = backend.encode(x, spec), steps_encoder(spec).encode(x)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_many_groups_as_there_may_be(backend: Backend) -> None:
+    generator = torch.Generator().manual_seed(0)
+    spec = make_spec(generator, sizes=(2,) * MAX_GROUPS, capacities=(15, 30) * (MAX_GROUPS // 2))
+    x = torch.randn(3, 2 * MAX_GROUPS, generator=generator)
+    encoding, prepared = backend.encode(x, spec.encoder), backend.prepare(spec)
+    got = backend.accumulate_counts(encoding.count, encoding.zero_point, prepared)
+    assert torch.equal(got.long(), oracle(x, spec))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -461,6 +472,7 @@ def test_channel_group_is_in_original_order() -> None:
         ((None, (3,), (15, 30)), "size and a capacity"),
         ((None, (-1, 2), (15, 30)), "must be >= 0"),
         ((None, (0,), (15,)), "hold a channel"),
+        ((None, (1,) * 65, (15,) * 65), "at most 64 channel groups, got 65"),
         ((None, (3,), (0,)), r"must be in 1\.\.32767"),
         ((None, (3,), (40_000,)), "fewer steps or bits"),
         ((torch.tensor([0, 1, 1]), (3,), (15,)), "permutation of the 3 channels"),
