@@ -235,7 +235,7 @@ def spiking_attention(
         query: float `[B, H, S_q, D]` after RoPE.
         key: payloads uint8 `[B, H_kv, S_k, bytes]`.
         value: likewise.
-        attention_mask: additive float mask `[B, 1, S_q, S_k]` or None.
+        attention_mask: `[B, 1, S_q, S_k]`, float to add or bool to keep; or None.
         scaling: Factor of the scores, `D**-1/2`.
         dropout: Dropout of P, used in training only.
         **kwargs: What transformers passes to every attention function; not used.
@@ -255,13 +255,24 @@ def spiking_attention(
         decoded = native.decode_values(value)
     else:
         decoded = module.v_encoder.decode(from_payload(value, module.v_encoder), torch.float32)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probability = nn.functional.softmax(scores, dim=-1)
+    probability = nn.functional.softmax(masked(scores, attention_mask), dim=-1)
     weights = nn.functional.dropout(probability, p=dropout, training=module.training)
     per_group = weights.view(batch, key.shape[1], -1, decoded.shape[-2])
     out = torch.matmul(per_group, decoded).view(batch, heads, tokens, -1)
     return out.transpose(1, 2).to(dtype).contiguous(), probability
+
+
+def masked(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Scores with a mask: a float one is added, a bool one (True: may be seen) fills.
+
+    transformers passes a 4-D mask of the caller on as it is, so both kinds arrive here.
+    """
+    if attention_mask is None:
+        return scores
+    if attention_mask.dtype == torch.bool:
+        # As transformers' eager mask: finite, so that a row without any key has no NaN.
+        return scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    return scores + attention_mask
 
 
 def spiking_scores(
@@ -300,9 +311,7 @@ def calibration_attention(
     """Float attention that shows Q, K, V and P to the block's `attention_observer`."""
     groups = query.shape[1] // key.shape[1]
     scores = torch.matmul(query, repeat_kv(key, groups).mT) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probability = nn.functional.softmax(scores.float(), dim=-1)
+    probability = nn.functional.softmax(masked(scores, attention_mask).float(), dim=-1)
     observer = getattr(module, "attention_observer", None)
     if observer is not None:
         observer(query, key, value, probability)

@@ -286,6 +286,34 @@ def test_later_tokens_do_not_change_earlier_outputs(model, token_ids, view):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("view", list(View))
+def test_a_bool_mask_masks(model, token_ids, view):
+    ids = token_ids[:2, :9]
+    seen = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    with use_view(model, view):
+        assert torch.equal(model(ids, attention_mask=seen).logits, model(ids).logits)
+
+
+def test_a_row_without_keys_is_no_nan():
+    module = make_attention()
+    query, key, value = operands(module, 1)
+    seen = torch.ones(1, 1, 3, 5, dtype=torch.bool).tril(1)
+    seen[..., 0, :] = False
+    blocked = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    stored = module._encode_key_value(key, value)
+    ours, theirs = (
+        spiking_attention(module, query, *stored, mask, 0.5)[1] for mask in (seen, blocked)
+    )
+    assert torch.isfinite(ours).all()
+    assert torch.equal(ours[:, :, 1:], theirs[:, :, 1:])
+    assert torch.equal(ours[:, :, 1:] > 0, seen[:, :, 1:].expand(2, 4, 2, 5))
+    ours, theirs = (
+        calibration_attention(module, query, key, value, mask, 0.5)[1] for mask in (seen, blocked)
+    )
+    assert torch.equal(ours[:, :, 1:], theirs[:, :, 1:])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("attention", ["encoded", "float"])
 def test_left_padding_changes_nothing(convert_tiny, token_ids, tolerance, attention, kv_heads):
