@@ -48,15 +48,13 @@ def finish(folder: Path, config: PreTrainedConfig, extra: dict[str, Any] | None 
     Args:
         folder: Holds `config.json` and safetensors shards already.
         config: The configuration that was saved.
-        extra: Provenance to record in the manifest; kept from an existing manifest if None.
+        extra: Provenance to record in the manifest, if it is known.
     """
     (folder / SHIM).write_text(_SHIM_TEXT)
     path = folder / "config.json"
     values = json.loads(path.read_text())
     values["auto_map"] = AUTO_MAP
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    if extra is None and (folder / MANIFEST).is_file():
-        extra = read_manifest(folder).get("provenance")
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "files": {

@@ -104,6 +104,10 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
     """A causal LLaMA that computes with spikes; `generate`, caches and pipelines work as usual.
 
     Runs in the collapsed view unless `snnllm.set_view` or `snnllm.use_view` chooses another.
+
+    Attributes:
+        provenance: How the model was converted, from the manifest of the folder it was loaded from;
+            `save_pretrained` passes it on.
     """
 
     config_class = SpikingLlamaConfig
@@ -116,6 +120,7 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         spike = config.spike
         config._attn_implementation = SPIKING_ATTENTION if spike.encodes_attention else "sdpa"
         super().__init__(config)
+        self.provenance: dict[str, Any] = {}
         for index, block in enumerate(self.model.layers):
             spike_block(block, index, config, spike)
 
@@ -137,12 +142,16 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         folder = Path(os.fspath(pretrained_model_name_or_path))
         if folder.is_dir():
             checkpoint.verify(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        if folder.is_dir():
+            model.provenance = dict(checkpoint.read_manifest(folder).get("provenance") or {})
+        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as `snnllm convert` does: packed weights, manifest, and the loader shim."""
         super().save_pretrained(save_directory, **kwargs)
-        checkpoint.finish(Path(save_directory), self.config)
+        checkpoint.finish(Path(save_directory), self.config, self.provenance)
 
     def _init_weights(self, module: nn.Module) -> None:
         # Spiking linears hold integers, which no initialiser may touch.

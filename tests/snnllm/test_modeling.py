@@ -242,6 +242,18 @@ def test_saving_over_a_checkpoint_keeps_its_provenance(checkpoint_copy):
     load(checkpoint_copy)
 
 
+def test_saving_elsewhere_carries_the_provenance(checkpoint_copy, model, tmp_path):
+    before = json.loads((checkpoint_copy / MANIFEST).read_text())["provenance"]
+    loaded, _ = SpikingLlamaForCausalLM.from_pretrained(checkpoint_copy, output_loading_info=True)
+    copy.deepcopy(loaded).save_pretrained(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / MANIFEST).read_text())["provenance"] == before
+    assert load(tmp_path / "new").provenance == before
+    # A model of unknown origin does not take over what another one left in the folder.
+    built = SpikingLlamaForCausalLM(spiking_config(model.config, model.config.spike))
+    built.save_pretrained(checkpoint_copy)
+    assert json.loads((checkpoint_copy / MANIFEST).read_text())["provenance"] == {}
+
+
 def test_a_state_dict_makes_the_same_model(model, token_ids):
     config = spiking_config(model.config, model.config.spike)
     other = SpikingLlamaForCausalLM(config).eval()
