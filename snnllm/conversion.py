@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from snnllm import checkpoint
+from snnllm.checks import check_names, check_windows
 from snnllm.config import FLOAT_BITS, SpikeConfig
 from snnllm.execution import spiking_modules
 from snnllm.linear import SpikingLinear
@@ -111,7 +112,8 @@ def convert(
     source = as_source(model)
     spike = with_allocation(source, spike, allocation or {})
     check_windows(windows, source)
-    check_names(source, spike)
+    windows = windows.cpu()  # the hidden states live there, and the hash is taken there
+    check_names(source, spike, allocation or {})
     provenance = make_provenance(source, spike, windows, seed, Pipeline(pipeline))
     target = Path(output)
     reports: list[BlockReport] = []
@@ -260,48 +262,6 @@ def with_allocation(
             )
         steps[name] = allocate_map(channel_steps)[1]
     return dataclasses.replace(spike, group_steps=steps)
-
-
-def check_names(source: Source, spike: SpikeConfig) -> None:
-    """Refuse names in `modules_to_not_convert` that no linear of the model has.
-
-    Raises:
-        ValueError: Such a name; it is a typo that would convert what should stay dense.
-    """
-    linears = [
-        "lm_head",
-        *(
-            f"model.layers.{i}.{path}"
-            for i in range(source.config.num_hidden_layers)
-            for paths in INPUT_GROUPS
-            for path in paths
-        ),
-    ]
-    for name in spike.modules_to_not_convert:
-        if not any(linear.endswith(name) for linear in linears):
-            raise ValueError(
-                f"modules_to_not_convert names {name!r}, but no linear of {source.name} ends like "
-                f"that; names look like {linears[1]!r} or 'down_proj'."
-            )
-
-
-def check_windows(windows: Tensor, source: Source) -> None:
-    """Refuse calibration windows that the model cannot read.
-
-    Raises:
-        ValueError: Wrong shape or dtype, no window, or ids outside of the vocabulary.
-    """
-    if windows.dim() != 2 or windows.numel() == 0 or windows.is_floating_point():
-        raise ValueError(
-            f"windows must be token ids [n, S] with n, S >= 1, got {windows.dtype} of shape "
-            f"{tuple(windows.shape)}."
-        )
-    vocabulary = source.config.vocab_size
-    if int(windows.min()) < 0 or int(windows.max()) >= vocabulary:
-        raise ValueError(
-            f"windows hold token id {int(windows.max())}, but the model has {vocabulary} tokens; "
-            "tokenise the text with the tokenizer of this model."
-        )
 
 
 def make_provenance(

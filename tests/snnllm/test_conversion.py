@@ -246,6 +246,25 @@ def test_maps_that_do_not_fit(dense, name, steps, message):
         with_allocation(ModelSource(dense, "mine"), SpikeConfig(), {name: steps})
 
 
+@pytest.mark.parametrize(
+    ("group_steps", "message"),
+    [
+        (
+            {"model.layers.0.mlp.down": (1, 2)},
+            r"group_steps names 'model\.layers\.0\.mlp\.down', whi",
+        ),
+        ({"mlp.down_proj": (1, 2)}, r"names look like 'model\.layers\.0\.self_attn\.q_proj'"),
+        ({"model.layers.2.mlp.down_proj": (1, 2)}, r"which is no linear of LlamaForCausalLM"),
+        ({"model.layers.0.mlp.down_proj": (1, 2, 4)}, r"has 3 groups, but scores fill two"),
+    ],
+)
+def test_group_steps_that_nothing_fills(dense, token_ids, tmp_path, group_steps, message):
+    spike = SpikeConfig(group_steps=group_steps)
+    with pytest.raises(ValueError, match=message):
+        convert(dense, tmp_path / "out", spike, token_ids[:1])
+    assert not list(tmp_path.iterdir())
+
+
 # -- refusals ----------------------------------------------------------------------------------------------
 
 
