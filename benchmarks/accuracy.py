@@ -80,7 +80,7 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
 def main(argv: list[str] | None = None) -> int:
     """Run the table and print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="Hugging Face folder or .gguf file of a dense LLaMA")
+    parser.add_argument("model", nargs="?", default="smollm2", help="dense LLaMA (%(default)s)")
     parser.add_argument("--text", default="pydoc:test", help="evaluation text (file or dataset)")
     parser.add_argument("--calibration", default="pydoc:train", help="calibration text")
     parser.add_argument("--window", type=int, default=512)
