@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from snnllm.config import (
     PRESETS,
+    Capacity,
     MaskScope,
     Operands,
     Score,
@@ -36,6 +37,9 @@ _OVERRIDES = {
     "attention": "attention",
     "weight_range": "weight_range",
     "group_size": "weight_group_size",
+    "activation_clip": "activation_clip",
+    "capacity": "capacity",
+    "kv_steps": "kv_salient_steps",
 }
 
 
@@ -65,6 +69,26 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     )
     spike.add_argument("--weight-range", choices=[*WeightRange], help="min/max or clip search")
     spike.add_argument("--group-size", type=int, help="inputs that share a weight scale")
+    spike.add_argument(
+        "--activation-clip", type=float, help="factor on the range of a token, 0..1: below 1 clips"
+    )
+    spike.add_argument(
+        "--capacity",
+        choices=[*Capacity],
+        help="largest spike count: steps (exact in every view) or power_of_two (as published, "
+        "collapsed view only)",
+    )
+    spike.add_argument("--kv-steps", type=int, help="time steps of the salient channels of K, V")
+    spike.add_argument(
+        "--modules-to-not-convert",
+        nargs="+",
+        metavar="NAME",
+        help="linears that stay dense, by the end of their name, e.g. down_proj; the head always does",
+    )
+    _add_calibration_options(parser)
+
+
+def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--calibration",
@@ -81,6 +105,8 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
 def spike_config(args: argparse.Namespace) -> SpikeConfig:
     """The configuration that the options describe."""
     given = {field: getattr(args, option) for option, field in _OVERRIDES.items()}
+    if args.modules_to_not_convert is not None:
+        given["modules_to_not_convert"] = ("lm_head", *args.modules_to_not_convert)
     return SpikeConfig.preset(args.preset, **{k: v for k, v in given.items() if v is not None})
 
 

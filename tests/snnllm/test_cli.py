@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 import snnllm
-from snnllm.cli import main
+from snnllm.cli import build_parser, main
 from snnllm.cli import options as cli_options
 from snnllm.cli.generate import prompt_ids
+from snnllm.config import SpikeConfig
 from snnllm.data import load_text
 
 COMMANDS = ["convert", "eval", "generate", "simulate", "inspect", "demo"]
@@ -97,6 +99,33 @@ def test_convert_reports_and_writes_a_card(stories_dir, text_file, tmp_path, cap
     assert "perplexity, spiking" in card
     run("inspect", output)
     assert "of 46 matmuls are spiking" in capsys.readouterr().out
+
+
+# Fields of SpikeConfig that no option of their own sets, and where they come from.
+NO_OPTION = {"weight_bits", "activation_bits", "group_steps", "rotation"}
+OPTIONS = {
+    "--ratio": (0.3, "salient_ratio", 0.3),
+    "--steps": (3, "salient_steps", 3),
+    "--kv-steps": (4, "kv_salient_steps", 4),
+    "--range": ("shared", "value_range", "shared"),
+    "--capacity": ("power_of_two", "capacity", "power_of_two"),
+    "--score": ("abs", "score", "abs"),
+    "--mask-scope": ("input", "mask_scope", "input"),
+    "--attention": ("float", "attention", "float"),
+    "--weight-range": ("minmax", "weight_range", "minmax"),
+    "--group-size": (32, "weight_group_size", 32),
+    "--activation-clip": (0.9, "activation_clip", 0.9),
+    "--modules-to-not-convert": ("up_proj", "modules_to_not_convert", ("lm_head", "up_proj")),
+}
+
+
+def test_every_field_of_the_config_has_an_option():
+    fields = {f.name for f in dataclasses.fields(SpikeConfig)}
+    assert {field for _, field, _ in OPTIONS.values()} | NO_OPTION == fields
+    default = SpikeConfig.preset("W4A4T2")
+    for option, (given, field, value) in OPTIONS.items():
+        args = build_parser().parse_args(["convert", "in", "out", option, str(given)])
+        assert getattr(cli_options.spike_config(args), field) == value != getattr(default, field)
 
 
 def test_a_dry_run_writes_nothing(stories_dir, text_file, tmp_path, capsys):
