@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from snnllm.config import SpikeConfig
+from snnllm.evaluate import trained_context
 from snnllm.pipelines.streaming import INPUT_GROUPS
 from snnllm.sources import Source
+
+_log = logging.getLogger(__name__)
 
 
 def check_names(
@@ -46,7 +50,7 @@ def check_names(
 
 
 def check_windows(windows: Tensor, source: Source) -> None:
-    """Refuse calibration windows that the model cannot read.
+    """Refuse calibration windows that the model cannot read, and warn of ones that are too long.
 
     Raises:
         ValueError: Wrong shape or dtype, no window, or ids outside of the vocabulary.
@@ -61,4 +65,11 @@ def check_windows(windows: Tensor, source: Source) -> None:
         raise ValueError(
             f"windows hold token id {int(windows.max())}, but the model has {vocabulary} tokens; "
             "tokenise the text with the tokenizer of this model."
+        )
+    context = trained_context(source.config)
+    if context is not None and windows.shape[1] > context:
+        _log.warning(
+            "calibration windows of %d tokens are longer than the context of %s (%d); positions "
+            "beyond it were never trained, use shorter windows",
+            *(windows.shape[1], source.name, context),
         )

@@ -18,11 +18,13 @@ from snnllm.card import write_card
 from snnllm.checkpoint import check_output
 from snnllm.cli.convert import summary
 from snnllm.cli.options import (
+    CALIBRATION_WINDOW,
     add_spike_options,
     calibration_windows,
     open_model,
     progress,
     spike_config,
+    window_length,
 )
 from snnllm.cli.simulate import simulate
 from snnllm.conversion import ConversionReport, convert
@@ -107,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"1/5 opening {args.model}")
     source = open_source(args.model)
     tokenizer = source.tokenizer()
-    windows = token_windows(tokenize(load_text(args.text), tokenizer), args.seqlen, args.limit)
+    length = window_length(args.seqlen, CALIBRATION_WINDOW, source.config)
+    windows = token_windows(tokenize(load_text(args.text), tokenizer), length, args.limit)
     print(f"2/5 dense perplexity on {args.text} and a sentence")
     dense = _measure("dense", dense_model(source), tokenizer, windows, args.prompt)
     print(f"3/5 converting to {args.preset}, pipeline {args.pipeline}")

@@ -23,10 +23,13 @@ from snnllm.config import (
     WeightRange,
 )
 from snnllm.data import load_text, random_windows, tokenize
+from snnllm.evaluate import trained_context
 from snnllm.execution import View, set_view, spiking_modules
 from snnllm.modeling import load
 from snnllm.pipelines import Pipeline
 from snnllm.sources import Source, dense_model, open_source
+
+CALIBRATION_WINDOW = 512
 
 _OVERRIDES = {
     "ratio": "salient_ratio",
@@ -97,7 +100,9 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--nsamples", type=int, default=16, help="windows (default: %(default)s)")
     data.add_argument(
-        "--seqlen", type=int, default=512, help="tokens a window (default: %(default)s)"
+        "--seqlen",
+        type=int,
+        help=f"tokens a window (default: {CALIBRATION_WINDOW}, or the context of a smaller model)",
     )
     data.add_argument("--seed", type=int, default=0, help="offsets of the windows (default: 0)")
 
@@ -113,7 +118,16 @@ def spike_config(args: argparse.Namespace) -> SpikeConfig:
 def calibration_windows(args: argparse.Namespace, source: Source) -> Tensor:
     """The calibration windows that the options describe."""
     ids = tokenize(load_text(args.calibration), source.tokenizer())
-    return random_windows(ids, args.seqlen, args.nsamples, args.seed)
+    length = window_length(args.seqlen, CALIBRATION_WINDOW, source.config)
+    return random_windows(ids, length, args.nsamples, args.seed)
+
+
+def window_length(given: int | None, default: int, config: Any) -> int:
+    """Tokens of a window: what the user gave, else the default or the context, if that is less."""
+    if given is not None:
+        return given
+    context = trained_context(config)
+    return default if context is None else min(default, context)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -219,7 +219,7 @@ def test_eval_is_the_same_in_every_view(
 
 
 EVAL_ERRORS = {
-    "short": (["--text", "SHORT"], "fewer than one window of 2048; give a longer text"),
+    "short": (["--text", "SHORT"], "fewer than one window of 512; give a longer text"),
     "empty": (["--text", "EMPTY"], "holds no text"),
     "missing": (["--text", "no/file.txt"], "There is no text file"),
     "unknown": (["--text", "tales"], "Unknown text 'tales'"),
@@ -229,6 +229,7 @@ EVAL_ERRORS = {
         ["--window", "64", "--limit", "1", "--batch-size", "0"],
         "batch size must be at least 1",
     ),
+    "context": (["--window", "513"], "use a smaller --window, at most 512"),
     "window": (["--window", "1"], "A window needs at least 2 tokens"),
 }
 

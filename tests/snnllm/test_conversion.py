@@ -10,6 +10,7 @@ import torch
 
 from snnllm.card import write_card
 from snnllm.checkpoint import read_manifest
+from snnllm.checks import check_windows
 from snnllm.config import MaskScope, Score, SpikeConfig
 from snnllm.conversion import as_source, convert, estimate, with_allocation, write_report
 from snnllm.data import random_windows
@@ -282,6 +283,14 @@ def test_windows_that_the_model_cannot_read(dense, tmp_path, windows, message):
     with pytest.raises(ValueError, match=message):
         convert(dense, tmp_path / "out", SpikeConfig(), windows)
     assert not list(tmp_path.iterdir())
+
+
+def test_windows_beyond_the_context_are_said(dense, caplog):
+    source = ModelSource(dense, "mine")
+    check_windows(torch.ones(1, 128, dtype=torch.long), source)
+    assert not caplog.messages
+    check_windows(torch.ones(1, 129, dtype=torch.long), source)
+    assert "windows of 129 tokens are longer than the context of mine (128)" in caplog.messages[0]
 
 
 def test_nothing_converted_is_an_error(dense, token_ids, tmp_path):
