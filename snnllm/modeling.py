@@ -118,7 +118,8 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
     def __init__(self, config: SpikingLlamaConfig) -> None:
         register()
         spike = config.spike
-        config._attn_implementation = SPIKING_ATTENTION if spike.encodes_attention else "sdpa"
+        # What the caller asked for has come into the config by now, also from `from_pretrained`.
+        config._attn_implementation = attention_of(spike, config._attn_implementation)
         super().__init__(config)
         self.provenance: dict[str, Any] = {}
         for index, block in enumerate(self.model.layers):
@@ -148,6 +149,18 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
             model.provenance = dict(checkpoint.read_manifest(folder).get("provenance") or {})
         return loaded
 
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Choose the attention function, which encoded attention operands leave no choice of.
+
+        Raises:
+            ValueError: Another one than `spiking` for encoded Q, K and V, or that one for float ones.
+        """
+        chosen = attn_implementation
+        if isinstance(chosen, dict):
+            chosen = chosen.get("", self.config._attn_implementation)
+        attention_of(self.config.spike, chosen)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as `snnllm convert` does: packed weights, manifest, and the loader shim."""
         super().save_pretrained(save_directory, **kwargs)
@@ -157,6 +170,31 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         # Spiking linears hold integers, which no initialiser may touch.
         if not isinstance(module, SpikingLinear):
             super()._init_weights(module)
+
+
+def attention_of(spike: SpikeConfig, requested: str | None) -> str:
+    """The attention function of a spiking model.
+
+    Args:
+        spike: Says whether Q, K and V are encoded.
+        requested: `attn_implementation` of the caller, or None for the default.
+
+    Raises:
+        ValueError: A function that would read spikes as floats, or floats as spikes.
+    """
+    if not spike.encodes_attention:
+        if requested == SPIKING_ATTENTION:
+            raise ValueError(
+                f"attn_implementation={requested!r} is for encoded Q, K and V, but this model leaves "
+                'them in float (attention="float"); use "sdpa" or "eager".'
+            )
+        return requested or "sdpa"
+    if requested not in (None, SPIKING_ATTENTION):
+        raise ValueError(
+            f"attn_implementation={requested!r} cannot read the spikes of Q, K and V; this model runs "
+            f'with {SPIKING_ATTENTION!r} only. Leave the argument out, or convert with attention="float".'
+        )
+    return SPIKING_ATTENTION
 
 
 def register() -> None:

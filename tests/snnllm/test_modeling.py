@@ -216,6 +216,36 @@ def test_the_shim_without_the_package_says_what_to_install(tiny_checkpoint, monk
         exec(code, types.ModuleType("shim").__dict__)
 
 
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2"])
+def test_another_attention_cannot_read_spikes(tiny_checkpoint, model, token_ids, name):
+    message = f"attn_implementation='{name}' cannot read the spikes of Q, K and V"
+    for auto in (SpikingLlamaForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=message):
+            auto.from_pretrained(tiny_checkpoint, attn_implementation=name)
+        loaded = auto.from_pretrained(tiny_checkpoint, attn_implementation="spiking")
+        assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
+    for request in (name, {"": name}):
+        with pytest.raises(ValueError, match=message):
+            model.set_attn_implementation(request)
+    model.set_attn_implementation("spiking")
+    assert model.config._attn_implementation == "spiking"
+
+
+def test_attention_in_float_has_the_choice_of_transformers(convert_tiny, token_ids):
+    folder = convert_tiny(overrides={"attention": "float"})[1]
+    default = load(folder)
+    assert default.config._attn_implementation == "sdpa"
+    loaded = SpikingLlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    assert loaded.config._attn_implementation == "eager"
+    assert sqnr_db(logits(default, token_ids), logits(loaded, token_ids)) > 20
+    with pytest.raises(
+        ValueError, match="is for encoded Q, K and V, but this model leaves them in"
+    ):
+        default.set_attn_implementation("spiking")
+    default.set_attn_implementation("eager")
+    assert torch.equal(logits(default, token_ids), logits(loaded, token_ids))
+
+
 # -- save and load -----------------------------------------------------------------------------------------
 
 
