@@ -28,6 +28,7 @@ from snnllm.execution import SpikingModule, View
 from snnllm.kernels import get_backend
 from snnllm.kernels.attention import NativeAttention
 from snnllm.kernels.exact import exact_matmul
+from snnllm.precision import keeping_float32
 
 SPIKING_ATTENTION = "spiking"
 CALIBRATION_ATTENTION = "spiking_calibration"
@@ -111,7 +112,9 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._native = _UNKNOWN  # the encoders may move to another device
-        return super()._apply(fn, recurse)
+        with keeping_float32(self):
+            super()._apply(fn, recurse)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the loaded library, for deepcopy and pickle."""
@@ -258,7 +261,8 @@ def spiking_attention(
     probability = nn.functional.softmax(masked(scores, attention_mask), dim=-1)
     weights = nn.functional.dropout(probability, p=dropout, training=module.training)
     per_group = weights.view(batch, key.shape[1], -1, decoded.shape[-2])
-    out = torch.matmul(per_group, decoded).view(batch, heads, tokens, -1)
+    # The mask of a float64 model makes P float64.
+    out = torch.matmul(per_group, decoded.to(per_group.dtype)).view(batch, heads, tokens, -1)
     return out.transpose(1, 2).to(dtype).contiguous(), probability
 
 

@@ -22,6 +22,7 @@ from neurons import SpikeEncoder
 from snnllm.config import SpikeConfig
 from snnllm.execution import spiking_modules
 from snnllm.linear import SpikingLinear
+from snnllm.precision import restore_float32
 
 QUANT_METHOD = "spikellm"
 
@@ -52,6 +53,7 @@ class SpikeHfQuantizer(HfQuantizer):
             )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        restore_float32(model)  # of a model that was loaded in float64
         for module in model.modules():
             if isinstance(module, SpikingLinear):
                 module.invalidate()

@@ -24,6 +24,7 @@ from snnllm.kernels.spec import (
     segments_of,
 )
 from snnllm.packing import pack, packed_width, unpack
+from snnllm.precision import keeping_float32
 from snnllm.transforms import OnlineRotation, salient_count
 from snnllm.weights import QuantizedWeight, expand_groups, group_count
 
@@ -192,11 +193,8 @@ class SpikingLinear(SpikingModule):
         self._prepared = None
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        scale = self._buffers.get("weight_scale")
-        super()._apply(fn, recurse)
-        if scale is not None and self.weight_scale.dtype != torch.float32:
-            # A cast of the model (`.half()`) must not round the scales: codes would change meaning.
-            self.weight_scale = scale.to(self.weight_scale.device)
+        with keeping_float32(self):
+            super()._apply(fn, recurse)
         self.invalidate()
         return self
 

@@ -16,6 +16,7 @@ from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention, register_
 from snnllm.config import SpikeConfig
 from snnllm.hf_quantizer import register_quantizer
 from snnllm.linear import LinearLayout, SpikingLinear
+from snnllm.precision import FLOAT32_BUFFERS
 
 MODEL_TYPE = "spiking_llama"
 LINEARS = (
@@ -113,7 +114,7 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
     config_class = SpikingLlamaConfig
     config: SpikingLlamaConfig
     # Loading in half precision must not round these: the codes would change meaning.
-    _keep_in_fp32_modules_strict = ("weight_scale", "qk_rotation", "rotation.left_")
+    _keep_in_fp32_modules_strict = FLOAT32_BUFFERS
 
     def __init__(self, config: SpikingLlamaConfig) -> None:
         register()

@@ -21,6 +21,7 @@ from scipy.linalg import hadamard
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+from snnllm.precision import keeping_float32
 from snnllm.sources import Source
 
 
@@ -155,11 +156,8 @@ class OnlineRotation(nn.Module):
         return self.forward(torch.eye(sum(self.sizes), device=self.order.device))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # Rounded factors would no longer be orthogonal: keep them in float32 under `.half()`.
-        kept = {k: v for k, v in self._buffers.items() if v is not None and v.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            self._buffers[name] = value.to(self.order.device)
+        with keeping_float32(self):
+            super()._apply(fn, recurse)
         return self
 
 

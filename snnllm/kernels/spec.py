@@ -228,9 +228,9 @@ def check_input(x: Tensor, channels: int, name: str) -> None:
             f"{name}: expected an input of {channels} channels, got {tuple(x.shape)}; "
             "the last axis must be the channels"
         )
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(
-            f"{name}: expected float32, bfloat16 or float16, got {x.dtype}; convert the input"
+            f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}; convert the input"
         )
 
 

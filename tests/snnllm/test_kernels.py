@@ -267,7 +267,7 @@ def test_shapes_dtypes_and_layouts_of_the_input(backend: Backend) -> None:
     assert torch.equal(
         backend.linear(strided, prepared), backend.linear(strided.clone().contiguous(), prepared)
     )
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
         half = x.to(dtype)
         expected = backend.linear(half.float(), prepared).to(dtype)
         assert torch.equal(backend.linear(half, prepared), expected)

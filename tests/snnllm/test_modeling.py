@@ -24,7 +24,7 @@ from transformers import (
 from snnllm.checkpoint import MANIFEST, SHIM
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
-from snnllm.execution import spiking_modules
+from snnllm.execution import View, spiking_modules, use_view
 from snnllm.hf_quantizer import SpikeHfQuantizer, SpikeQuantizationConfig
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import (
@@ -326,6 +326,33 @@ def test_half_precision_keeps_integers_and_scales(make_llama, token_ids, dtype, 
     again = load(tmp_path / "half")
     same_state(half, again)
     assert torch.equal(logits(again, token_ids), out)
+
+
+@pytest.mark.parametrize("attention", ["encoded", "float"])
+def test_double_precision_runs_equally_in_all_views(convert_tiny, token_ids, attention):
+    model = load(convert_tiny(overrides={"attention": attention})[1], torch.float64)
+    out = {}
+    for view in View:
+        with use_view(model, view):
+            out[view] = logits(model, token_ids)
+        assert out[view].dtype == torch.float64
+        assert torch.equal(out[view], out[View.BINARY])
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float64])
+def test_casts_do_not_round_rotations(make_llama, token_ids, tmp_path, cast):
+    spike = SpikeConfig(salient_ratio=0.25)
+    convert(make_llama(), tmp_path / "out", spike, token_ids[:2], pipeline="rotated")
+    loaded = load(tmp_path / "out")
+    built = SpikingLlamaForCausalLM(spiking_config(loaded.config, loaded.config.spike)).eval()
+    built.load_state_dict(loaded.state_dict())
+    built.to(cast)
+    kept = [n for n, _ in built.named_buffers() if n.endswith(("scale", "qk_rotation", "left_0"))]
+    assert len(kept) == 2 * (7 + 1 + 1)
+    for name in kept:
+        assert built.get_buffer(name).dtype == torch.float32, name
+        assert torch.equal(built.get_buffer(name), loaded.get_buffer(name)), name
+    assert logits(built, token_ids).dtype == cast
 
 
 def test_casts(tiny_checkpoint, model, token_ids):

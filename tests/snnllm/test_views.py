@@ -75,7 +75,7 @@ def check(module: SpikingLinear, x: Tensor) -> None:
     weight_bits=st.sampled_from([2, 3, 4, 5, 8]),
     group_size=st.sampled_from([None, 8, 16]),
     bias=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     shape=st.sampled_from(SHAPES),
     channels=st.sampled_from([1, 7, 24, 33, 64]),
     out=st.sampled_from([1, 10, 19]),
@@ -141,9 +141,10 @@ def test_the_output_is_the_decoded_linear(make_linear, tolerance):
 
 
 @pytest.mark.parametrize(("weight_bits", "bits"), [(16, 4), (4, 16), (16, 8)])
-def test_float_operands_give_the_same_output_in_all_views(make_linear, weight_bits, bits):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_float_operands_give_the_same_output_in_all_views(make_linear, weight_bits, bits, dtype):
     module = make_linear(weight_bits=weight_bits, bits=bits)
-    x = inputs((2, 3), 24, 2)
+    x = inputs((2, 3), 24, 2, dtype)
     outputs = []
     for view in View:
         module.check_view(view)
