@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import snnllm
+from snnllm import checkpoint
 from snnllm.cli import build_parser, main
 from snnllm.cli import options as cli_options
+from snnllm.cli.demo import recorded_layers
 from snnllm.cli.generate import prompt_ids
 from snnllm.config import SpikeConfig
 from snnllm.data import load_text
@@ -352,6 +354,46 @@ def test_inspect_prints_a_table_or_json(stories_checkpoint, stories_dir, capsys)
     assert "0 of 46 matmuls are spiking" in capsys.readouterr().out
 
 
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Folders of the checkpoints that are verified, which reads them whole."""
+    seen, verify = [], checkpoint.verify
+    monkeypatch.setattr(checkpoint, "verify", lambda folder: (seen.append(folder), verify(folder)))
+    return seen
+
+
+def test_simulate_loads_the_checkpoint_once(stories_checkpoint, tmp_path, loads):
+    run("simulate", stories_checkpoint, "Once upon", "--output", tmp_path / "rec")
+    assert loads == [stories_checkpoint]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 30])
+def test_layers_of_the_demo_are_there(blocks):
+    spike = SpikeConfig.preset("W4A4T2")
+    names = recorded_layers(None, blocks, spike)
+    prefix = f"model.layers.{min(3, blocks - 1)}"
+    assert names == [f"{prefix}.self_attn.q_proj", f"{prefix}.mlp.down_proj"]
+    assert recorded_layers(["*.0.self_attn.k_encoder"], blocks, spike)
+    with pytest.raises(
+        ValueError, match=f"model of {blocks} blocks matches '\\*.layers.{blocks}.*'"
+    ):
+        recorded_layers([f"*.layers.{blocks}.*"], blocks, spike)
+    kept = dataclasses.replace(spike, modules_to_not_convert=("q_proj",), attention="float")
+    assert recorded_layers(None, blocks, kept) == [f"{prefix}.mlp.down_proj"]
+    with pytest.raises(ValueError, match="no spiking layer"):
+        recorded_layers(["*.q_proj"], blocks, kept)
+    with pytest.raises(ValueError, match="no spiking layer"):
+        recorded_layers(["*encoder"], blocks, kept)
+    with pytest.raises(ValueError, match="W4A16 leaves no spiking activations to record"):
+        recorded_layers(None, blocks, SpikeConfig.preset("W4A16"))
+
+
+def test_the_demo_refuses_unknown_layers_before_it_works(stories_dir, tmp_path, failing):
+    arguments = ["--model", stories_dir, "--output", tmp_path / "demo", "--layers", "*.9.*"]
+    assert "no spiking layer of a model of 5 blocks matches '*.9.*'" in failing("demo", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
 def test_simulate_writes_recordings_and_operations(stories_checkpoint, tmp_path, capsys):
     layers = ["--layers", "model.layers.0.self_attn.q_proj"]
     run("simulate", stories_checkpoint, "Once upon", "--output", tmp_path / "rec", *layers)
@@ -370,11 +412,12 @@ def test_simulate_refuses_an_unknown_layer(stories_checkpoint, tmp_path, failing
     )
 
 
-def test_demo_on_a_small_model(stories_dir, text_file, tmp_path, capsys):
+def test_demo_on_a_small_model(stories_dir, text_file, tmp_path, capsys, loads):
     output = tmp_path / "demo"
     arguments = ["--model", stories_dir, "--output", output, "--text", text_file, "--limit", "2"]
     run("demo", *arguments, *CALIBRATION, "--calibration", text_file)
     text = capsys.readouterr().out
+    assert loads == [output / "checkpoint"]
     assert "5/5 recording membranes" in text
     assert "dense    perplexity" in text
     assert "spiking  perplexity" in text
