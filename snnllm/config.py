@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Real
 from typing import Any
 
 from neurons import Capacity as Capacity
@@ -118,6 +119,8 @@ class SpikeConfig:
         _check_int("activation_bits", self.activation_bits, 1, 8, FLOAT_BITS)
         _check_int("salient_steps", self.salient_steps, 1, 64)
         _check_int("kv_salient_steps", self.kv_salient_steps, 1, 64)
+        for name in ("salient_ratio", "activation_clip"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
         if not 0.0 <= self.salient_ratio <= 1.0:
             raise ValueError(
                 f"salient_ratio is a fraction of the channels in [0, 1], got {self.salient_ratio}."
@@ -138,6 +141,30 @@ class SpikeConfig:
                 raise ValueError(
                     f"group_steps[{name!r}] must hold at most {MAX_GROUPS} groups, got {len(values)}."
                 )
+
+        if self.capacity is Capacity.POWER_OF_TWO:
+            self._check_powers()
+
+    def _check_powers(self) -> None:
+        """Refuse steps that have no capacity `2**(b + log2 T) - 1`."""
+        named = {
+            "salient_steps": (self.salient_steps,),
+            "kv_salient_steps": (self.kv_salient_steps,),
+        }
+        named |= {f"group_steps[{name!r}]": steps for name, steps in self.group_steps.items()}
+        for name, steps in named.items():
+            for t in steps:
+                if t & (t - 1):
+                    raise ValueError(
+                        f"capacity='power_of_two' needs steps 1, 2, 4, ..., got {name}={t}; use "
+                        "capacity='steps'."
+                    )
+
+    def __hash__(self) -> int:
+        """Equal configs are equal keys, the mapping `group_steps` included."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["group_steps"] = frozenset(self.group_steps.items())
+        return hash(tuple(values.items()))
 
     @property
     def encodes_activations(self) -> bool:
@@ -215,6 +242,11 @@ class SpikeConfig:
             )
         weight, steps = match["w"], int(match["t"] or 1)
         _check_int("T (salient steps)", steps, 1, 64)
+        if int(match["a"]) == FLOAT_BITS and steps > 1:
+            raise ValueError(
+                f"Preset {name!r} asks for {steps} time steps of float activations, which have none; "
+                f"leave T out, or choose at most 8 bits after A."
+            )
         values: dict[str, Any] = {
             "weight_bits": FLOAT_BITS if weight is None else int(weight),
             "activation_bits": int(match["a"]),
@@ -249,6 +281,12 @@ def _member(enum: type[StrEnum], name: str, value: Any) -> StrEnum:
         raise ValueError(
             f"{name} must be one of {[str(m) for m in enum]}, got {value!r}."
         ) from None
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    return float(value)
 
 
 def _check_int(name: str, value: Any, low: int, high: int, also: int | None = None) -> None:
