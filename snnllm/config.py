@@ -147,7 +147,7 @@ class SpikeConfig:
 
     def _check_powers(self) -> None:
         """Refuse steps that have no capacity `2**(b + log2 T) - 1`."""
-        named = {
+        named: dict[str, tuple[int, ...]] = {
             "salient_steps": (self.salient_steps,),
             "kv_salient_steps": (self.kv_salient_steps,),
         }

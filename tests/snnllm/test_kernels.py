@@ -565,6 +565,30 @@ def test_compiler_that_does_not_run(monkeypatch: pytest.MonkeyPatch, fresh: Path
 
 
 @needs_compiler
+@pytest.mark.parametrize("words", ["{gcc} -DSNN_OPTION", "env {gcc}", "'{gcc}' -DA='1 2'"])
+def test_cc_may_hold_a_wrapper_and_options(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    gcc = compiler.find_compiler()[0]
+    monkeypatch.setenv("CC", words.format(gcc=gcc))
+    assert len(compiler.find_compiler()) == 2
+    assert compiler.build().parent == fresh
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("no_such_compiler -m64", r"looked for no_such_compiler\)"),
+        ("'gcc", 'CC="\'gcc" is no command: No closing quotation'),
+    ],
+)
+def test_cc_that_is_no_compiler(monkeypatch: pytest.MonkeyPatch, words: str, message: str) -> None:
+    monkeypatch.setenv("CC", words)
+    with pytest.raises(compiler.CompilerError, match=message):
+        compiler.find_compiler()
+
+
+@needs_compiler
 def test_cache_is_reused_and_must_be_writable(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compiler.build()
     stamp = first.stat().st_mtime_ns
