@@ -136,14 +136,47 @@ def test_an_error_leaves_nothing(tmp_path, error):
     assert contents(tmp_path) == []
 
 
-def test_an_empty_output_is_taken_and_left_overs_are_removed(tmp_path):
+def test_an_empty_output_is_taken(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "old").write_text("x")
     with published(tmp_path / "out") as work:
         assert contents(work) == []
         (work / "file").write_text("x")
     assert contents(tmp_path / "out") == ["file"]
+    assert contents(tmp_path) == ["out"]
+
+
+def test_two_at_a_time_do_not_touch_each_other(tmp_path):
+    output = tmp_path / "out"
+
+    def write_second(first: Path) -> None:
+        with published(output) as second:
+            (second / "file").write_text("second")
+            assert contents(first) == ["file"]
+
+    def write_both() -> None:
+        with published(output) as first:
+            (first / "file").write_text("first")
+            write_second(first)
+
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        write_both()
+    assert (output / "file").read_text() == "second"
+    assert contents(tmp_path) == ["out"]
+
+
+def test_what_is_not_ours_beside_the_output_stays(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious").write_text("x")
+    with published(tmp_path / "out") as work:
+        (work / "file").write_text("x")
+    assert contents(tmp_path / "out.partial") == ["precious"]
+
+
+def test_others_may_read_a_checkpoint(tmp_path):
+    (tmp_path / "plain").mkdir()
+    with published(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -211,13 +244,14 @@ def test_a_killed_conversion_leaves_nothing_that_loads(
     )
     assert run.returncode == -signal.SIGKILL, run.stderr[-2000:]
     assert not output.exists()
-    partial = tmp_path / "out.partial"
+    (partial,) = tmp_path.glob("out.partial-*/out")
     assert any(partial.glob("*.safetensors"))
     # Not even with the config, the last file before the manifest, beside it.
     shutil.copy(tiny_checkpoint / "config.json", partial)
     with pytest.raises(CheckpointError, match="not a finished spiking checkpoint"):
         load(partial)
     shutil.rmtree(tmp_path / "dense")
+    shutil.rmtree(partial.parent)
     convert(make_llama(), output, SpikeConfig(), token_ids[:1])  # the next try succeeds
     assert contents(tmp_path) == ["out"]
     load(output)

@@ -61,7 +61,10 @@ def test_exact_matmul(largest: int) -> None:
 def test_query_key_products_have_the_integers_of_the_cpu(tiny_checkpoint: Path) -> None:
     attention: Any = load(tiny_checkpoint).model.layers[0].self_attn
     generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(1, 4, 5, 8, generator=generator), torch.randn(1, 2, 7, 8)
+    query, key = (
+        torch.randn(1, 4, 5, 8, generator=generator),
+        torch.randn(1, 2, 7, 8, generator=generator),
+    )
     expected = query_key_accumulators(
         attention, attention.q_encoder.encode(query), attention.k_encoder.encode(key)
     )
@@ -76,7 +79,7 @@ def test_query_key_products_have_the_integers_of_the_cpu(tiny_checkpoint: Path) 
 
 @torch.no_grad()
 def test_logits_are_equal_in_all_views(tiny_checkpoint: Path, token_ids: Tensor) -> None:
-    model = load(tiny_checkpoint).cuda()
+    model = load(tiny_checkpoint).to("cuda")
     logits = {}
     for view in View:
         with use_view(model, view):
@@ -92,4 +95,4 @@ def test_a_model_on_the_gpu_is_converted_there(
     spike = SpikeConfig(salient_ratio=0.25)
     model, windows = make_llama().cuda(), token_ids[:2].cuda()
     convert(model, tmp_path / "out", spike, windows, pipeline=pipeline, device="cuda")
-    assert torch.isfinite(load(tmp_path / "out").cuda()(windows).logits).all()
+    assert torch.isfinite(load(tmp_path / "out").to("cuda")(windows).logits).all()
