@@ -1,4 +1,4 @@
-"""Perplexity of the `rtn` pipeline, a table of configurations side by side.
+"""Perplexity of the pipelines, tables of configurations side by side.
 
     python benchmarks/accuracy.py MODEL --text wikitext2:test --calibration wikitext2:train
 
@@ -23,6 +23,7 @@ from snnllm.conversion import convert
 from snnllm.data import load_text, random_windows, token_windows, tokenize
 from snnllm.evaluate import token_perplexity
 from snnllm.modeling import load
+from snnllm.pipelines.rotated import RotatedOptions
 from snnllm.sources import dense_model, open_source
 
 FLOAT = {"attention": "float"}
@@ -64,11 +65,31 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     ],
     "rotated": [
         ("rotated, T = 2 on about 10 %", "W4A4T2", ROTATED),
-        ("rotated, attention float", "W4A4T2", {**ROTATED, **FLOAT}),
         ("rotated, T = 4 on about 5 %", "W4A4T4", ROTATED),
         ("rotated, one group", "W4A4", ROTATED),
         ("rotated, float weights", "A4T2", ROTATED),
         ("rotated, W4A8", "W4A8", ROTATED),
+        ("rotated, W2A8", "W2A8", ROTATED),
+        ("rotated, W8A8", "W8A8", ROTATED),
+    ],
+    "ablation": [
+        ("all parts", "W4A4T2", ROTATED),
+        *(
+            (f"without {label}", "W4A4T2", {**ROTATED, "options": RotatedOptions(**{part: False})})
+            for part, label in (
+                ("compensate", "the fit to the float model"),
+                ("rotate", "rotation"),
+                ("offset", "input offsets"),
+                ("clip", "activation clip ratios"),
+                ("segment_scales", "weight scales per saliency group"),
+                ("query_groups", "channel groups for Q"),
+            )
+        ),
+        ("attention operands float", "W4A4T2", {**ROTATED, **FLOAT}),
+    ],
+    "ridge": [
+        (f"ridge {ridge}", "W4A4T2", {**ROTATED, "options": RotatedOptions(ridge=ridge)})
+        for ridge in (0.1, 0.3, 1.0, 3.0, 10.0)
     ],
     "scores": [
         (f"score {score}", "W4A4T2", {"score": score})
@@ -80,12 +101,14 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
 def main(argv: list[str] | None = None) -> int:
     """Run the table and print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="Hugging Face folder or .gguf file of a dense LLaMA")
+    parser.add_argument("model", nargs="?", default="smollm2", help="dense LLaMA (%(default)s)")
     parser.add_argument("--text", default="pydoc:test", help="evaluation text (file or dataset)")
     parser.add_argument("--calibration", default="pydoc:train", help="calibration text")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--limit", type=int, default=12, help="evaluation windows, spread evenly")
+    parser.add_argument("--batch", type=int, default=1, help="windows evaluated together")
     parser.add_argument("--calibration-windows", type=int, default=8)
+    parser.add_argument("--calibration-window", type=int, help="tokens; default as --window")
     parser.add_argument("--tables", nargs="+", choices=sorted(ROWS), default=["issue"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -95,9 +118,11 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = source.tokenizer()
     windows = token_windows(tokenize(load_text(args.text), tokenizer), args.window, args.limit)
     ids = tokenize(load_text(args.calibration), tokenizer)
-    calibration = random_windows(ids, args.window, args.calibration_windows, 0)
+    calibration = random_windows(
+        ids, args.calibration_window or args.window, args.calibration_windows, 0
+    )
     dense = dense_model(source).to(args.device)
-    base = token_perplexity(dense, windows)
+    base = token_perplexity(dense, windows, batch_size=args.batch)
     del dense
     print(
         f"{len(windows)} windows of {args.window}, {args.text}, {args.device}, torch {torch.__version__}"
@@ -113,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 options = dict(overrides)
                 pipeline = options.pop("pipeline", "rtn")
+                parts = options.pop("options", None)
                 spike = SpikeConfig.preset(preset, **options)
                 report = convert(
                     source,
@@ -120,10 +146,13 @@ def main(argv: list[str] | None = None) -> int:
                     spike,
                     calibration,
                     pipeline=pipeline,
+                    options=parts,
                     device=args.device,
                 )
                 start = time.perf_counter()
-                result = token_perplexity(load(f"{folder}/out").to(args.device), windows)
+                result = token_perplexity(
+                    load(f"{folder}/out").to(args.device), windows, batch_size=args.batch
+                )
                 sqnr = [b.sqnr_db for b in report.blocks]
                 print(
                     f"| {label} | {preset} | {result.perplexity:.2f} | {report.seconds:.1f} | "

@@ -1,8 +1,9 @@
 """Prefill and decoding speed of the views of a spiking checkpoint beside the dense float32 model.
 
-    python benchmarks/model_speed.py CHECKPOINT DENSE --prompt 512 --tokens 16
+    python benchmarks/model_speed.py DENSE --checkpoint CHECKPOINT --prompt 512 --tokens 16
 
-All contenders are interleaved in one process; the table gives medians and ratios to the dense model.
+Without a checkpoint the dense model is converted into a temporary folder first (`rtn`, W4A4T2). All
+contenders are interleaved in one process; the table gives medians and ratios to the dense model.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnllm.config import SpikeConfig
+from snnllm.conversion import convert
+from snnllm.data import load_text, random_windows, tokenize
 from snnllm.execution import View, use_view
 from snnllm.modeling import load
-from snnllm.sources import dense_model, open_source
+from snnllm.sources import Source, dense_model, open_source
 
 
 def generate(model: Any, ids: Tensor, tokens: int) -> float:
@@ -40,19 +45,32 @@ def decode(model: Any, ids: Tensor, tokens: int) -> float:
     return (generate(model, ids, tokens + 1) - generate(model, ids, 1)) / tokens
 
 
+def spiking_model(checkpoint: Path | None, source: Source) -> Any:
+    """The checkpoint, or the dense model converted for the occasion."""
+    if checkpoint is not None:
+        return load(checkpoint)
+    ids = tokenize(load_text("pydoc:train"), source.tokenizer())
+    with tempfile.TemporaryDirectory() as folder:
+        convert(
+            source, f"{folder}/out", SpikeConfig.preset("W4A4T2"), random_windows(ids, 128, 2, 0)
+        )
+        return load(f"{folder}/out")
+
+
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("dense", help="the dense model it was converted from")
+    parser.add_argument("dense", nargs="?", default="smollm2", help="dense LLaMA (%(default)s)")
+    parser.add_argument("--checkpoint", type=Path, help="spiking checkpoint of the same model")
     parser.add_argument("--prompt", type=int, default=512, help="prompt tokens of the prefill")
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of decoding")
     parser.add_argument("--tokens", type=int, default=16, help="decoded tokens a repetition")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--views", nargs="+", choices=[*View], default=["collapsed", "unrolled"])
     args = parser.parse_args(argv)
-    torch.set_grad_enabled(False)
-    dense, spiking = dense_model(open_source(args.dense)), load(args.checkpoint)
+    source = open_source(args.dense)
+    dense, spiking = dense_model(source), spiking_model(args.checkpoint, source)
     vocabulary = dense.config.vocab_size
     ids = torch.randint(vocabulary, (1, args.prompt), generator=torch.Generator().manual_seed(0))
 

@@ -19,10 +19,11 @@ from enum import StrEnum
 from typing import NamedTuple, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neurons import functional
 from neurons.gif import GIFNode
+from neurons.groups import ChannelGroups, check_groups, clip_factors
 
 __all__ = [
     "Capacity",
@@ -173,33 +174,16 @@ def _check_steps(steps: Sequence[int]) -> tuple[int, ...]:
     return tuple(steps)
 
 
-def _check_groups(channel_group: Tensor | int, groups: int) -> Tensor:
+def _as_groups(channel_group: Tensor | int, groups: int) -> Tensor:
     if isinstance(channel_group, int):
         if channel_group < 1:
             raise ValueError(f"channel_group as a channel count must be >= 1, got {channel_group}.")
         return torch.zeros(channel_group, dtype=torch.uint8)
-    if not isinstance(channel_group, Tensor) or channel_group.dtype != torch.uint8:
-        got = getattr(channel_group, "dtype", type(channel_group).__name__)
-        raise TypeError(f"channel_group must be a uint8 tensor or a channel count, got {got}.")
-    if channel_group.dim() not in (1, 2) or channel_group.numel() == 0:
-        shape = tuple(channel_group.shape)
-        raise ValueError(f"channel_group must be [C] or [H, C] and not empty, got {shape}.")
-    if not channel_group.is_meta and int(channel_group.max()) >= groups:
-        raise ValueError(
-            f"channel_group must lie in 0..{groups - 1} (steps has {groups} groups), "
-            f"got {int(channel_group.max())}."
-        )
+    check_groups(channel_group, groups)
     return channel_group
 
 
-def _check_clip(clip: float | Sequence[float], groups: int) -> Tensor:
-    factors = [clip] * groups if isinstance(clip, int | float) else list(clip)
-    if len(factors) != groups or not all(0.0 < f <= 1.0 for f in factors):
-        raise ValueError(f"clip must hold {groups} factors in (0, 1], got {clip}.")
-    return torch.tensor(factors, dtype=torch.float32)
-
-
-class SpikeEncoder(nn.Module):
+class SpikeEncoder(ChannelGroups):
     """Encode activations as spikes of GIF neurons with dynamic thresholds, and decode them.
 
     The equations are those of this module's docstring. Each call starts from fresh neurons: an
@@ -229,7 +213,6 @@ class SpikeEncoder(nn.Module):
         ValueError: if an argument is out of range.
     """
 
-    channel_group: Tensor
     clip: Tensor
 
     def __init__(
@@ -256,8 +239,8 @@ class SpikeEncoder(nn.Module):
             raise ValueError(
                 f"capacity {max(self.capacities)} exceeds {MAX_CAPACITY}; use fewer steps or bits."
             )
-        self.register_buffer("channel_group", _check_groups(channel_group, len(self.steps)))
-        self.register_buffer("clip", _check_clip(clip, len(self.steps)))
+        self.register_buffer("channel_group", _as_groups(channel_group, len(self.steps)))
+        self.register_buffer("clip", clip_factors(clip, len(self.steps)))
         self.node = GIFNode(self.levels, step_mode="m")
 
     def extra_repr(self) -> str:

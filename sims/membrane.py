@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sims.common import (
-    Conversion,
+    Subject,
     add_conversion_arguments,
     add_model_argument,
     add_recording_arguments,
@@ -35,8 +35,7 @@ from sims.recording import Recorder, format_bytes
 
 
 def simulate(
-    model: str,
-    conversion: Conversion,
+    subject: Subject,
     prompt: str,
     layers: Sequence[str],
     tokens: str,
@@ -46,17 +45,16 @@ def simulate(
     csv_rows: int = 1_000_000,
     max_panels: int = 12,
 ) -> list[Path]:
-    """Record and draw membranes; arguments as in ``--help``.
+    """Record and draw membranes of a loaded model; other arguments as in ``--help``.
 
     Returns:
         The files that were written.
 
     Raises:
-        ValueError: A model, layer, token, channel or prompt that does not exist or fit.
+        ValueError: A layer, token, channel or prompt that does not exist or fit.
         OSError: The output cannot be written.
     """
     folder = make_folder(output)
-    subject = load_subject(model, conversion)
     ids, text = encode_prompt(subject.tokenizer, prompt)
     recorder = Recorder(subject.model, layers, tokens, channels, memory_limit)
     needed = format_bytes(recorder.bytes_needed(ids.numel()))
@@ -90,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     def run() -> int:
+        make_folder(options.output)  # before the model is loaded, which takes longer
         files = simulate(
-            options.model,
-            read_conversion(options),
+            load_subject(options.model, read_conversion(options)),
             options.prompt,
             options.layers,
             options.tokens,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sims.charts import firing_rate, plot_rate_heatmap, rate_figure
 from sims.common import (
-    Conversion,
+    Subject,
     add_conversion_arguments,
     add_model_argument,
     add_recording_arguments,
@@ -47,8 +47,7 @@ class Coding(StrEnum):
 
 
 def simulate(
-    model: str,
-    conversion: Conversion,
+    subject: Subject,
     prompt: str,
     layers: Sequence[str],
     tokens: str,
@@ -59,17 +58,16 @@ def simulate(
     csv_rows: int = 1_000_000,
     max_neurons: int = 64,
 ) -> list[Path]:
-    """Record and draw spikes; arguments as in ``--help``.
+    """Record and draw spikes of a loaded model; other arguments as in ``--help``.
 
     Returns:
         The files that were written.
 
     Raises:
-        ValueError: A model, layer, token, channel or prompt that does not exist or fit.
+        ValueError: A layer, token, channel or prompt that does not exist or fit.
         OSError: The output cannot be written.
     """
     folder = make_folder(output)
-    subject = load_subject(model, conversion)
     ids, text = encode_prompt(subject.tokenizer, prompt)
     recorder = Recorder(subject.model, layers, tokens, channels, memory_limit)
     needed = format_bytes(recorder.bytes_needed(ids.numel()))
@@ -135,9 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     def run() -> int:
+        make_folder(options.output)  # before the model is loaded, which takes longer
         files = simulate(
-            options.model,
-            read_conversion(options),
+            load_subject(options.model, read_conversion(options)),
             options.prompt,
             options.layers,
             options.tokens,

@@ -27,12 +27,13 @@ from snnllm.config import Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
 from snnllm.kernels import get_backend
 from snnllm.kernels.attention import NativeAttention
+from snnllm.kernels.exact import exact_matmul
+from snnllm.precision import keeping_float32
 
 SPIKING_ATTENTION = "spiking"
 CALIBRATION_ATTENTION = "spiking_calibration"
 _INT8_MAX = 127
 _UNKNOWN: object = ...  # survives deepcopy and pickle as itself
-_EXACT_FLOAT32 = 1 << 24
 # transformers 5.20 renamed the argument; both spellings are supported.
 _CACHE_ARGUMENT = (
     "cache"
@@ -86,11 +87,11 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
 
     def set_channel_groups(self, key: Tensor, value: Tensor) -> None:
         """Choose the saliency groups of K and V, uint8 `[H_kv, D]`."""
-        self.k_encoder.channel_group.copy_(key)
-        self.v_encoder.channel_group.copy_(value)
+        self.k_encoder.set_groups(key)
+        self.v_encoder.set_groups(value)
         if self.q_encoder.channel_group.dim() == 2:  # Q is multiplied with K channel by channel
             shared = self.q_encoder.channel_group.shape[0] // key.shape[0]
-            self.q_encoder.channel_group.copy_(key.repeat_interleave(shared, 0))
+            self.q_encoder.set_groups(key.repeat_interleave(shared, 0))
 
     def check_view(self, view: View) -> None:
         """Refuse a view that the configuration cannot run."""
@@ -120,7 +121,9 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._native = _UNKNOWN  # the encoders may move to another device
-        return super()._apply(fn, recurse)
+        with keeping_float32(self):
+            super()._apply(fn, recurse)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the loaded library, for deepcopy and pickle."""
@@ -222,9 +225,7 @@ def integer_product(a: Tensor, b: Tensor, bound_a: int, bound_b: int) -> Tensor:
         left, right = (t.to(torch.int8).reshape(batch * heads, -1, dim) for t in (a, b))
         product = get_backend("auto", a.device).int_bmm(left, right)
         return product.view(batch, heads, rows, b.shape[-2])
-    # 9-bit operands do not fit int8; a float matmul of integers below the mantissa is exact.
-    dtype = torch.float32 if bound_a * bound_b * dim < _EXACT_FLOAT32 else torch.float64
-    return torch.matmul(a.to(dtype), b.to(dtype).mT).to(torch.int32)
+    return exact_matmul(a, b.mT, bound_a * bound_b * dim)  # 9-bit operands do not fit int8
 
 
 def spiking_attention(
@@ -246,7 +247,7 @@ def spiking_attention(
         query: float `[B, H, S_q, D]` after RoPE.
         key: payloads uint8 `[B, H_kv, S_k, bytes]`.
         value: likewise.
-        attention_mask: additive float mask `[B, 1, S_q, S_k]` or None.
+        attention_mask: `[B, 1, S_q, S_k]`, float to add or bool to keep; or None.
         scaling: Factor of the scores, `D**-1/2`.
         dropout: Dropout of P, used in training only.
         **kwargs: What transformers passes to every attention function; not used.
@@ -266,13 +267,25 @@ def spiking_attention(
         decoded = native.decode_values(value)
     else:
         decoded = module.v_encoder.decode(from_payload(value, module.v_encoder), torch.float32)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probability = nn.functional.softmax(scores, dim=-1)
+    probability = nn.functional.softmax(masked(scores, attention_mask), dim=-1)
     weights = nn.functional.dropout(probability, p=dropout, training=module.training)
     per_group = weights.view(batch, key.shape[1], -1, decoded.shape[-2])
-    out = torch.matmul(per_group, decoded).view(batch, heads, tokens, -1)
+    # The mask of a float64 model makes P float64.
+    out = torch.matmul(per_group, decoded.to(per_group.dtype)).view(batch, heads, tokens, -1)
     return out.transpose(1, 2).to(dtype).contiguous(), probability
+
+
+def masked(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Scores with a mask: a float one is added, a bool one (True: may be seen) fills.
+
+    transformers passes a 4-D mask of the caller on as it is, so both kinds arrive here.
+    """
+    if attention_mask is None:
+        return scores
+    if attention_mask.dtype == torch.bool:
+        # As transformers' eager mask: finite, so that a row without any key has no NaN.
+        return scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    return scores + attention_mask
 
 
 def spiking_scores(
@@ -312,9 +325,7 @@ def calibration_attention(
     """Float attention that shows Q, K, V and P to the block's `attention_observer`."""
     groups = query.shape[1] // key.shape[1]
     scores = torch.matmul(query, repeat_kv(key, groups).mT) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probability = nn.functional.softmax(scores.float(), dim=-1)
+    probability = nn.functional.softmax(masked(scores, attention_mask).float(), dim=-1)
     observer = getattr(module, "attention_observer", None)
     if observer is not None:
         observer(query, key, value, probability)

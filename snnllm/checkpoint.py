@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,15 +49,13 @@ def finish(folder: Path, config: PreTrainedConfig, extra: dict[str, Any] | None 
     Args:
         folder: Holds `config.json` and safetensors shards already.
         config: The configuration that was saved.
-        extra: Provenance to record in the manifest; kept from an existing manifest if None.
+        extra: Provenance to record in the manifest, if it is known.
     """
     (folder / SHIM).write_text(_SHIM_TEXT)
     path = folder / "config.json"
     values = json.loads(path.read_text())
     values["auto_map"] = AUTO_MAP
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    if extra is None and (folder / MANIFEST).is_file():
-        extra = read_manifest(folder).get("provenance")
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "files": {
@@ -172,26 +171,28 @@ def published(output: Path) -> Iterator[Path]:
     """A working folder that becomes `output` only when the block ends without an error.
 
     Yields:
-        The folder to write to, beside `output`. It is removed on an error, so that nothing
-        half-written is left that loads.
+        The folder to write to, in a folder of its own beside `output` (the same file system, and no
+        other process has it). It is removed on an error, so that nothing half-written is left that
+        loads; only a killed process leaves its `output.partial-*`, without a manifest.
 
     Raises:
         OSError: `output` exists and is not empty, its path leads through a file, its parent
             cannot be written to, or the disk is full.
     """
     check_output(output)
-    work = output.with_name(output.name + ".partial")
-    if work.exists():
-        shutil.rmtree(work)
     output.parent.mkdir(parents=True, exist_ok=True)
-    work.mkdir()
+    private = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))
     try:
+        work = private / output.name  # mkdtemp's own folder is closed to everyone else
+        work.mkdir()
         yield work
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    for path in work.iterdir():
-        path.chmod(path.stat().st_mode | 0o644)  # safetensors writes 0600; copies may be read-only
-    if output.exists():
-        output.rmdir()
-    os.replace(work, output)
+        for path in work.iterdir():
+            path.chmod(
+                path.stat().st_mode | 0o644
+            )  # safetensors writes 0600; copies may be read-only
+        check_output(output)  # somebody may have been quicker
+        if output.exists():
+            output.rmdir()
+        os.replace(work, output)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)

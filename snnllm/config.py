@@ -7,12 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Real
 from typing import Any
 
 from neurons import Capacity as Capacity
 from neurons import ValueRange as ValueRange
+from snnllm.kernels.spec import MAX_GROUPS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FLOAT_BITS = 16
 """Bit width that stands for "left in floating point" (`W16`: float weights, `A16`: float activations)."""
 
@@ -78,6 +80,10 @@ class SpikeConfig:
         attention: Encode Q, K and V, or leave the attention operands in float.
         weight_range: Weight ranges from min/max or from a clip search.
         rotation: Rotate channels inside the saliency groups; set by the `rotated` pipeline.
+        input_offset: Linears take a fixed offset per channel from their input and add its image to the
+            output; set by the `rotated` pipeline, as the two below.
+        segment_scales: Every saliency group of the inputs has weight scales of its own.
+        query_groups: Q has the channel groups and steps of K; otherwise one group and one step.
         activation_clip: Factor on the range of a token in (0, 1]; below 1 the largest values saturate.
         weight_group_size: Input channels that share one weight scale; None for one scale per output channel.
         modules_to_not_convert: Names (suffixes) of linears that stay dense; the head always does.
@@ -96,6 +102,9 @@ class SpikeConfig:
     attention: Operands = Operands.ENCODED
     weight_range: WeightRange = WeightRange.CLIP
     rotation: Rotation = Rotation.NONE
+    input_offset: bool = False
+    segment_scales: bool = False
+    query_groups: bool = False
     activation_clip: float = 1.0
     weight_group_size: int | None = None
     modules_to_not_convert: tuple[str, ...] = ("lm_head",)
@@ -117,12 +126,19 @@ class SpikeConfig:
         _check_int("activation_bits", self.activation_bits, 1, 8, FLOAT_BITS)
         _check_int("salient_steps", self.salient_steps, 1, 64)
         _check_int("kv_salient_steps", self.kv_salient_steps, 1, 64)
+        for name in ("salient_ratio", "activation_clip"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
         if not 0.0 <= self.salient_ratio <= 1.0:
             raise ValueError(
                 f"salient_ratio is a fraction of the channels in [0, 1], got {self.salient_ratio}."
             )
         if not 0.0 < self.activation_clip <= 1.0:
             raise ValueError(f"activation_clip must lie in (0, 1], got {self.activation_clip}.")
+        if self.segment_scales and self.weight_group_size is not None:
+            raise ValueError(
+                "segment_scales gives every saliency group its own weight scales; "
+                "weight_group_size must be None with it."
+            )
         if self.weight_group_size is not None:
             _check_int("weight_group_size", self.weight_group_size, 8, 1 << 20)
         if self.weight_bits == FLOAT_BITS and self.activation_bits == FLOAT_BITS:
@@ -133,6 +149,34 @@ class SpikeConfig:
         for name, values in steps.items():
             if not values or min(values) < 1:
                 raise ValueError(f"group_steps[{name!r}] must hold steps >= 1, got {values}.")
+            if len(values) > MAX_GROUPS:
+                raise ValueError(
+                    f"group_steps[{name!r}] must hold at most {MAX_GROUPS} groups, got {len(values)}."
+                )
+
+        if self.capacity is Capacity.POWER_OF_TWO:
+            self._check_powers()
+
+    def _check_powers(self) -> None:
+        """Refuse steps that have no capacity `2**(b + log2 T) - 1`."""
+        named: dict[str, tuple[int, ...]] = {
+            "salient_steps": (self.salient_steps,),
+            "kv_salient_steps": (self.kv_salient_steps,),
+        }
+        named |= {f"group_steps[{name!r}]": steps for name, steps in self.group_steps.items()}
+        for name, steps in named.items():
+            for t in steps:
+                if t & (t - 1):
+                    raise ValueError(
+                        f"capacity='power_of_two' needs steps 1, 2, 4, ..., got {name}={t}; use "
+                        "capacity='steps'."
+                    )
+
+    def __hash__(self) -> int:
+        """Equal configs are equal keys, the mapping `group_steps` included."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["group_steps"] = frozenset(self.group_steps.items())
+        return hash(tuple(values.items()))
 
     @property
     def encodes_activations(self) -> bool:
@@ -210,6 +254,11 @@ class SpikeConfig:
             )
         weight, steps = match["w"], int(match["t"] or 1)
         _check_int("T (salient steps)", steps, 1, 64)
+        if int(match["a"]) == FLOAT_BITS and steps > 1:
+            raise ValueError(
+                f"Preset {name!r} asks for {steps} time steps of float activations, which have none; "
+                f"leave T out, or choose at most 8 bits after A."
+            )
         values: dict[str, Any] = {
             "weight_bits": FLOAT_BITS if weight is None else int(weight),
             "activation_bits": int(match["a"]),
@@ -244,6 +293,12 @@ def _member(enum: type[StrEnum], name: str, value: Any) -> StrEnum:
         raise ValueError(
             f"{name} must be one of {[str(m) for m in enum]}, got {value!r}."
         ) from None
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    return float(value)
 
 
 def _check_int(name: str, value: Any, low: int, high: int, also: int | None = None) -> None:

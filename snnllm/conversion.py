@@ -18,13 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from snnllm import checkpoint
-from snnllm.config import FLOAT_BITS, SpikeConfig
+from snnllm.checks import check_names, check_windows
+from snnllm.config import FLOAT_BITS, Rotation, SpikeConfig
 from snnllm.execution import spiking_modules
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import spiking_config
 from snnllm.pipelines import Pipeline, rotated, rtn
+from snnllm.pipelines.basis import find_basis, rotate_source
 from snnllm.pipelines.report import BlockReport, peak_mib
+from snnllm.pipelines.rotated import RotatedOptions
 from snnllm.pipelines.streaming import INPUT_GROUPS
+from snnllm.precision import FLOAT32_BUFFERS
 from snnllm.saliency import allocate_map
 from snnllm.sources import ModelSource, Source, SourceError, open_source
 from snnllm.writer import ShardWriter
@@ -81,6 +85,7 @@ def convert(
     seed: int = 0,
     device: str | torch.device = "cpu",
     allocation: Mapping[str, Tensor] | None = None,
+    options: RotatedOptions | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
 ) -> ConversionReport:
     """Convert a dense LLaMA into a spiking checkpoint folder.
@@ -96,6 +101,7 @@ def convert(
         seed: Seed of everything random.
         device: Where a block runs during conversion.
         allocation: Explicit maps channel -> steps per full module name (`model.layers.0.mlp...`).
+        options: Parts of the `rotated` pipeline; None for all of them.
         on_block: Called after each block, for progress.
 
     Returns:
@@ -111,14 +117,22 @@ def convert(
     source = as_source(model)
     spike = with_allocation(source, spike, allocation or {})
     check_windows(windows, source)
-    check_names(source, spike)
+    windows = windows.cpu()  # the hidden states live there, and the hash is taken there
+    check_names(source, spike, allocation or {})
     provenance = make_provenance(source, spike, windows, seed, Pipeline(pipeline))
     target = Path(output)
     reports: list[BlockReport] = []
     modules = linear_bytes = linear_weights = 0
     with checkpoint.published(target) as folder:
         source, spike, blocks = start_pipeline(
-            Pipeline(pipeline), source, spike, windows, seed, torch.device(device), allocation or {}
+            Pipeline(pipeline),
+            source,
+            spike,
+            windows,
+            seed,
+            torch.device(device),
+            allocation or {},
+            options,
         )
         writer = ShardWriter(folder)
         writer.add(_finite(source, "model.embed_tokens.weight"))
@@ -162,30 +176,49 @@ def start_pipeline(
     seed: int,
     device: torch.device,
     allocation: Mapping[str, Tensor],
+    options: RotatedOptions | None,
 ) -> tuple[Source, SpikeConfig, Iterator[tuple[nn.Module, BlockReport]]]:
     """The model and configuration that a pipeline really converts, and its blocks.
 
     Raises:
-        ValueError: Explicit allocation maps with a pipeline that has its own.
+        ValueError: Something that belongs to the other pipeline.
     """
     if pipeline is Pipeline.RTN:
+        _check_rtn(spike, options)
         return source, spike, rtn.convert_blocks(source, spike, windows, seed, device, allocation)
     if allocation:
         raise ValueError(
             "The rotated pipeline chooses its channels before the rotation; explicit allocation maps "
             "go with pipeline='rtn'."
         )
-    spike = rotated.rotated_config(spike)
+    options = options or RotatedOptions()
+    spike = rotated.rotated_config(spike, options)
     generator = torch.Generator().manual_seed(seed)
-    basis = rotated.find_basis(source, spike, windows, device)
-    moved = rotated.rotate_source(source, basis, generator)
-    blocks = rotated.convert_blocks(moved, basis, spike, windows, generator, device)
+    basis = find_basis(source, spike, windows, device)
+    moved = rotate_source(source, basis, generator if options.rotate else None)
+    blocks = rotated.convert_blocks(moved, basis, spike, windows, generator, device, options)
     return moved, spike, blocks
 
 
+def _check_rtn(spike: SpikeConfig, options: RotatedOptions | None) -> None:
+    """Refuse what only the rotated pipeline fills; left at its initial values it would be wrong."""
+    fields = {
+        "rotation": spike.rotation is not Rotation.NONE,
+        "input_offset": spike.input_offset,
+        "query_groups": spike.query_groups,
+        "options": options is not None,
+    }
+    wrong = [name for name, given in fields.items() if given]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)}: only the rotated pipeline makes use of this; "
+            "convert with pipeline='rotated'."
+        )
+
+
 def _stored(name: str, tensor: Tensor, source: Source) -> Tensor:
-    """Norms and biases in the model's dtype; integers, scales and rotations as they are."""
-    if not tensor.is_floating_point() or name.endswith("weight_scale") or "rotation" in name:
+    """Norms and biases in the model's dtype; integers, scales, offsets and rotations as they are."""
+    if not tensor.is_floating_point() or name.rpartition(".")[2].startswith(FLOAT32_BUFFERS):
         return tensor
     return tensor.to(source.tensor("model.norm.weight").dtype)
 
@@ -260,48 +293,6 @@ def with_allocation(
             )
         steps[name] = allocate_map(channel_steps)[1]
     return dataclasses.replace(spike, group_steps=steps)
-
-
-def check_names(source: Source, spike: SpikeConfig) -> None:
-    """Refuse names in `modules_to_not_convert` that no linear of the model has.
-
-    Raises:
-        ValueError: Such a name; it is a typo that would convert what should stay dense.
-    """
-    linears = [
-        "lm_head",
-        *(
-            f"model.layers.{i}.{path}"
-            for i in range(source.config.num_hidden_layers)
-            for paths in INPUT_GROUPS
-            for path in paths
-        ),
-    ]
-    for name in spike.modules_to_not_convert:
-        if not any(linear.endswith(name) for linear in linears):
-            raise ValueError(
-                f"modules_to_not_convert names {name!r}, but no linear of {source.name} ends like "
-                f"that; names look like {linears[1]!r} or 'down_proj'."
-            )
-
-
-def check_windows(windows: Tensor, source: Source) -> None:
-    """Refuse calibration windows that the model cannot read.
-
-    Raises:
-        ValueError: Wrong shape or dtype, no window, or ids outside of the vocabulary.
-    """
-    if windows.dim() != 2 or windows.numel() == 0 or windows.is_floating_point():
-        raise ValueError(
-            f"windows must be token ids [n, S] with n, S >= 1, got {windows.dtype} of shape "
-            f"{tuple(windows.shape)}."
-        )
-    vocabulary = source.config.vocab_size
-    if int(windows.min()) < 0 or int(windows.max()) >= vocabulary:
-        raise ValueError(
-            f"windows hold token id {int(windows.max())}, but the model has {vocabulary} tokens; "
-            "tokenise the text with the tokenizer of this model."
-        )
 
 
 def make_provenance(

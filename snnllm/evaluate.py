@@ -85,8 +85,8 @@ def token_perplexity(
         The perplexity with its provenance.
 
     Raises:
-        ValueError: The windows have the wrong shape or hold ids outside the vocabulary, or the
-            batch size is below 1.
+        ValueError: The windows have the wrong shape, are longer than the context of the model, or
+            hold ids outside the vocabulary, or the batch size is below 1.
         FloatingPointError: A loss is NaN or infinite; the message names the window.
 
     Source: Frantar et al., GPTQ (arXiv 2210.17323), evaluation protocol.
@@ -132,13 +132,37 @@ def _check_windows(model: nn.Module, windows: Tensor, batch_size: int) -> None:
         )
     if batch_size < 1:
         raise ValueError(f"The batch size must be at least 1, got {batch_size}.")
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    config = getattr(model, "config", None)
+    context = trained_context(config)
+    if context is not None and windows.shape[1] > context:
+        raise ValueError(
+            f"Windows of {windows.shape[1]} tokens are longer than the context of the model "
+            f"({context}, max_position_embeddings), so the perplexity would measure positions that "
+            f"it was never trained on; use a smaller --window, at most {context}."
+        )
+    vocabulary = getattr(config, "vocab_size", None)
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         raise ValueError(
             f"Token ids {low}..{high} do not fit the model's vocabulary of {vocabulary}; use the "
             "tokenizer that belongs to the model."
         )
+
+
+def trained_context(config: Any) -> int | None:
+    """Tokens up to which the positions of a model were trained.
+
+    Args:
+        config: Of a LLaMA, or None.
+
+    Returns:
+        `max_position_embeddings`; None where it is not known or RoPE scaling reaches beyond it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        return None
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    return context
 
 
 def _check_loss(losses: Sequence[float], count: int) -> None:

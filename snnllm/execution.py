@@ -67,3 +67,20 @@ def use_view(model: nn.Module, view: View | str) -> Iterator[None]:
     finally:
         for module, old in before:
             module.view = old
+
+
+def choose_views(model: nn.Module) -> bool:
+    """Put modules whose counts the collapsed view cannot run into the unrolled one; all are equal.
+
+    Returns:
+        Whether there was such a module.
+    """
+    chosen = False
+    for _, module in spiking_modules(model):
+        try:
+            module.check_view(View.COLLAPSED)
+        except ValueError:
+            module.check_view(View.UNROLLED)
+            module.view = View.UNROLLED
+            chosen = True
+    return chosen

@@ -6,14 +6,19 @@ Frantar et al., GPTQ (arXiv 2210.17323); the lazy batch update and the damping f
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from snnllm.weights import QuantizedWeight, expand_groups, group_count, weight_parameters
+from snnllm.kernels.gptq_triton import round_block, triton_available
+from snnllm.weights import QuantizedWeight, expand_groups, weight_parameters
 
 _log = logging.getLogger(__name__)
 BLOCK = 128
+ROWS = 2048
+"""Rows of a sweep on the CPU; more would not stay in its cache."""
+SCALE_RATIOS = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 DAMPING = 0.01
 _MAX_DAMPING = 1.0
 
@@ -58,20 +63,24 @@ def gptq(
     weight: Tensor,
     hessian: Tensor,
     bits: int,
-    group_size: int | None = None,
+    groups: int | Sequence[int] | None = None,
     name: str = "",
+    clip: bool = True,
 ) -> QuantizedWeight:
-    """Weight codes with second-order error compensation and a clip search.
+    """Weight codes with second-order error compensation and a search of the scales.
 
     Columns are rounded in the order of decreasing `diag(H)`; each rounding error is spread over the
-    columns that are still free, `w_j -= e U_kj` with `e = (w_k - w_hat_k) / U_kk`.
+    columns that are still free, `w_j -= e U_kj` with `e = (w_k - w_hat_k) / U_kk`. Every output
+    channel is rounded with several scales around the one that is best for single weights, and
+    keeps the one whose output error `e^T H e` is least.
 
     Args:
         weight: float `[N, K]`.
         hessian: Mean of `x x^T` of the (encoded) inputs, `[K, K]`.
         bits: Width of a level, 2..8.
-        group_size: Input channels that share a scale; None for one scale per output channel.
+        groups: Input channels that share a scale (`weights.run_sizes`); None for one per row.
         name: Layer name for messages.
+        clip: Search the scales; without it they come from the full range of the weights.
 
     Returns:
         Codes, scales and zero points, columns in the order of `weight`.
@@ -81,36 +90,64 @@ def gptq(
     """
     if not torch.isfinite(weight).all():
         raise ValueError(f"{name}: the weight holds NaN or infinite values.")
-    channels = weight.shape[1]
+    rows, channels = weight.shape
     hessian = hessian.float().clone()
-    scale, zero = weight_parameters(weight, bits, group_size, hessian.diagonal().clone())
+    importance = hessian.diagonal().clone() if clip else None
+    scale, zero = weight_parameters(weight, bits, groups, importance)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     upper = inverse_factor(hessian[order][:, order], name)
-    full = (weight.shape[0], channels)
-    s = expand_groups(scale, channels, group_size).expand(full)[:, order]
-    z = expand_groups(zero.float(), channels, group_size).expand(full)[:, order]
-    codes = _sweep(weight.float()[:, order].contiguous(), upper, s, z, 2**bits - 1)
-    assert scale.shape[1] == group_count(channels, group_size)
-    out = torch.empty_like(codes)
-    out[:, order] = codes
-    return QuantizedWeight(out, scale, zero)
+    ratios = SCALE_RATIOS if clip else (1.0,)
+    weight, hessian = weight.float()[:, order], hessian[order][:, order]
+    s = torch.cat([expand_groups(scale * r, channels, groups) for r in ratios])[:, order]
+    z = expand_groups(zero.float(), channels, groups)[:, order].repeat(len(ratios), 1)
+    codes = _sweep(weight.repeat(len(ratios), 1), upper, s, z, 2**bits - 1)
+    error = (codes.float() - z) * s - weight.repeat(len(ratios), 1)
+    loss = ((error @ hessian) * error).sum(1).view(len(ratios), rows)
+    best = loss.argmin(0)
+    chosen = codes.view(len(ratios), rows, channels)[best, torch.arange(rows, device=best.device)]
+    out = torch.empty_like(chosen)
+    out[:, order] = chosen
+    factor = torch.tensor(ratios, device=scale.device)[best].unsqueeze(1)
+    return QuantizedWeight(out, scale * factor, zero.to(torch.uint8))
 
 
 def _sweep(weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
-    """Round all columns of `weight` (changed in place), blocks of 128 with lazy updates."""
-    rows, channels = weight.shape
-    codes = torch.empty(rows, channels, dtype=torch.uint8, device=weight.device)
-    for start in range(0, channels, BLOCK):
-        stop = min(start + BLOCK, channels)
-        block = weight[:, start:stop]
-        local = upper[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        for k in range(stop - start):
-            column, s, z = block[:, k], scale[:, start + k], zero[:, start + k]
-            code = torch.clamp(torch.round(column / s) + z, 0, top)
-            error = (column - (code - z) * s) / local[k, k]
-            codes[:, start + k] = code.to(torch.uint8)
-            block[:, k + 1 :] -= torch.outer(error, local[k, k + 1 :])
-            errors[:, k] = error
-        weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes
+    """Round all columns of `weight [N, K]`, blocks of 128 with lazy updates; codes uint8."""
+    if weight.is_cuda and triton_available():
+        return _sweep_rows(weight, upper, scale, zero, top)
+    parts = [t.split(ROWS) for t in (weight, scale, zero)]
+    return torch.cat([_sweep_rows(w, upper, s, z, top) for w, s, z in zip(*parts, strict=True)])
+
+
+def _sweep_rows(weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    # Transposed: a column of the weight is then contiguous.
+    w, s, z = (t.T.contiguous() for t in (weight, scale, zero))
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    for start in range(0, len(w), BLOCK):
+        part = slice(start, min(start + BLOCK, len(w)))
+        local = upper[part, part]
+        spread = (local / local.diagonal().unsqueeze(1)).contiguous()
+        errors = torch.empty_like(w[part])
+        if w.is_cuda and triton_available():
+            round_block(w[part], spread, s[part], z[part], top, codes[part], errors)
+        else:
+            _round_block(w[part], spread, s[part], z[part], top, codes[part], errors)
+        w[part.stop :] -= upper[part, part.stop :].T @ (errors / local.diagonal().unsqueeze(1))
+    return codes.T.contiguous()
+
+
+def _round_block(
+    weight: Tensor,
+    spread: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    top: int,
+    codes: Tensor,
+    errors: Tensor,
+) -> None:
+    """Round a block of columns one after the other; `[columns, N]`, all but `spread` as rows."""
+    for k in range(len(weight)):
+        code = torch.clamp(torch.round(weight[k] / scale[k]) + zero[k], 0, top)
+        codes[k] = code.to(torch.uint8)
+        errors[k] = weight[k] - (code - zero[k]) * scale[k]
+        weight[k + 1 :].addr_(spread[k, k + 1 :], errors[k], alpha=-1.0)

@@ -18,9 +18,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.auto import register_quantizer as hf_register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from neurons import SpikeEncoder
 from snnllm.config import SpikeConfig
 from snnllm.execution import spiking_modules
 from snnllm.linear import SpikingLinear
+from snnllm.precision import restore_float32
 
 QUANT_METHOD = "spikellm"
 
@@ -51,9 +53,12 @@ class SpikeHfQuantizer(HfQuantizer):
             )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for _, module in spiking_modules(model):
+        restore_float32(model)  # of a model that was loaded in float64
+        for module in model.modules():
             if isinstance(module, SpikingLinear):
                 module.invalidate()
+            elif isinstance(module, SpikeEncoder):
+                module.check_groups()  # transformers assigns buffers past `load_state_dict`
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Packed buffers are ordinary tensors."""

@@ -14,6 +14,7 @@ from snnllm.config import FLOAT_BITS, Capacity, Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
 from snnllm.kernels import NativeBackend, get_backend
 from snnllm.kernels.epilogue import centre, scale_and_sum
+from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.spec import (
     Backend,
     EncoderSpec,
@@ -23,11 +24,11 @@ from snnllm.kernels.spec import (
     segments_of,
 )
 from snnllm.packing import pack, packed_width, unpack
+from snnllm.precision import keeping_float32
 from snnllm.transforms import OnlineRotation, salient_count
-from snnllm.weights import QuantizedWeight, expand_groups, group_count
+from snnllm.weights import QuantizedWeight, expand_groups, run_sizes
 
 _COLLAPSED_CAPACITY = 255
-_EXACT_FLOAT32 = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class LinearLayout:
         value_range: `split` or `shared`.
         capacity: `steps` or `power_of_two`.
         group_size: Input channels (in encoded order) that share a weight scale, or None.
+        segment_scales: Whether every channel group has weight scales of its own.
+        offset: Whether a fixed offset is taken from the input, and its image added to the output.
         rotated: Salient ratio of an online rotation in front of the encoder, or None.
         clip: Factor on the range of a token.
     """
@@ -53,6 +56,8 @@ class LinearLayout:
     group_size: int | None
     rotated: float | None = None
     clip: float = 1.0
+    segment_scales: bool = False
+    offset: bool = False
 
     @classmethod
     def of(cls, config: SpikeConfig, module: str) -> LinearLayout:
@@ -67,6 +72,8 @@ class LinearLayout:
             config.weight_group_size,
             config.salient_ratio if _needs_online_rotation(config, module) else None,
             config.activation_clip,
+            config.segment_scales,
+            config.input_offset,
         )
 
 
@@ -79,6 +86,9 @@ class SpikingLinear(SpikingModule):
     """`y = x W^T + bias` with spiking inputs and integer weight levels (method.md section 3).
 
         y = sum_groups s_g * sw * sum_c (q_c - z_g) (w_c - zw) + bias
+
+    With `layout.offset`, a constant current `-offset_input` flows into the neurons, and
+    `offset_output` is added to `y`.
 
     Input channels are stored in encoded order: sorted by channel group, stable. The integers inside
     the sum are the same in the three views, bit for bit, and so is `y`.
@@ -124,7 +134,9 @@ class SpikingLinear(SpikingModule):
         if layout.weight_bits == FLOAT_BITS:
             self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=dtype))
         else:
-            groups = group_count(in_features, layout.group_size)
+            groups = len(run_sizes(in_features, layout.group_size))
+            if layout.segment_scales:
+                groups = len(layout.steps)
             width = packed_width(in_features, layout.weight_bits)
             self.register_buffer(
                 "weight_codes", torch.zeros(out_features, width, dtype=torch.uint8)
@@ -138,6 +150,9 @@ class SpikingLinear(SpikingModule):
         if layout.rotated is not None:
             salient = salient_count(in_features, layout.rotated)
             self.rotation = OnlineRotation((in_features - salient, salient))
+        if layout.offset:
+            self.register_buffer("offset_input", torch.zeros(in_features))
+            self.register_buffer("offset_output", torch.zeros(out_features))
         self._spec: LinearSpec | None = None
         self._prepared: tuple[Backend, PreparedLinear] | None = None
 
@@ -149,8 +164,8 @@ class SpikingLinear(SpikingModule):
         return torch.argsort(self.encoder.channel_group.long(), stable=True)
 
     def set_channel_group(self, channel_group: Tensor) -> None:
-        """Choose the saliency groups (uint8 `[K]`, original order), before the weight is set."""
-        self.encoder.channel_group.copy_(channel_group)
+        """Choose the saliency groups (uint8 `[K]`), before the weight is set."""
+        self.encoder.set_groups(channel_group)
         self.invalidate()
 
     def set_weight(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
@@ -172,6 +187,26 @@ class SpikingLinear(SpikingModule):
             self.bias.data.copy_(bias)
         self.invalidate()
 
+    def set_offset(self, offset_input: Tensor, offset_output: Tensor) -> None:
+        """Choose what is taken from the (rotated) input and what is added to the output."""
+        self.get_buffer("offset_input").copy_(offset_input)
+        self.get_buffer("offset_output").copy_(offset_output)
+        self.invalidate()
+
+    @property
+    def weight_groups(self) -> int | tuple[int, ...] | None:
+        """Input channels, in encoded order, that share a weight scale (`weights.run_sizes`)."""
+        if not self.layout.segment_scales:
+            return self.layout.group_size
+        group = self.encoder.channel_group.long()
+        return tuple(torch.bincount(group, minlength=len(self.layout.steps)).tolist())
+
+    def total_bias(self) -> Tensor | None:
+        """Bias and output offset, float32 `[N]`, or None."""
+        bias = None if self.bias is None else self.bias.detach().float()
+        offset = self._buffers.get("offset_output")
+        return offset if bias is None else bias if offset is None else bias + offset
+
     def codes(self) -> Tensor:
         """Weight codes, uint8 `[N, K]` in encoded order."""
         return unpack(self.weight_codes, self.in_features, self.layout.weight_bits)
@@ -180,9 +215,9 @@ class SpikingLinear(SpikingModule):
         """The real weight that the integers stand for, float32 `[N, K]`, original channel order."""
         if self.layout.weight_bits == FLOAT_BITS:
             return self.get_buffer("weight").float()
-        size = self.layout.group_size
-        zero = expand_groups(self.weight_zero.float(), self.in_features, size)
-        scale = expand_groups(self.weight_scale, self.in_features, size)
+        groups = self.weight_groups
+        zero = expand_groups(self.weight_zero.float(), self.in_features, groups)
+        scale = expand_groups(self.weight_scale, self.in_features, groups)
         encoded = (self.codes().float() - zero) * scale
         return torch.empty_like(encoded).index_copy_(1, self.order, encoded)
 
@@ -192,11 +227,8 @@ class SpikingLinear(SpikingModule):
         self._prepared = None
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        scale = self._buffers.get("weight_scale")
-        super()._apply(fn, recurse)
-        if scale is not None and self.weight_scale.dtype != torch.float32:
-            # A cast of the model (`.half()`) must not round the scales: codes would change meaning.
-            self.weight_scale = scale.to(self.weight_scale.device)
+        with keeping_float32(self):
+            super()._apply(fn, recurse)
         self.invalidate()
         return self
 
@@ -226,11 +258,13 @@ class SpikingLinear(SpikingModule):
         return self._spec
 
     def _build_spec(self) -> LinearSpec:
-        bits, size = self.layout.weight_bits, self.layout.group_size
+        bits = self.layout.weight_bits
+        self.encoder.check_groups()
         group = self.encoder.channel_group.cpu().long()
         sizes = tuple(torch.bincount(group, minlength=len(self.layout.steps)).tolist())
         offset = 1 << (bits - 1)
-        positions = None if size is None else torch.arange(self.in_features) // size
+        runs = torch.tensor(run_sizes(self.in_features, self.weight_groups))
+        positions = torch.repeat_interleave(torch.arange(len(runs)), runs)
         return LinearSpec(
             encoder=EncoderSpec(
                 order=self.order,
@@ -238,12 +272,12 @@ class SpikingLinear(SpikingModule):
                 capacities=tuple(self.encoder.capacities),
                 shared=self.layout.value_range == "shared",
                 name=self.name,
-                clip=self.encoder.clip,
+                clip=tuple(self.encoder.clip.tolist()),
             ),
             levels=(self.codes().to(torch.int16) - offset).to(torch.int8),
             scale=self.weight_scale,
             zero=self.weight_zero.to(torch.int32) - offset,
-            bias=None if self.bias is None else self.bias.detach().float(),
+            bias=self.total_bias(),
             segments=segments_of(sizes, positions),
             weight_bits=bits,
         )
@@ -282,8 +316,10 @@ class SpikingLinear(SpikingModule):
         return self._forward(self.encoder_input(x)).to(x.dtype)
 
     def encoder_input(self, x: Tensor) -> Tensor:
-        """What the encoder sees of an input `[..., K]`: rotated, where the layer rotates online."""
-        return x if self.rotation is None else self.rotation(x)
+        """What the encoder sees of an input `[..., K]`: rotated and without the offset."""
+        rotated = x if self.rotation is None else self.rotation(x)
+        offset = self._buffers.get("offset_input")
+        return rotated if offset is None else rotated.float() - offset
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.layout.activation_bits == FLOAT_BITS or self.layout.weight_bits == FLOAT_BITS:
@@ -292,15 +328,7 @@ class SpikingLinear(SpikingModule):
         backend, prepared = self.prepared()
         if self.view is View.COLLAPSED:
             return backend.linear(x, prepared)
-        rows = x.reshape(-1, self.in_features)
-        if self.view is View.UNROLLED and not self.encoder.watched and backend.name == "native":
-            # Nobody records from the nodes: the same neurons, stepped in C.
-            assert isinstance(backend, NativeBackend)
-            steps = self.layout.steps
-            accumulators, threshold = backend.unrolled(rows, prepared, steps, self.encoder.levels)
-        else:
-            encoding, accumulators = self._accumulate_steps(rows)
-            threshold = encoding.threshold
+        accumulators, threshold = self._run_neurons(x.reshape(-1, self.in_features))
         y = scale_and_sum(accumulators, threshold, self.spec())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
@@ -313,7 +341,16 @@ class SpikingLinear(SpikingModule):
         if self.view is View.COLLAPSED:
             backend, prepared = self.prepared()
             return backend.accumulate(rows, prepared)
-        return self._accumulate_steps(rows)[1]
+        return self._run_neurons(rows)[0]
+
+    def _run_neurons(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Accumulators and thresholds of a view over time steps: in C while nobody watches."""
+        backend, prepared = self.prepared()
+        stepped = self.view is View.UNROLLED and not self.encoder.watched
+        if stepped and isinstance(backend, NativeBackend):
+            return backend.unrolled(rows, prepared, self.layout.steps, self.encoder.levels)
+        encoding, accumulators = self._accumulate_steps(rows)
+        return accumulators, encoding.threshold
 
     def _accumulate_steps(self, rows: Tensor) -> tuple[Encoding, Tensor]:
         """Run the neurons over T steps and sum one matmul per step (or per binary event slot)."""
@@ -347,12 +384,9 @@ class SpikingLinear(SpikingModule):
         train = spikes_to_events(train, self.encoder.levels)
         levels = spec.levels[:, segment.start : segment.stop]
         reach = (self.encoder.levels - 1) * (1 << (spec.weight_bits - 1)) * levels.shape[1]
-        # Integers in a float matmul are exact while every partial sum stays below the mantissa.
-        dtype = torch.float32 if reach < _EXACT_FLOAT32 else torch.float64
-        weight = levels.to(dtype).T
         total = torch.zeros(train.shape[1], levels.shape[0], dtype=torch.int32, device=train.device)
-        for step in train.to(dtype):
-            total += torch.mm(step, weight).to(torch.int32)
+        for step in train:
+            total += exact_matmul(step, levels.T, reach)
         return total
 
     def _forward_float(self, x: Tensor) -> Tensor:
@@ -366,5 +400,4 @@ class SpikingLinear(SpikingModule):
             spikes, encoding = self.encoder.encode_spikes(x)
             summed = encoding._replace(count=spikes.sum(0).to(encoding.count.dtype))
             value = self.encoder.decode(summed, torch.float32)
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(value, weight, bias).to(x.dtype)
+        return nn.functional.linear(value, weight, self.total_bias()).to(x.dtype)

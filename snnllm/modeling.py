@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +15,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from snnllm import checkpoint
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention, register_attention
 from snnllm.config import SpikeConfig
+from snnllm.execution import choose_views
 from snnllm.hf_quantizer import register_quantizer
 from snnllm.linear import LinearLayout, SpikingLinear
+from snnllm.precision import FLOAT32_BUFFERS
 
+_log = logging.getLogger(__name__)
 MODEL_TYPE = "spiking_llama"
 LINEARS = (
     "self_attn.q_proj",
@@ -104,18 +108,24 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
     """A causal LLaMA that computes with spikes; `generate`, caches and pipelines work as usual.
 
     Runs in the collapsed view unless `snnllm.set_view` or `snnllm.use_view` chooses another.
+
+    Attributes:
+        provenance: How the model was converted, from the manifest of the folder it was loaded from;
+            `save_pretrained` passes it on.
     """
 
     config_class = SpikingLlamaConfig
     config: SpikingLlamaConfig
     # Loading in half precision must not round these: the codes would change meaning.
-    _keep_in_fp32_modules_strict = ("weight_scale", "qk_rotation", "rotation.left_")
+    _keep_in_fp32_modules_strict = FLOAT32_BUFFERS
 
     def __init__(self, config: SpikingLlamaConfig) -> None:
         register()
         spike = config.spike
-        config._attn_implementation = SPIKING_ATTENTION if spike.encodes_attention else "sdpa"
+        # What the caller asked for has come into the config by now, also from `from_pretrained`.
+        config._attn_implementation = attention_of(spike, config._attn_implementation)
         super().__init__(config)
+        self.provenance: dict[str, Any] = {}
         for index, block in enumerate(self.model.layers):
             spike_block(block, index, config, spike)
 
@@ -137,17 +147,58 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         folder = Path(os.fspath(pretrained_model_name_or_path))
         if folder.is_dir():
             checkpoint.verify(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        if folder.is_dir():
+            model.provenance = dict(checkpoint.read_manifest(folder).get("provenance") or {})
+        return loaded
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Choose the attention function, which encoded attention operands leave no choice of.
+
+        Raises:
+            ValueError: Another one than `spiking` for encoded Q, K and V, or that one for float ones.
+        """
+        chosen = attn_implementation
+        if isinstance(chosen, dict):
+            chosen = chosen.get("", self.config._attn_implementation)
+        attention_of(self.config.spike, chosen)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as `snnllm convert` does: packed weights, manifest, and the loader shim."""
         super().save_pretrained(save_directory, **kwargs)
-        checkpoint.finish(Path(save_directory), self.config)
+        checkpoint.finish(Path(save_directory), self.config, self.provenance)
 
     def _init_weights(self, module: nn.Module) -> None:
         # Spiking linears hold integers, which no initialiser may touch.
         if not isinstance(module, SpikingLinear):
             super()._init_weights(module)
+
+
+def attention_of(spike: SpikeConfig, requested: str | None) -> str:
+    """The attention function of a spiking model.
+
+    Args:
+        spike: Says whether Q, K and V are encoded.
+        requested: `attn_implementation` of the caller, or None for the default.
+
+    Raises:
+        ValueError: A function that would read spikes as floats, or floats as spikes.
+    """
+    if not spike.encodes_attention:
+        if requested == SPIKING_ATTENTION:
+            raise ValueError(
+                f"attn_implementation={requested!r} is for encoded Q, K and V, but this model leaves "
+                'them in float (attention="float"); use "sdpa" or "eager".'
+            )
+        return requested or "sdpa"
+    if requested not in (None, SPIKING_ATTENTION):
+        raise ValueError(
+            f"attn_implementation={requested!r} cannot read the spikes of Q, K and V; this model runs "
+            f'with {SPIKING_ATTENTION!r} only. Leave the argument out, or convert with attention="float".'
+        )
+    return SPIKING_ATTENTION
 
 
 def register() -> None:
@@ -167,6 +218,11 @@ def load(
         snnllm.checkpoint.CheckpointError: The folder is not a sound spiking checkpoint.
     """
     model = SpikingLlamaForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    if choose_views(model):
+        _log.warning(
+            "%s has counts beyond 255, which the collapsed view cannot run; it runs unrolled",
+            folder,
+        )
     return cast(SpikingLlamaForCausalLM, model.eval())
 
 

@@ -43,6 +43,15 @@ def _steps(encoder: SpikeEncoder) -> int:
     return int(torch.tensor(encoder.steps, device=group.device)[group].sum())
 
 
+def _paired_steps(encoder: SpikeEncoder, other: SpikeEncoder | None) -> int:
+    """Sum over channels of the steps of both operands of a product; Q has the groups of K, or one."""
+    if other is None or len(other.steps) == 1:
+        return _steps(encoder)
+    group = encoder.channel_group.long()
+    pairs = [a * b for a, b in zip(encoder.steps, other.steps, strict=True)]
+    return int(torch.tensor(pairs, device=group.device)[group].sum())
+
+
 def _count_bits(encoder: SpikeEncoder) -> float:
     """Bits of a spike count, mean over the channels."""
     bits = torch.tensor([float(c.bit_length()) for c in encoder.capacities])
@@ -130,8 +139,8 @@ class AttentionCall:
         pv_scales = scores * len(v.steps)
         dim, length = self.query.count.shape[-1], self.visible.shape[-1]
         return [
-            self._row(Kind.QK, k, self.key, q.bits, dim, query, qk_scales),
-            self._row(Kind.PV, v, self.value, FLOAT_BITS, length, None, pv_scales),
+            self._row(Kind.QK, k, self.key, q, dim, query, qk_scales),
+            self._row(Kind.PV, v, self.value, None, length, None, pv_scales),
         ]
 
     @property
@@ -159,13 +168,14 @@ class AttentionCall:
         kind: Kind,
         encoder: SpikeEncoder,
         encoding: Encoding,
-        other_bits: int,
+        other: SpikeEncoder | None,
         fan_in: int,
         query: SpikeStatistics | None,
         scale_operations: int,
     ) -> OperationRow:
         centred, spikes = encoder.centre(encoding), self._statistics(encoder, encoding)
         pairs = self.pairs * self.groups
+        other_bits = FLOAT_BITS if other is None else other.bits
         return OperationRow(
             name=f"{self.name}.{kind}",
             kind=kind,
@@ -180,7 +190,7 @@ class AttentionCall:
             unary_operations=self._heard(encoding.count),
             effective_macs=self._heard(centred != 0),
             macs=pairs * encoder.channel_group.numel(),
-            ace=pairs * _steps(encoder) * encoder.bits * other_bits,
+            ace=pairs * _paired_steps(encoder, other) * encoder.bits * other_bits,
             scale_operations=scale_operations + spikes.neurons * spikes.tokens,
         )
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from snnllm.config import Score
+from snnllm.kernels.spec import MAX_GROUPS
 
 HESSIAN_DAMPING = 0.01
-MAX_GROUPS = 64
-"""Channel groups of one operand that the kernels can tell apart."""
 
 
 class InputStatistics:
@@ -34,6 +33,7 @@ class InputStatistics:
         device = weights[0].device
         self.max_abs = torch.zeros(channels, device=device)
         self._moment = torch.zeros(channels, channels, device=device)
+        self._sum = torch.zeros(channels, device=device)
         self._absolute = [torch.zeros(channels, device=device) for _ in weights]
         self._grams = [w.float().T @ w.float() for w in weights] if score is Score.ABS else []
 
@@ -44,6 +44,7 @@ class InputStatistics:
         self.tokens += rows.shape[0]
         self.max_abs = torch.maximum(self.max_abs, rows.abs().amax(0))
         self._moment.addmm_(rows.T, rows)
+        self._sum += rows.sum(0)
         for total, gram in zip(self._absolute, self._grams, strict=False):
             total.add_((rows * (rows @ gram)).abs().sum(0))
 
@@ -53,6 +54,12 @@ class InputStatistics:
         if self.tokens == 0:
             raise ValueError("No calibration token has reached this input.")
         return self._moment / self.tokens
+
+    @property
+    def covariance(self) -> Tensor:
+        """Mean of `(x - mean) (x - mean)^T` over the tokens, float32 `[C, C]`."""
+        mean = (self._sum / max(1, self.tokens)).double()
+        return (self.second_moment.double() - torch.outer(mean, mean)).float()
 
     def scores(self, weights: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
         """One score vector `[C]` per linear that reads this input, larger is more salient."""

@@ -149,10 +149,10 @@ class ModelSource(Source):
         return frozenset(self._state)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor in memory."""
+        """The tensor in memory, on the CPU: pipelines decide themselves what goes to a device."""
         if name not in self._state:
             raise SourceError(f"{self.name} has no tensor {name}.")
-        return self._state[name].detach()
+        return self._state[name].detach().cpu()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was given."""
@@ -218,7 +218,12 @@ def dense_model(source: Source) -> LlamaForCausalLM:
         raise SourceError(
             f"{source.name} lacks {', '.join(missing[:3])}; the checkpoint is incomplete."
         )
-    del unexpected  # buffers of older releases (rotary_emb.inv_freq)
+    foreign = [n for n in unexpected if "rotary_emb" not in n]  # older releases store inv_freq
+    if foreign:
+        raise SourceError(
+            f"{source.name} holds {', '.join(foreign[:3])}, which this LLaMA has no place for: its "
+            "config.json does not belong to its weights, or it is another architecture."
+        )
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(source.config)  # was made on meta
     return model.eval()

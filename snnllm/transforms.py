@@ -21,6 +21,7 @@ from scipy.linalg import hadamard
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+from snnllm.precision import keeping_float32
 from snnllm.sources import Source
 
 
@@ -73,19 +74,22 @@ def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     return haar
 
 
-def group_rotation(group: Tensor, generator: torch.Generator) -> Tensor:
+def group_rotation(group: Tensor, generator: torch.Generator | None) -> Tensor:
     """Permute channels so that their groups are contiguous, and rotate inside each group.
 
     Args:
         group: Group of each channel, integers `[C]`.
-        generator: Source of the rotations.
+        generator: Source of the rotations; None permutes only.
 
     Returns:
         Orthogonal float64 `[C, C]`, `x' = x R`; the new channels are sorted by group.
     """
     order = torch.argsort(group.long(), stable=True)
     sizes = torch.bincount(group.long()).tolist()
-    blocks = torch.block_diag(*[orthogonal(n, generator) for n in sizes if n > 0])
+    if generator is None:
+        blocks = torch.eye(len(order), dtype=torch.float64)
+    else:
+        blocks = torch.block_diag(*[orthogonal(n, generator) for n in sizes if n > 0])
     rotation = torch.zeros_like(blocks)
     rotation[order] = blocks
     return rotation
@@ -125,9 +129,14 @@ class OnlineRotation(nn.Module):
             left = size // power_of_two_factor(size)
             self.register_buffer(f"left_{number}", torch.eye(left))
 
-    def randomise(self, group: Tensor, generator: torch.Generator) -> None:
-        """Draw signs and factors; `group` (integers `[K]`) says which channels come together."""
+    def randomise(self, group: Tensor, generator: torch.Generator | None) -> None:
+        """Draw signs and factors; `group` (integers `[K]`) says which channels come together.
+
+        Without a generator the signs are +1 and the factors identities; the Hadamard part stays.
+        """
         self.order.copy_(torch.argsort(group.long(), stable=True))
+        if generator is None:
+            return
         self.signs.copy_(torch.randint(0, 2, self.signs.shape, generator=generator) * 2 - 1)
         for number in range(len(self.sizes)):
             left = self.get_buffer(f"left_{number}")
@@ -155,11 +164,8 @@ class OnlineRotation(nn.Module):
         return self.forward(torch.eye(sum(self.sizes), device=self.order.device))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # Rounded factors would no longer be orthogonal: keep them in float32 under `.half()`.
-        kept = {k: v for k, v in self._buffers.items() if v is not None and v.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            self._buffers[name] = value.to(self.order.device)
+        with keeping_float32(self):
+            super()._apply(fn, recurse)
         return self
 
 

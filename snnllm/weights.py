@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,31 +26,38 @@ class QuantizedWeight(NamedTuple):
     zero: Tensor
 
 
-def group_count(channels: int, group_size: int | None) -> int:
-    """Number `J` of weight groups along `K` input channels."""
-    return 1 if group_size is None else -(-channels // group_size)
+def run_sizes(channels: int, groups: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Sizes of the runs of input channels that share a weight scale; they sum to `channels`.
+
+    Args:
+        channels: Input channels `K`.
+        groups: The size of equal runs (the last may be shorter), all sizes, or None for one run.
+
+    Raises:
+        ValueError: The sizes do not sum to `channels`.
+    """
+    if groups is None:
+        return (channels,)
+    if isinstance(groups, int):
+        full, rest = divmod(channels, groups)
+        return (groups,) * full + ((rest,) if rest else ())
+    if sum(groups) != channels:
+        raise ValueError(f"weight groups {tuple(groups)} do not sum to {channels} input channels.")
+    return tuple(groups)
 
 
-def expand_groups(values: Tensor, channels: int, group_size: int | None) -> Tensor:
-    """Repeat per-group values `[N, J]` over their input channels to `[N, K]` (`[N, 1]` if J = 1)."""
-    if group_size is None:
-        return values
-    return values.repeat_interleave(group_size, dim=1)[:, :channels]
-
-
-def _blocks(values: Tensor, group_size: int | None) -> Tensor:
-    """View `[N, K]` as weight groups `[N, J, size]`, padded with zeros."""
-    rows, channels = values.shape
-    groups = group_count(channels, group_size)
-    size = channels if group_size is None else group_size
-    padded = torch.nn.functional.pad(values.float(), (0, groups * size - channels))
-    return padded.view(rows, groups, size)
+def expand_groups(
+    values: Tensor, channels: int, groups: int | Sequence[int] | None = None
+) -> Tensor:
+    """Repeat values per weight group `[N, J]` over their input channels to `[N, K]`."""
+    sizes = torch.tensor(run_sizes(channels, groups), device=values.device)
+    return values.repeat_interleave(sizes, dim=1)
 
 
 def weight_parameters(
     weight: Tensor,
     bits: int,
-    group_size: int | None = None,
+    groups: int | Sequence[int] | None = None,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of uniform quantisation, range including zero.
@@ -63,27 +71,39 @@ def weight_parameters(
     Args:
         weight: float `[N, K]`.
         bits: Width of a level, 2..8.
-        group_size: Input channels that share a scale; None for the whole row.
+        groups: Input channels that share a scale (`run_sizes`); None for the whole row.
         importance: `h_c`, mean square of each input channel, `[K]`; None for the full range.
 
     Returns:
         `(scale, zero)`, float32 and uint8, `[N, J]`.
     """
-    blocks = _blocks(weight, group_size)
-    low, high = blocks.amin(-1).clamp(max=0.0), blocks.amax(-1).clamp(min=0.0)
+    sizes = run_sizes(weight.shape[1], groups)
+    hs = [None] * len(sizes) if importance is None else importance.split(sizes)
+    found = [
+        _run_parameters(run, bits, h)
+        for run, h in zip(weight.float().split(sizes, dim=1), hs, strict=True)
+    ]
+    scale, zero = (torch.stack(part, dim=1) for part in zip(*found, strict=True))
+    return scale, zero.to(torch.uint8)
+
+
+def _run_parameters(run: Tensor, bits: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (as a float) of each row of one run of channels, `[N]`."""
+    if run.shape[1] == 0:  # a saliency group without channels
+        return run.new_full((len(run),), _SCALE_FLOOR), run.new_zeros(len(run))
+    low, high = run.amin(-1).clamp(max=0.0), run.amax(-1).clamp(min=0.0)
     scale, zero = _clipped_range(low, high, bits, 1.0)
     if importance is None:
-        return scale, zero.to(torch.uint8)
-    h = _blocks(importance.unsqueeze(0), group_size)
-    error = _rounding_error(blocks, scale, zero, bits, h)
+        return scale, zero
+    error = _rounding_error(run, scale, zero, bits, importance)
     for ratio in _CLIP_RATIOS:
         other_scale, other_zero = _clipped_range(low, high, bits, ratio)
-        other_error = _rounding_error(blocks, other_scale, other_zero, bits, h)
+        other_error = _rounding_error(run, other_scale, other_zero, bits, importance)
         better = other_error < error
         scale = torch.where(better, other_scale, scale)
         zero = torch.where(better, other_zero, zero)
         error = torch.minimum(other_error, error)
-    return scale, zero.to(torch.uint8)
+    return scale, zero
 
 
 def _clipped_range(low: Tensor, high: Tensor, bits: int, ratio: float) -> tuple[Tensor, Tensor]:
@@ -93,18 +113,18 @@ def _clipped_range(low: Tensor, high: Tensor, bits: int, ratio: float) -> tuple[
 
 
 def _rounding_error(
-    blocks: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor
+    run: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor
 ) -> Tensor:
-    """`sum_c h_c (w_c - w_hat_c)^2` of every weight group, `[N, J]`."""
+    """`sum_c h_c (w_c - w_hat_c)^2` of every row, `[N]`."""
     scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
-    codes = torch.round(blocks / scale).add_(zero).clamp_(0, 2**bits - 1)
-    return (codes.sub_(zero).mul_(scale).sub_(blocks).square_() * importance).sum(-1)
+    codes = torch.round(run / scale).add_(zero).clamp_(0, 2**bits - 1)
+    return (codes.sub_(zero).mul_(scale).sub_(run).square_() * importance).sum(-1)
 
 
 def round_to_nearest(
     weight: Tensor,
     bits: int,
-    group_size: int | None = None,
+    groups: int | Sequence[int] | None = None,
     importance: Tensor | None = None,
 ) -> QuantizedWeight:
     """Round-to-nearest weight codes.
@@ -112,7 +132,7 @@ def round_to_nearest(
     Args:
         weight: float `[N, K]`, finite.
         bits: Width of a level, 2..8.
-        group_size: Input channels that share a scale; None for one scale per output channel.
+        groups: Input channels that share a scale (`run_sizes`); None for one per output channel.
         importance: Mean square of each input channel `[K]` for a clip search; None for min/max.
 
     Returns:
@@ -124,15 +144,15 @@ def round_to_nearest(
     if not torch.isfinite(weight).all():
         raise ValueError("The weight holds NaN or infinite values.")
     channels = weight.shape[1]
-    scale, zero = weight_parameters(weight, bits, group_size, importance)
-    s, z = expand_groups(scale, channels, group_size), expand_groups(zero, channels, group_size)
+    scale, zero = weight_parameters(weight, bits, groups, importance)
+    s, z = expand_groups(scale, channels, groups), expand_groups(zero, channels, groups)
     codes = (torch.round(weight.float() / s) + z).clamp_(0, 2**bits - 1)
     return QuantizedWeight(codes.to(torch.uint8), scale, zero)
 
 
-def dequantize(quantized: QuantizedWeight, group_size: int | None = None) -> Tensor:
+def dequantize(quantized: QuantizedWeight, groups: int | Sequence[int] | None = None) -> Tensor:
     """Real weight `scale * (code - zero)`, float32 `[N, K]`."""
     codes, scale, zero = quantized
     channels = codes.shape[1]
-    z = expand_groups(zero.float(), channels, group_size)
-    return (codes.float() - z) * expand_groups(scale, channels, group_size)
+    z = expand_groups(zero.float(), channels, groups)
+    return (codes.float() - z) * expand_groups(scale, channels, groups)

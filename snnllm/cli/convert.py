@@ -16,6 +16,7 @@ from snnllm.cli.options import (
     checked_device,
     progress,
     spike_config,
+    window_length,
 )
 from snnllm.conversion import ConversionReport, convert, estimate, write_report
 from snnllm.data import load_text, token_windows, tokenize
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     text_windows = None
     if args.eval is not None:  # before the conversion: bad text should not cost its time
         ids = tokenize(load_text(args.eval), source.tokenizer())
-        text_windows = token_windows(ids, args.seqlen, args.limit)
+        length = window_length(None, windows.shape[1], source.config)
+        text_windows = token_windows(ids, length, args.limit)
     blocks = source.config.num_hidden_layers
     if args.dry_run:
         count, length = windows.shape

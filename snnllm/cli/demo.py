@@ -7,6 +7,7 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,25 @@ from snnllm.card import write_card
 from snnllm.checkpoint import check_output
 from snnllm.cli.convert import summary
 from snnllm.cli.options import (
+    CALIBRATION_WINDOW,
     add_spike_options,
     calibration_windows,
     open_model,
     progress,
     spike_config,
+    window_length,
 )
 from snnllm.cli.simulate import simulate
+from snnllm.config import SpikeConfig
 from snnllm.conversion import ConversionReport, convert
 from snnllm.data import load_text, token_windows, tokenize
 from snnllm.evaluate import PerplexityResult, token_perplexity
+from snnllm.modeling import LINEARS
 from snnllm.sources import Source, dense_model, open_source
 
 _PROMPT = "The capital of France is"
-_LAYERS = ["model.layers.3.self_attn.q_proj", "model.layers.3.mlp.down_proj"]
+_BLOCK = 3
+_RECORDED = ("self_attn.q_proj", "mlp.down_proj")
 _REPORT = """# {model} as a spiking LLaMA ({label})
 
 Made by `snnllm demo` in {minutes:.1f} minutes with the pipeline `{args.pipeline}`. Evaluated on
@@ -76,7 +82,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--limit", type=int, default=6, help="evaluation windows (default: 6)")
     parser.add_argument("--prompt", default=_PROMPT, help="text to continue (default: %(default)r)")
-    parser.add_argument("--layers", nargs="+", default=_LAYERS, help="layers to record")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="PATTERN",
+        help=f"layers to record (default: {' and '.join(_RECORDED)} of block {_BLOCK})",
+    )
     add_spike_options(parser)
     parser.set_defaults(run=run, view=None, device="cpu", nsamples=8, pipeline="rotated")
 
@@ -106,20 +117,22 @@ def run(args: argparse.Namespace) -> int:
     check_output(checkpoint)
     print(f"1/5 opening {args.model}")
     source = open_source(args.model)
+    spike = spike_config(args)
+    layers = recorded_layers(args.layers, source.config.num_hidden_layers, spike)
     tokenizer = source.tokenizer()
-    windows = token_windows(tokenize(load_text(args.text), tokenizer), args.seqlen, args.limit)
+    length = window_length(args.seqlen, CALIBRATION_WINDOW, source.config)
+    windows = token_windows(tokenize(load_text(args.text), tokenizer), length, args.limit)
     print(f"2/5 dense perplexity on {args.text} and a sentence")
     dense = _measure("dense", dense_model(source), tokenizer, windows, args.prompt)
     print(f"3/5 converting to {args.preset}, pipeline {args.pipeline}")
-    report = _convert(args, source, checkpoint)
+    report = _convert(args, source, spike, checkpoint)
     print("4/5 spiking perplexity and a sentence")
     model, tokenizer = open_model(str(checkpoint), args)
     spiking = _measure("spiking", model, tokenizer, windows, args.prompt)
     spiking = dataclasses.replace(spiking, mib=report.weight_bytes / 2**20)
-    del model
     print("5/5 recording membranes, counting operations")
     rec = output / "simulation"
-    files = simulate(checkpoint, args.prompt, rec, args.layers, "all", "auto:6", 256 << 20, args)
+    files = simulate(str(checkpoint), model, tokenizer, args.prompt, rec, layers)
     seconds = time.perf_counter() - start
     _write_reports(args, report, dense, spiking, files, seconds)
     for name, side in (("dense", dense), ("spiking", spiking)):
@@ -128,18 +141,53 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def recorded_layers(patterns: list[str] | None, blocks: int, spike: SpikeConfig) -> list[str]:
+    """Layers to record, checked before the conversion, which takes minutes.
+
+    Args:
+        patterns: Shell-style patterns of the user, or None for the default.
+        blocks: Decoder blocks of the model; the default of a smaller one is its last block.
+        spike: Says which layers will be spiking.
+
+    Raises:
+        ValueError: A pattern that no spiking layer of such a model matches.
+    """
+    prefixes = [f"model.layers.{index}" for index in range(blocks)]
+    names = [f"{p}.{path}" for p in prefixes for path in LINEARS]
+    kept = spike.modules_to_not_convert
+    names = [n for n in names if spike.encodes_activations and not n.endswith(kept)]
+    if spike.encodes_attention:
+        names += [f"{p}.self_attn.{o}_encoder" for p in prefixes for o in "qkv"]
+    if not names:
+        raise ValueError(
+            f"{spike.label} leaves no spiking activations to record; choose a preset such as W4A4T2."
+        )
+    if patterns is None:
+        prefix = prefixes[min(_BLOCK, blocks - 1)]
+        return [n for n in (f"{prefix}.{path}" for path in _RECORDED) if n in names] or names[:1]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"--layers: no spiking layer of a model of {blocks} blocks matches {pattern!r}; names "
+                f"look like {names[0]!r}."
+            )
+    return patterns
+
+
 def _measure(name: str, model: Any, tokenizer: Any, windows: Tensor, prompt: str) -> Side:
     result = token_perplexity(model, windows, progress=progress(name))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return Side(result, _sentence(model, tokenizer, prompt), size / 2**20)
 
 
-def _convert(args: argparse.Namespace, source: Source, checkpoint: Path) -> ConversionReport:
+def _convert(
+    args: argparse.Namespace, source: Source, spike: SpikeConfig, checkpoint: Path
+) -> ConversionReport:
     with tqdm(total=source.config.num_hidden_layers, desc="convert", unit="block") as bar:
         return convert(
             source,
             checkpoint,
-            spike_config(args),
+            spike,
             calibration_windows(args, source),
             pipeline=args.pipeline,
             seed=args.seed,

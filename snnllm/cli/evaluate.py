@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from snnllm.cli.options import add_run_options, open_model, progress
+from snnllm.cli.options import add_run_options, open_model, progress, window_length
 from snnllm.data import load_text, token_windows, tokenize
 from snnllm.evaluate import token_perplexity
+
+_WINDOW = 2048
 
 
 def add_parser(commands: Any) -> None:
@@ -27,7 +29,11 @@ def add_parser(commands: Any) -> None:
         help="text file, JSONL file (field 'text') or dataset name: pydoc:test, wikitext2:test "
         "(default: %(default)s)",
     )
-    parser.add_argument("--window", type=int, default=2048, help="tokens a window (default: 2048)")
+    parser.add_argument(
+        "--window",
+        type=int,
+        help="tokens a window (default: 2048, or the context of a smaller model)",
+    )
     parser.add_argument("--limit", type=int, help="only so many windows, spread over the text")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the result here, too")
@@ -39,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
     text = load_text(args.text)
     model, tokenizer = open_model(args.model, args)
-    windows = token_windows(tokenize(text, tokenizer), args.window, args.limit)
+    length = window_length(args.window, _WINDOW, model.config)
+    windows = token_windows(tokenize(text, tokenizer), length, args.limit)
     result = token_perplexity(model, windows, args.batch_size, progress("eval"))
     print(
         f"{result.metric} {result.perplexity:.4f}  ({args.text}, {result.windows} windows, "

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from snnllm.config import (
     PRESETS,
+    Capacity,
     MaskScope,
     Operands,
     Score,
@@ -22,10 +23,13 @@ from snnllm.config import (
     WeightRange,
 )
 from snnllm.data import load_text, random_windows, tokenize
+from snnllm.evaluate import trained_context
 from snnllm.execution import View, set_view, spiking_modules
 from snnllm.modeling import load
 from snnllm.pipelines import Pipeline
 from snnllm.sources import Source, dense_model, open_source
+
+CALIBRATION_WINDOW = 512
 
 _OVERRIDES = {
     "ratio": "salient_ratio",
@@ -36,6 +40,9 @@ _OVERRIDES = {
     "attention": "attention",
     "weight_range": "weight_range",
     "group_size": "weight_group_size",
+    "activation_clip": "activation_clip",
+    "capacity": "capacity",
+    "kv_steps": "kv_salient_steps",
 }
 
 
@@ -65,6 +72,26 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     )
     spike.add_argument("--weight-range", choices=[*WeightRange], help="min/max or clip search")
     spike.add_argument("--group-size", type=int, help="inputs that share a weight scale")
+    spike.add_argument(
+        "--activation-clip", type=float, help="factor on the range of a token, 0..1: below 1 clips"
+    )
+    spike.add_argument(
+        "--capacity",
+        choices=[*Capacity],
+        help="largest spike count: steps (exact in every view) or power_of_two (as published, "
+        "collapsed view only)",
+    )
+    spike.add_argument("--kv-steps", type=int, help="time steps of the salient channels of K, V")
+    spike.add_argument(
+        "--modules-to-not-convert",
+        nargs="+",
+        metavar="NAME",
+        help="linears that stay dense, by the end of their name, e.g. down_proj; the head always does",
+    )
+    _add_calibration_options(parser)
+
+
+def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--calibration",
@@ -73,7 +100,9 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--nsamples", type=int, default=16, help="windows (default: %(default)s)")
     data.add_argument(
-        "--seqlen", type=int, default=512, help="tokens a window (default: %(default)s)"
+        "--seqlen",
+        type=int,
+        help=f"tokens a window (default: {CALIBRATION_WINDOW}, or the context of a smaller model)",
     )
     data.add_argument("--seed", type=int, default=0, help="offsets of the windows (default: 0)")
 
@@ -81,13 +110,24 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
 def spike_config(args: argparse.Namespace) -> SpikeConfig:
     """The configuration that the options describe."""
     given = {field: getattr(args, option) for option, field in _OVERRIDES.items()}
+    if args.modules_to_not_convert is not None:
+        given["modules_to_not_convert"] = ("lm_head", *args.modules_to_not_convert)
     return SpikeConfig.preset(args.preset, **{k: v for k, v in given.items() if v is not None})
 
 
 def calibration_windows(args: argparse.Namespace, source: Source) -> Tensor:
     """The calibration windows that the options describe."""
     ids = tokenize(load_text(args.calibration), source.tokenizer())
-    return random_windows(ids, args.seqlen, args.nsamples, args.seed)
+    length = window_length(args.seqlen, CALIBRATION_WINDOW, source.config)
+    return random_windows(ids, length, args.nsamples, args.seed)
+
+
+def window_length(given: int | None, default: int, config: Any) -> int:
+    """Tokens of a window: what the user gave, else the default or the context, if that is less."""
+    if given is not None:
+        return given
+    context = trained_context(config)
+    return default if context is None else min(default, context)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -50,29 +50,32 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Record, count and write."""
+    model, tokenizer = open_model(str(args.model), args)
     files = simulate(
-        args.model,
+        str(args.model),
+        model,
+        tokenizer,
         args.prompt,
         args.output,
         args.layers,
         args.tokens,
         args.channels,
         int(args.memory_limit * 2**20),
-        args,
     )
     print("\n".join(f"wrote {path}" for path in files))
     return 0
 
 
 def simulate(
-    checkpoint: Path,
+    name: str,
+    model: Any,
+    tokenizer: Any,
     prompt: str,
     output: Path,
     layers: list[str],
-    tokens: str,
-    channels: str,
-    memory_limit: int,
-    options: argparse.Namespace,
+    tokens: str = "all",
+    channels: str = "auto:6",
+    memory_limit: int = 256 << 20,
 ) -> list[Path]:
     """Record a prompt and count its operations; returns the files written.
 
@@ -81,14 +84,13 @@ def simulate(
     """
     # The one place where the command line reaches up to the scripts (architecture test).
     from sims import membrane, raster
-    from sims.common import Conversion
+    from sims.common import Subject
 
-    model, tokenizer = open_model(str(checkpoint), options)
     if not spiking_modules(model):
-        raise ValueError(f"{checkpoint} is dense; convert it first with `snnllm convert`.")
-    name, limit = str(checkpoint), memory_limit
-    files = membrane.simulate(name, Conversion(), prompt, layers, tokens, channels, limit, output)
-    files += raster.simulate(name, Conversion(), prompt, layers, tokens, "all", limit, output)
+        raise ValueError(f"{name} is dense; convert it first with `snnllm convert`.")
+    subject = Subject(name, model, tokenizer)
+    files = membrane.simulate(subject, prompt, layers, tokens, channels, memory_limit, output)
+    files += raster.simulate(subject, prompt, layers, tokens, "all", memory_limit, output)
     report = count_operations(model, tokenizer(prompt, return_tensors="pt").input_ids)
     for path, text in (
         (output / "operations.json", json.dumps(report.to_dict(), indent=2)),

@@ -33,6 +33,8 @@ class NativeAttention:
     """
 
     def __init__(self, query: SpikeEncoder, key: SpikeEncoder, value: SpikeEncoder) -> None:
+        for encoder in (query, key, value):
+            encoder.check_groups()  # the C functions index with them
         self._query, self._key, self._value = query, key, value
         self._library = library()
         self._capacities = {

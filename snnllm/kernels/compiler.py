@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -28,17 +29,23 @@ class CompilerError(RuntimeError):
     """The native library cannot be built here; the message is the reason."""
 
 
-def find_compiler() -> str:
-    """Return the C compiler: the environment's `CC`, else cc, gcc or clang on the path.
+def find_compiler() -> list[str]:
+    """Return the C compiler as a command: the environment's `CC`, else cc, gcc or clang.
+
+    `CC` may hold a wrapper or options, such as `ccache gcc` or `gcc -m64`.
 
     Raises:
-        CompilerError: none is installed.
+        CompilerError: none is installed, or `CC` is no command.
     """
-    names = (os.environ["CC"],) if os.environ.get("CC") else _COMPILERS
-    for name in names:
+    try:
+        chosen = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise CompilerError(f"CC={os.environ['CC']!r} is no command: {error}") from error
+    for name, *options in [chosen] if chosen else [[name] for name in _COMPILERS]:
         path = shutil.which(name)
         if path is not None:
-            return path
+            return [path, *options]
+    names = chosen[:1] or _COMPILERS
     raise CompilerError(f"no C compiler found (looked for {', '.join(names)})")
 
 
@@ -65,7 +72,7 @@ def build(definitions: tuple[str, ...] = ()) -> Path:
     message = ""
     for optional in _OPTIONAL_FLAGS:
         flags = (*_BASE_FLAGS, *optional, *definitions)
-        macros = _run([compiler, *optional, "-dM", "-E", "-x", "c", os.devnull])
+        macros = _run([*compiler, *optional, "-dM", "-E", "-x", "c", os.devnull])
         if macros.returncode != 0:
             message = macros.stderr
             continue
@@ -77,9 +84,11 @@ def build(definitions: tuple[str, ...] = ()) -> Path:
             return target
         message = _compile(compiler, flags, folder / SOURCES[0], target)
         if not message:
-            LOGGER.info("compiled the native kernels with %s %s", compiler, " ".join(flags))
+            LOGGER.info("compiled the native kernels with %s", shlex.join([*compiler, *flags]))
             return target
-    raise CompilerError(f"{compiler} cannot compile the kernels: {message.strip()[-500:]}")
+    raise CompilerError(
+        f"{shlex.join(compiler)} cannot compile the kernels: {message.strip()[-500:]}"
+    )
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -94,13 +103,13 @@ def load(path: Path) -> ctypes.CDLL:
         raise CompilerError(f"the compiled kernels cannot be loaded: {error}") from error
 
 
-def _compile(compiler: str, flags: tuple[str, ...], source: Path, target: Path) -> str:
+def _compile(compiler: list[str], flags: tuple[str, ...], source: Path, target: Path) -> str:
     """Compile to a private file and rename it, so that readers never see half a library."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as private:
             output = Path(private) / target.name
-            result = _run([compiler, *flags, str(source), "-o", str(output), "-lm"])
+            result = _run([*compiler, *flags, str(source), "-o", str(output), "-lm"])
             if result.returncode != 0:
                 return result.stderr or f"exit status {result.returncode}"
             output.replace(target)

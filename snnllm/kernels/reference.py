@@ -9,6 +9,8 @@ matmul is exact, in any order of summation, while every partial sum fits the man
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch.nn.functional import pad
 from neurons.encoder import Encoding, ValueRange, encode_parameters
 from neurons.functional import gif_count
 from snnllm.kernels.epilogue import scale_and_sum
+from snnllm.kernels.exact import exact_dtype, exact_matmul
 from snnllm.kernels.spec import (
     ALL_GROUPS,
     EncoderSpec,
@@ -29,9 +32,28 @@ from snnllm.kernels.spec import (
     non_finite_error,
 )
 
-_FLOAT32_EXACT = 2**24
 _INT_MM_ROWS = 32  # torch._int_mm on CUDA wants more than 16 rows
 _INT_MM_MULTIPLE = 8
+
+
+class OperandKind(StrEnum):
+    """How the integers of a segment are multiplied."""
+
+    INT8 = "int8"  # by torch._int_mm; counts beyond 255 are multiplied as floats all the same
+    FLOAT = "float"  # by a float matmul that is exact
+
+
+class _Operand(NamedTuple):
+    """The weight of one segment.
+
+    Attributes:
+        weight: int8 levels [N, K_seg] for `torch._int_mm`, else the centred levels `w - zw`
+            [K_seg, N] in a float type that keeps the sums exact.
+        bound: largest sum of |products| of a float weight.
+    """
+
+    weight: Tensor
+    bound: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,15 +62,14 @@ class ReferenceLinear(PreparedLinear):
 
     Attributes:
         spec: the linear.
-        operands: the weight of every segment: int8 levels [N, K_seg] for `torch._int_mm`, else the
-            centred levels `w - zw` [K_seg, N] in a float type that keeps the sums exact.
+        operands: the weight of every segment.
     """
 
     name: str
     in_features: int
     out_features: int
     spec: LinearSpec
-    operands: tuple[Tensor, ...]
+    operands: tuple[_Operand, ...]
 
 
 @dataclass(frozen=True)
@@ -61,9 +82,16 @@ class _Rows:
 
 
 class ReferenceBackend:
-    """Collapsed execution with torch operations; exact, and the judge of the other backends."""
+    """Collapsed execution with torch operations; exact, and the judge of the other backends.
+
+    Args:
+        kind: how integers are multiplied; None for what is fastest on the device of the weight.
+    """
 
     name = "reference"
+
+    def __init__(self, kind: OperandKind | None = None) -> None:
+        self._kind = kind
 
     def available(self) -> str | None:
         """Return None: torch is always there."""
@@ -71,7 +99,10 @@ class ReferenceBackend:
 
     def prepare(self, spec: LinearSpec) -> ReferenceLinear:
         """Choose exact operands for every segment."""
-        operands = tuple(_operand(spec, segment) for segment in spec.segments)
+        kind = self._kind
+        if kind is None:
+            kind = OperandKind.INT8 if spec.levels.is_cuda else OperandKind.FLOAT
+        operands = tuple(_operand(spec, segment, kind) for segment in spec.segments)
         name = spec.encoder.name
         return ReferenceLinear(name, spec.in_features, spec.out_features, spec, operands)
 
@@ -118,8 +149,7 @@ class ReferenceBackend:
     def int_bmm(self, a: Tensor, b: Tensor) -> Tensor:
         """Return `a @ b^T` of int8 a [B, M, K] and b [B, N, K]: int32 [B, M, N], exact."""
         check_bmm(a, b)
-        dtype = _exact_dtype(a.shape[2] * 128 * 128, a.device)
-        return torch.matmul(a.to(dtype), b.to(dtype).transpose(1, 2)).to(torch.int32)
+        return exact_matmul(a, b.transpose(1, 2), a.shape[2] * 128 * 128)
 
 
 def encode_rows(x: Tensor, spec: EncoderSpec) -> _Rows:
@@ -165,32 +195,31 @@ def _segment_sums(
 ) -> Tensor:
     """Centred accumulators of float counts [M, K] in encoded order, int32 [S, M, N]."""
     spec, sums = layer.spec, []
-    for segment, operand in zip(spec.segments, layer.operands, strict=True):
+    for segment, (weight, bound) in zip(spec.segments, layer.operands, strict=True):
         if not active >> segment.act_group & 1:
             shape = (len(counts), spec.out_features)
             sums.append(torch.zeros(shape, dtype=torch.int32, device=counts.device))
             continue
         count = counts[:, segment.start : segment.stop]
         zero_point = zero_points[:, segment.act_group, None]
-        if operand.dtype == torch.int8:
+        if weight.dtype == torch.int8:
             zero = spec.zero[:, segment.weight_group]
-            sums.append(_int_mm_accumulator(count, zero_point, operand, zero))
+            sums.append(_int_mm_accumulator(count, zero_point, weight, zero))
         else:
-            dtype = operand.dtype if _full_precision() else torch.float64
-            sums.append(torch.matmul((count - zero_point).to(dtype), operand.to(dtype)).int())
+            sums.append(exact_matmul(count - zero_point, weight, bound))
     return torch.stack(sums)
 
 
-def _operand(spec: LinearSpec, segment: Segment) -> Tensor:
+def _operand(spec: LinearSpec, segment: Segment, kind: OperandKind) -> _Operand:
     """Return the weight of one segment in the form that `_accumulate` multiplies."""
     start, stop, act_group, weight_group = segment
     level, capacity = spec.levels[:, start:stop], spec.encoder.capacities[act_group]
-    if level.is_cuda and capacity <= 255:
-        return level
+    if kind is OperandKind.INT8 and capacity <= 255:
+        return _Operand(level, 0)
     centred = level.int() - spec.zero[:, weight_group, None]
     reach = int(centred.abs().max()) if centred.numel() else 0
-    dtype = _exact_dtype(capacity * reach * (stop - start), level.device)
-    return centred.t().to(dtype).contiguous()
+    bound = capacity * reach * (stop - start)
+    return _Operand(centred.t().to(exact_dtype(bound, level.device)).contiguous(), bound)
 
 
 def _int_mm_accumulator(count: Tensor, zero_point: Tensor, level: Tensor, zero: Tensor) -> Tensor:
@@ -217,18 +246,6 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
         pad(a, (0, depth, 0, rows)), pad(b, (0, depth, 0, columns)).contiguous().t()
     )
     return product[:m, :n]
-
-
-def _exact_dtype(bound: int, device: torch.device) -> torch.dtype:
-    """Return the cheapest float type in which sums up to `bound` are exact."""
-    if bound <= _FLOAT32_EXACT and device.type == "cpu" and _full_precision():
-        return torch.float32
-    return torch.float64  # LinearSpec has checked that the sums fit int32
-
-
-def _full_precision() -> bool:
-    """Return False while torch may lower float32 matmuls to bfloat16 or TF32."""
-    return torch.get_float32_matmul_precision() == "highest"
 
 
 def _reference(prepared: PreparedLinear) -> ReferenceLinear:

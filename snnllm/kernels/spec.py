@@ -18,7 +18,9 @@ from neurons.encoder import Encoding
 
 INT32_MAX = 2**31 - 1
 COUNT_MAX = 2**15 - 1
-ALL_GROUPS = 2**64 - 1
+MAX_GROUPS = 64
+"""Activation groups of a layer: the kernels are told by a 64-bit mask which of them are active."""
+ALL_GROUPS = 2**MAX_GROUPS - 1
 """Every group of a layer is active (`Backend.accumulate_counts`)."""
 ZERO_MAX = 2**15 - 9  # a kernel may shift levels and zero points by 8, and multiply int16
 
@@ -96,6 +98,11 @@ class EncoderSpec:
             )
         if self.clip is not None and len(self.clip) != len(self.sizes):
             raise ValueError(f"{self.name}: clip={self.clip} must hold a factor for each group")
+        if len(self.sizes) > MAX_GROUPS:
+            raise ValueError(
+                f"{self.name}: expected at most {MAX_GROUPS} channel groups, got {len(self.sizes)}; "
+                "give more channels the same steps"
+            )
         if min(self.sizes) < 0 or sum(self.sizes) == 0:
             raise ValueError(f"{self.name}: sizes={self.sizes} must be >= 0 and hold a channel")
         if min(self.capacities) < 1 or max(self.capacities) > COUNT_MAX:
@@ -228,9 +235,9 @@ def check_input(x: Tensor, channels: int, name: str) -> None:
             f"{name}: expected an input of {channels} channels, got {tuple(x.shape)}; "
             "the last axis must be the channels"
         )
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(
-            f"{name}: expected float32, bfloat16 or float16, got {x.dtype}; convert the input"
+            f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}; convert the input"
         )
 
 

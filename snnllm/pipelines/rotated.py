@@ -1,11 +1,12 @@
-"""The `rotated` pipeline: rotation inside the saliency groups, then GPTQ on the encoded inputs.
+"""The `rotated` pipeline: rotation inside the saliency groups, weights fitted to the spikes they see.
 
 1. A pass of the float model scores the channels of the residual stream (one mask for the whole
-   model), of the values and keys of each head, and of the inputs of down_proj.
+   model), of the values and keys of each head, and of the inputs of down_proj (`basis.py`).
 2. One residual basis, `permutation x blockdiag(rotations)`, and a basis per value head are folded
    into the weights (`RotatedSource`); keys, queries and the down_proj input are rotated online.
-3. Block by block, input by input: the spiking inputs of everything already converted give the
-   Hessian for GPTQ with a clip search.
+3. Block by block, input by input, on what is converted already: the mean of the input becomes an
+   offset, the range of each saliency group gets a clip ratio, the weights are fitted to the outputs
+   of the float model (`fitting.py`) and rounded by GPTQ with scales per saliency group.
 
 No training. The salient groups have sizes with Hadamard matrices (`transforms.salient_count`).
 """
@@ -15,8 +16,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -24,97 +24,74 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurons import SpikeEncoder
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention
-from snnllm.config import FLOAT_BITS, Rotation, Score, SpikeConfig
+from snnllm.config import FLOAT_BITS, MaskScope, Rotation, SpikeConfig, WeightRange
+from snnllm.execution import choose_views
 from snnllm.gptq import gptq
+from snnllm.linear import SpikingLinear
 from snnllm.modeling import spike_block, spiking_linear
+from snnllm.pipelines.basis import Basis
+from snnllm.pipelines.fitting import SAMPLE_ROWS, Moments, clip_ratios, weighted_mean
 from snnllm.pipelines.report import BlockReport, SpikeRateMeter, peak_mib, sqnr_db
-from snnllm.pipelines.streaming import (
-    INPUT_GROUPS,
-    BlockStatistics,
-    BlockStream,
-    linear_of,
-    load_block,
-)
-from snnllm.saliency import first_channels
+from snnllm.pipelines.stages import StagedBlock
+from snnllm.pipelines.streaming import INPUT_GROUPS, BlockStream, linear_of, load_block
 from snnllm.sources import Source
-from snnllm.transforms import (
-    OnlineRotation,
-    RotatedSource,
-    group_rotation,
-    salient_count,
-    sorted_groups,
-)
-from snnllm.weights import QuantizedWeight
+from snnllm.transforms import group_rotation, sorted_groups
+from snnllm.weights import QuantizedWeight, dequantize
 
 _log = logging.getLogger(__name__)
+WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+"""Linears that write to the residual stream."""
 
 
 @dataclass(frozen=True)
-class Basis:
-    """Everything that is rotated, and which channels are salient before the rotation.
+class RotatedOptions:
+    """Parts of the pipeline; each can be left out to see its share.
 
     Attributes:
-        residual: Salient channels of the residual stream, uint8 `[hidden]`.
-        keys: Salient channels of K after RoPE, one uint8 `[H_kv, D]` per layer.
-        values: Likewise of V.
-        down: Salient channels of the down_proj input, one uint8 `[intermediate]` per layer.
+        rotate: Rotate inside the saliency groups; without it channels are only sorted.
+        offset: Take the mean off every input.
+        clip: Search the clip ratio of each input and group.
+        segment_scales: Weight scales per saliency group of the input instead of per output channel.
+        query_groups: Q has the channel groups and steps of K.
+        compensate: Fit outputs to the float model; without it GPTQ rounds the original weights.
+        ridge: Weight of the original weights in the fit, in units of the mean input variance.
     """
 
-    residual: Tensor
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    down: tuple[Tensor, ...]
+    rotate: bool = True
+    offset: bool = True
+    clip: bool = True
+    segment_scales: bool = True
+    query_groups: bool = True
+    compensate: bool = True
+    ridge: float = 3.0
 
 
-def find_basis(source: Source, spike: SpikeConfig, windows: Tensor, device: torch.device) -> Basis:
-    """Score the channels on the float model.
-
-    The residual score of a channel is its mean square after RMSNorm, averaged over all norms, times
-    the squared column norms of the linears behind (Gauss-Newton); K, V and the down_proj input use
-    the configured score.
-    """
-    stream = BlockStream(source, windows, device)
-    residual = torch.zeros(source.config.hidden_size, device=device)
-    keys, values, down = [], [], []
-    generator = torch.Generator().manual_seed(0)
-    ratio = spike.salient_ratio
-    for index in range(source.config.num_hidden_layers):
-        block = load_block(source, index, device)
-        statistics = BlockStatistics(block, source.config, spike)
-        with statistics.observing():
-            stream.hidden = list(stream.run(block))
-        for group in (0, 2):
-            columns = torch.stack([w.square().sum(0) for w in statistics.weights(group)]).sum(0)
-            score = statistics.inputs[group].second_moment.diagonal() * columns
-            residual += score / score.sum()
-        key, value = statistics.kv.scores(generator)
-        count = salient_count(key.shape[1], ratio)
-        keys.append(first_channels(key, count))
-        values.append(first_channels(value, count))
-        score = statistics.inputs[3].scores(statistics.weights(3), generator)[0]
-        down.append(first_channels(score, salient_count(score.numel(), ratio)))
-    mask = first_channels(residual, salient_count(residual.numel(), ratio))
-    return Basis(mask.cpu(), tuple(keys), tuple(values), tuple(d.cpu() for d in down))
-
-
-def rotated_config(spike: SpikeConfig) -> SpikeConfig:
+def rotated_config(spike: SpikeConfig, options: RotatedOptions) -> SpikeConfig:
     """The configuration of a rotated model."""
     if not spike.encodes_activations:
         raise ValueError(
             "The rotated pipeline needs spiking activations; choose activation bits <= 8."
         )
-    return dataclasses.replace(spike, rotation=Rotation.GROUPS, score=Score(spike.score))
+    return dataclasses.replace(
+        spike,
+        rotation=Rotation.GROUPS,
+        mask_scope=MaskScope.INPUT,
+        input_offset=options.offset or options.compensate,
+        segment_scales=options.segment_scales and spike.weight_group_size is None,
+        query_groups=options.query_groups,
+    )
 
 
-def rotate_source(source: Source, basis: Basis, generator: torch.Generator) -> RotatedSource:
-    """Fold the residual and value rotations into the weights."""
-    residual = group_rotation(basis.residual, generator)
-    values = [
-        torch.stack([group_rotation(head, generator) for head in layer]) for layer in basis.values
-    ]
-    return RotatedSource(source, residual, values)
+@dataclass(frozen=True)
+class _Job:
+    """What all blocks of one conversion share."""
+
+    source: Source
+    basis: Basis
+    spike: SpikeConfig
+    options: RotatedOptions
+    generator: torch.Generator
 
 
 def convert_blocks(
@@ -124,170 +101,212 @@ def convert_blocks(
     windows: Tensor,
     generator: torch.Generator,
     device: torch.device,
+    options: RotatedOptions,
 ) -> Iterator[tuple[nn.Module, BlockReport]]:
     """Convert block by block.
 
     Args:
         source: The rotated model (`rotate_source`).
         basis: The masks behind the rotation.
-        spike: The configuration, with `rotation="groups"`.
+        spike: The configuration (`rotated_config`).
         windows: Calibration token ids `[n, S]`.
         generator: Source of the online rotations.
         device: Where a block runs.
+        options: Parts of the pipeline.
 
     Yields:
-        The spiking block and its report, in order.
+        The spiking block and its report, in order; its SQNR is that of the hidden states behind it,
+        against the float model.
     """
-    stream = BlockStream(source, windows, device)
+    job = _Job(source, basis, spike, options, generator)
+    stream, target = BlockStream(source, windows, device), BlockStream(source, windows, device)
     for index in range(source.config.num_hidden_layers):
         start = time.perf_counter()
-        block = load_block(source, index, device)
-        target = list(stream.run(block))
-        convert_block(block, index, source, basis, spike, stream, generator)
+        block, dense = load_block(source, index, device), load_block(source, index, device)
+        spiking, floating = StagedBlock(block, stream), StagedBlock(dense, target)
+        _spike_attention(block, index, job)
+        block.to(device)
+        for paths in INPUT_GROUPS:
+            _convert_input(spiking, floating, index, paths, job)
         with SpikeRateMeter(block) as rate:
-            converted = list(stream.run(block))
-        stream.hidden = converted
+            stream.run_one(block, 0)
+        stream.hidden, target.hidden = spiking.residual, floating.residual
         report = BlockReport(
-            index, sqnr_db(target, converted), rate(), time.perf_counter() - start, peak_mib()
+            index,
+            sqnr_db(target.hidden, stream.hidden),
+            rate(),
+            time.perf_counter() - start,
+            peak_mib(),
         )
         _log.info("%s", report)
         yield block, report
 
 
-def convert_block(
-    block: nn.Module,
-    index: int,
-    source: Source,
-    basis: Basis,
-    spike: SpikeConfig,
-    stream: BlockStream,
-    generator: torch.Generator,
-) -> None:
-    """Make one block spiking in place: attention, then the linears input by input."""
-    dense = {p: linear_of(block, p) for paths in INPUT_GROUPS for p in paths}
-    device = next(iter(dense.values())).weight.device
-    attention_only = dataclasses.replace(
-        spike, modules_to_not_convert=(*spike.modules_to_not_convert, *dense)
-    )
+def _spike_attention(block: nn.Module, index: int, job: _Job) -> None:
+    """Replace the attention of a dense block; its linears stay dense."""
+    linears = tuple(p for paths in INPUT_GROUPS for p in paths)
+    kept = (*job.spike.modules_to_not_convert, *linears)
+    attention_only = dataclasses.replace(job.spike, modules_to_not_convert=kept)
     # A copy: the attention writes its implementation into its config, the source stays dense.
-    spike_block(block, index, deepcopy(source.config), attention_only)
+    spike_block(block, index, deepcopy(job.source.config), attention_only)
     attention: Any = block.self_attn
     encoded = isinstance(attention, SpikingLlamaAttention)
     attention.config._attn_implementation = SPIKING_ATTENTION if encoded else "sdpa"
-    if encoded:
-        rotation = [group_rotation(head, generator) for head in basis.keys[index]]
-        attention.qk_rotation.copy_(torch.stack(rotation))
-        attention.set_channel_groups(
-            torch.stack([sorted_groups(h) for h in basis.keys[index]]),
-            torch.stack([sorted_groups(h) for h in basis.values[index]]),
-        )
-    block.to(device)
-    for paths in INPUT_GROUPS:
-        kept = spike.modules_to_not_convert
-        converted = [p for p in paths if not f"model.layers.{index}.{p}".endswith(kept)]
-        if converted:
-            _convert_input(block, index, converted, basis, spike, stream, generator)
+    if not encoded:
+        return
+    keys, values = job.basis.keys[index], job.basis.values[index]
+    generator = job.generator if job.options.rotate else None
+    attention.qk_rotation.copy_(torch.stack([group_rotation(head, generator) for head in keys]))
+    attention.set_channel_groups(
+        torch.stack([sorted_groups(h) for h in keys]),
+        torch.stack([sorted_groups(h) for h in values]),
+    )
+    choose_views(attention)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What linears that share an input read, and what they should write; a batch at a time.
+
+    Attributes:
+        inputs: `[b, S, K]` per batch.
+        weights: Token weights `[b S]` per batch.
+        outputs: Wanted outputs `[b S, N]` of a batch.
+    """
+
+    inputs: list[Tensor]
+    weights: list[Tensor]
+    outputs: Callable[[int], Tensor]
+
+    def encoder_inputs(self, module: SpikingLinear) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the encoder of a linear sees, `[tokens, K]`, and token weights."""
+        device = module.encoder.clip.device
+        for x, weight in zip(self.inputs, self.weights, strict=True):
+            yield module.encoder_input(x.to(device).flatten(0, 1)).float(), weight
+
+    def sample(self, module: SpikingLinear) -> tuple[Tensor, Tensor]:
+        """About `SAMPLE_ROWS` tokens of `encoder_inputs`, spread over all batches."""
+        step = max(1, sum(len(w) for w in self.weights) // SAMPLE_ROWS)
+        parts = [(x[::step], w[::step]) for x, w in self.encoder_inputs(module)]
+        return torch.cat([x for x, _ in parts]), torch.cat([w for _, w in parts])
 
 
 def _convert_input(
-    block: nn.Module,
-    index: int,
-    paths: list[str],
-    basis: Basis,
-    spike: SpikeConfig,
-    stream: BlockStream,
-    generator: torch.Generator,
+    spiking: StagedBlock, floating: StagedBlock, index: int, paths: tuple[str, ...], job: _Job
 ) -> None:
-    """Convert the linears that share one input, on the spikes they will really see."""
-    prefix = f"model.layers.{index}"
+    """Convert the linears that share one input, and move both streams on where they write."""
+    writes = paths[0] in WRITERS
+    inputs, targets = spiking.inputs(paths[0]), floating.inputs(paths[0])
+    before = spiking.residual
+    if writes:
+        floating.write(paths[0], targets)
+    kept = job.spike.modules_to_not_convert
+    converted = [p for p in paths if not f"model.layers.{index}.{p}".endswith(kept)]
+    dense = [linear_of(floating.block, p) for p in converted]
+
+    def outputs(batch: int) -> Tensor:
+        device = dense[0].weight.device
+        if writes:
+            wanted = floating.residual[batch].to(device) - before[batch].to(device)
+            return wanted.flatten(0, 1)
+        x = targets[batch].to(device).flatten(0, 1)
+        with torch.no_grad():
+            return torch.cat([linear(x) for linear in dense], dim=1)
+
+    if converted:
+        device = dense[0].weight.device
+        weights = [token_weights(paths[0], r).to(device) for r in before]
+        _fit_input(spiking.block, index, converted, _Data(inputs, weights, outputs), job)
+    if writes:
+        spiking.write(paths[0], inputs)
+
+
+def _fit_input(block: nn.Module, index: int, paths: list[str], data: _Data, job: _Job) -> None:
+    """Fit and store the linears at `paths`, which share an input."""
     dense = [linear_of(block, p) for p in paths]
     device = dense[0].weight.device
     modules = [
-        spiking_linear(d, spike, f"{prefix}.{p}").to(device)
+        spiking_linear(d, job.spike, f"model.layers.{index}.{p}").to(device)
         for d, p in zip(dense, paths, strict=True)
     ]
-    first = modules[0]
-    rotation = first.rotation
-    if rotation is not None:
-        rotation.randomise(basis.down[index].to(device), generator)
-    groups = _rotated_groups(paths[0], first.in_features, index, basis)
-    if len(first.layout.steps) == 1:
-        groups = torch.zeros_like(groups)
-    for module in modules:
-        module.set_channel_group(groups)
-        module.rotation = rotation
-    hessian = encoded_moment(block, paths[0], first.encoder, rotation, stream)
     weight = torch.cat([linear.weight.detach().float() for linear in dense])
-    if rotation is not None:
-        weight = weight @ rotation.matrix()
-    if first.layout.weight_bits != FLOAT_BITS:
-        order = first.order
-        h = hessian[order][:, order]
-        weight = weight[:, order]
-        quantized = gptq(weight, h, first.layout.weight_bits, first.layout.group_size, first.name)
-    start = 0
-    for path, module, linear in zip(paths, modules, dense, strict=True):
+    first, options = modules[0], job.options
+    if first.rotation is not None:
+        generator = job.generator if options.rotate else None
+        first.rotation.randomise(job.basis.down[index].to(device), generator)
+        weight = weight @ first.rotation.matrix()
+    groups = job.basis.groups(paths[0], first.in_features, index).to(device)
+    first.set_channel_group(groups if len(first.layout.steps) > 1 else torch.zeros_like(groups))
+    if options.offset:
+        first.get_buffer("offset_input").copy_(weighted_mean(data.encoder_inputs(first)))
+    if options.clip:
+        first.encoder.clip.copy_(clip_ratios(first.encoder, *data.sample(first), weight))
+    moments = Moments(weight)
+    for batch, (x, token_weight) in enumerate(data.encoder_inputs(first)):
+        encoded = first.encoder.decode(first.encoder.encode(x))
+        moments.update(encoded, data.outputs(batch), token_weight)
+    fitted = moments.least_squares(options.ridge) if options.compensate else weight
+    quantized, rounded = _quantize(first, fitted, moments, job)
+    _store(block, paths, modules, quantized, rounded)
+    if first.layout.offset:
+        taken = first.get_buffer("offset_input").clone()
+        given = weight @ taken
+        if options.compensate:
+            given = moments.output_offset(rounded) - torch.cat([_bias(linear) for linear in dense])
+        for module, part in zip(
+            modules, given.split([m.out_features for m in modules]), strict=True
+        ):
+            module.set_offset(taken, part)
+
+
+def _store(
+    block: nn.Module,
+    paths: list[str],
+    modules: list[SpikingLinear],
+    quantized: QuantizedWeight | None,
+    rounded: Tensor,
+) -> None:
+    """Fill the linears of one input, encoders as the first, and put them into the block."""
+    first, start = modules[0], 0
+    for path, module in zip(paths, modules, strict=True):
+        bias = linear_of(block, path).bias
         rows = slice(start, start + module.out_features)
         start = rows.stop
-        bias = None if linear.bias is None else linear.bias.detach()
-        if module.layout.weight_bits == FLOAT_BITS:
-            module.set_float_weight(weight[rows], bias)
+        module.rotation = first.rotation
+        module.set_channel_group(first.encoder.channel_group.clone())
+        module.encoder.clip.copy_(first.encoder.clip.clone())
+        if quantized is None:
+            module.set_float_weight(rounded[rows], None if bias is None else bias.detach())
         else:
-            module.set_weight(QuantizedWeight(*(part[rows] for part in quantized)), bias)
+            codes = QuantizedWeight(*(part[rows] for part in quantized))
+            module.set_weight(codes, None if bias is None else bias.detach())
+        choose_views(module)
         parent, _, name = path.rpartition(".")
         setattr(block.get_submodule(parent), name, module)
 
 
-def _rotated_groups(path: str, channels: int, index: int, basis: Basis) -> Tensor:
-    """Channel groups of a linear's input in the rotated basis, uint8 `[K]`."""
-    if path == "mlp.down_proj":
-        return sorted_groups(basis.down[index])
-    if path == "self_attn.o_proj":
-        heads = torch.stack([sorted_groups(h) for h in basis.values[index]])
-        shared = channels // heads.numel()  # query heads of one KV head
-        return heads.repeat_interleave(shared, dim=0).flatten()
-    return sorted_groups(basis.residual)
+def _bias(linear: nn.Linear) -> Tensor:
+    bias: Tensor | None = linear.bias
+    if bias is None:
+        return linear.weight.new_zeros(linear.out_features)
+    return bias.detach().float()
 
 
-class _Reached(Exception):
-    """The forward pass has come to the input that was wanted."""
-
-
-def encoded_moment(
-    block: nn.Module,
-    path: str,
-    encoder: SpikeEncoder,
-    rotation: OnlineRotation | None,
-    stream: BlockStream,
-) -> Tensor:
-    """Weighted mean of `x_hat x_hat^T` of one linear's encoded input over the stream, `[K, K]`.
-
-    Every token counts by `token_weights`.
-    """
-    channels = encoder.channel_group.numel()
-    device = encoder.channel_group.device
-    moment = torch.zeros(channels, channels, device=device)
-    current, tokens = 0, 0.0
-
-    def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal tokens
-        rows = inputs[0].reshape(-1, channels)
-        if rotation is not None:
-            rows = rotation(rows)
-        encoded = encoder.decode(encoder.encode(rows))
-        weights = token_weights(path, stream.hidden[current]).to(device)
-        moment.addmm_((encoded * weights.unsqueeze(1)).T, encoded)
-        tokens += float(weights.sum())
-        raise _Reached
-
-    handle = linear_of(block, path).register_forward_pre_hook(observe)
-    try:
-        for current in range(len(stream.hidden)):
-            with suppress(_Reached):
-                stream.run_one(block, current)
-    finally:
-        handle.remove()
-    return moment / tokens
+def _quantize(
+    module: SpikingLinear, weight: Tensor, moments: Moments, job: _Job
+) -> tuple[QuantizedWeight | None, Tensor]:
+    """Codes of a weight `[N, K]` (original channel order), and the real weight that they stand for."""
+    bits, order = module.layout.weight_bits, module.order
+    if bits == FLOAT_BITS:
+        return None, weight
+    hessian = moments.covariance if job.options.compensate else moments.second_moment
+    clip = job.spike.weight_range is WeightRange.CLIP
+    quantized = gptq(
+        weight[:, order], hessian[order][:, order], bits, module.weight_groups, module.name, clip
+    )
+    rounded = torch.empty_like(weight)
+    rounded[:, order] = dequantize(quantized, module.weight_groups)
+    return quantized, rounded
 
 
 def token_weights(path: str, hidden: Tensor) -> Tensor:
@@ -299,9 +318,9 @@ def token_weights(path: str, hidden: Tensor) -> Tensor:
 
     Args:
         path: The linear in its block.
-        hidden: Residual stream in front of the block, `[1, tokens, hidden]`.
+        hidden: Residual stream that it writes to, `[b, tokens, hidden]`.
     """
     mean_square = hidden.float().square().mean(-1).flatten()
-    if path not in ("self_attn.o_proj", "mlp.down_proj"):
+    if path not in WRITERS:
         return torch.ones_like(mean_square)
     return 1.0 / (mean_square + 1e-6 * mean_square.mean() + 1e-12)

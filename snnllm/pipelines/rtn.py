@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention
 from snnllm.config import FLOAT_BITS, MaskScope, SpikeConfig, WeightRange
-from snnllm.execution import View, spiking_modules
+from snnllm.execution import choose_views
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import spike_block
 from snnllm.pipelines.report import BlockReport, SpikeRateMeter, peak_mib, sqnr_db
@@ -102,7 +102,7 @@ def fill_block(
         module = block.get_submodule(path)
         if isinstance(module, SpikingLinear):
             fill_linear(module, linear, groups[path], importance[path])
-    _choose_views(block)
+    choose_views(block)
     attention: Any = block.self_attn
     encoded = isinstance(attention, SpikingLlamaAttention)
     attention.config._attn_implementation = SPIKING_ATTENTION if encoded else "sdpa"
@@ -112,16 +112,6 @@ def fill_block(
         attention.set_channel_groups(
             allocate(key, spike.salient_ratio, steps), allocate(value, spike.salient_ratio, steps)
         )
-
-
-def _choose_views(block: nn.Module) -> None:
-    """Convert in the unrolled view what the collapsed one cannot run; the views are equal."""
-    for _, module in spiking_modules(block):
-        try:
-            module.check_view(View.COLLAPSED)
-        except ValueError:
-            module.check_view(View.UNROLLED)
-            module.view = View.UNROLLED
 
 
 def channel_groups(
@@ -170,7 +160,7 @@ def fill_linear(
     try:
         order = module.order
         h = None if importance is None else importance[order]
-        quantized = round_to_nearest(weight[:, order], layout.weight_bits, layout.group_size, h)
+        quantized = round_to_nearest(weight[:, order], layout.weight_bits, module.weight_groups, h)
     except ValueError as error:
         raise ValueError(f"{module.name}: {error}") from error
     module.set_weight(quantized, bias)

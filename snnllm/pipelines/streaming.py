@@ -28,6 +28,8 @@ INPUT_GROUPS: tuple[tuple[str, ...], ...] = (
     ("mlp.down_proj",),
 )
 """Linears of a block that read the same input."""
+_SCORE_BYTES = 1 << 30
+"""Attention scores of a batch of calibration windows on a GPU."""
 
 
 class BlockStream:
@@ -39,15 +41,20 @@ class BlockStream:
         device: Where blocks run.
 
     Attributes:
-        hidden: One float32 tensor `[1, S, hidden]` per window, on the CPU.
+        hidden: One float32 tensor `[b, S, hidden]` per batch of windows, kept on `store`.
+        store: Where hidden states wait: the device if they fit there easily, else the CPU.
     """
 
     def __init__(self, source: Source, windows: Tensor, device: torch.device) -> None:
         register_attention()
         self.config, self.device = source.config, device
         table = source.tensor("model.embed_tokens.weight")
-        self.hidden = [nn.functional.embedding(w, table).float().unsqueeze(0) for w in windows]
         length = windows.shape[1]
+        self.store = _store(device, windows.numel(), self.config)
+        self.hidden = [
+            nn.functional.embedding(batch, table).float().to(self.store)
+            for batch in windows.split(_batch_size(device, length, self.config))
+        ]
         position = torch.arange(length, device=device).unsqueeze(0)
         rotary = LlamaRotaryEmbedding(self.config).to(device)
         self._rope = rotary(self.hidden[0].to(device), position)
@@ -55,21 +62,36 @@ class BlockStream:
         self._mask = blocked.triu(1).view(1, 1, length, length)
 
     def run(self, block: nn.Module) -> Iterator[Tensor]:
-        """Outputs of `block` for each window, `[1, S, hidden]` on the CPU; `hidden` stays."""
-        for window in range(len(self.hidden)):
-            yield self.run_one(block, window)
+        """Outputs of `block` for each batch, `[b, S, hidden]` on `store`; `hidden` stays."""
+        for batch in range(len(self.hidden)):
+            yield self.run_one(block, batch)
 
-    def run_one(self, block: nn.Module, window: int) -> Tensor:
-        """Output of `block` for one window, `[1, S, hidden]` on the CPU."""
+    def run_one(self, block: nn.Module, batch: int) -> Tensor:
+        """Output of `block` for one batch of windows, `[b, S, hidden]` on `store`."""
         with torch.no_grad():
-            out = block(
-                self.hidden[window].to(self.device),
-                attention_mask=self._mask,
-                position_embeddings=self._rope,
-                use_cache=False,
-            )
+            out = block(self.hidden[batch].to(self.device), **self.context, use_cache=False)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden.cpu()
+        return hidden.to(self.store)
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """Causal mask and position embeddings, as a decoder block and its attention take them."""
+        return {"attention_mask": self._mask, "position_embeddings": self._rope}
+
+
+def _batch_size(device: torch.device, length: int, config: LlamaConfig) -> int:
+    """Windows that run together: one on the CPU, whose caches are small."""
+    scores = config.num_attention_heads * length**2 * 4
+    return 1 if device.type == "cpu" else max(1, _SCORE_BYTES // scores)
+
+
+def _store(device: torch.device, tokens: int, config: LlamaConfig) -> torch.device:
+    """The device, if all that a pipeline keeps between two passes takes a third of its memory."""
+    if device.type != "cuda":
+        return torch.device("cpu")
+    needed = tokens * 4 * (8 * config.hidden_size + 2 * config.intermediate_size)
+    fits = needed < torch.cuda.mem_get_info(device)[0] // 3
+    return device if fits else torch.device("cpu")
 
 
 def load_block(source: Source, index: int, device: torch.device) -> LlamaDecoderLayer:

@@ -1,6 +1,7 @@
 """The encoder: the same integers by closed form and by neurons, for every shape, dtype and mode."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -260,7 +261,7 @@ def test_loaded_groups_reach_the_neurons():
     group = groups_of(0, (7,), 2)
     source, target = SpikeEncoder(group, (1, 2)), SpikeEncoder(7, (1, 2))
     target.load_state_dict(source.state_dict())
-    assert list(source.state_dict()) == ["channel_group"]
+    assert list(source.state_dict()) == ["channel_group", "clip"]
     x = activations(0, (3, 7))
     assert torch.equal(target.encode(x).count, source.encode(x).count)
     assert torch.equal(target.encode_spikes(x)[0], source.encode_spikes(x)[0])
@@ -379,3 +380,42 @@ def test_wrong_heads_name_the_layer(shape):
 def test_integer_activations_raise():
     with pytest.raises(TypeError, match=r"expected floating-point activations, got torch\.int64"):
         SpikeEncoder(7).encode(torch.zeros(7, dtype=torch.int64))
+
+
+# ---- groups that change
+
+
+BAD_GROUPS = {
+    "too_large": (
+        torch.full((7,), 2, dtype=torch.uint8),
+        ValueError,
+        r"must lie in 0\.\.1 .*got 2",
+    ),
+    "shape": (torch.zeros(6, dtype=torch.uint8), ValueError, r"shape \(7,\), got \(6,\)"),
+    "scalar": (torch.tensor(1, dtype=torch.uint8), ValueError, r"shape \(7,\), got \(\)"),
+    "heads": (torch.zeros(1, 7, dtype=torch.uint8), ValueError, r"shape \(7,\), got \(1, 7\)"),
+    "wide": (torch.full((7,), 256), TypeError, r"must be a uint8 tensor .*got torch\.int64"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GROUPS)
+@pytest.mark.parametrize("way", ["set", "load", "assign"])
+def test_groups_that_do_not_exist_are_refused_by_name(case, way):
+    bad, error, message = BAD_GROUPS[case]
+    before = groups_of(0, (7,), 2)
+    encoder = SpikeEncoder(before.clone(), (1, 2), name="k_proj")
+    load = partial(encoder.load_state_dict, {"channel_group": bad}, assign=way == "assign")
+    change = partial(encoder.set_groups, bad) if way == "set" else load
+    with pytest.raises(error, match=f"k_proj: .*{message}"):
+        change()
+    assert torch.equal(encoder.channel_group, before)
+
+
+def test_groups_can_be_changed():
+    encoder, group = SpikeEncoder(7, (1, 2)), groups_of(0, (7,), 2)
+    encoder.set_groups(group)
+    assert torch.equal(encoder.channel_group, group)
+    assert encoder.channel_group is not group
+    encoder.channel_group = group + 2  # as a loader may, past load_state_dict
+    with pytest.raises(ValueError, match=r"SpikeEncoder: channel_group must lie in 0\.\.1"):
+        encoder.check_groups()

@@ -13,6 +13,8 @@ from sims import equivalence, membrane, raster, sweep
 from sims.common import Conversion, encode_prompt, load_subject
 from sims.traces import Recording
 from snnllm.execution import View
+from snnllm.kernels import NativeBackend, get_backend
+from snnllm.kernels.attention import NativeAttention
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
 from snnllm.sources import SourceError, dense_model, open_source
@@ -84,6 +86,78 @@ def test_equivalence_finds_one_wrong_integer(
     assert [row["layer"] for row in bad] == ["model.layers.3.mlp.up_proj"]
     assert bad[0]["differing_binary"] == "1"
     assert bad[0]["differing_unrolled"] == "0"
+
+
+needs_native = pytest.mark.skipif(get_backend("auto").name != "native", reason="needs a C compiler")
+
+
+def corrupt_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = NativeAttention.encode
+
+    def wrong(self: Any, x: Any, encoder: Any, stepped: bool = False) -> torch.Tensor:
+        payload = right(self, x, encoder, stepped)
+        if stepped and encoder.name == "model.layers.3.self_attn.v":
+            payload[0, 0, 0, 0] ^= 1
+        return payload
+
+    monkeypatch.setattr(NativeAttention, "encode", wrong)
+
+
+def corrupt_unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = NativeBackend.unrolled
+
+    def wrong(self: Any, x: Any, prepared: Any, steps: Any, levels: Any) -> Any:
+        accumulators, threshold = right(self, x, prepared, steps, levels)
+        if prepared.name == "model.layers.3.mlp.up_proj":
+            accumulators[:, 2] += 1
+        return accumulators, threshold
+
+    monkeypatch.setattr(NativeBackend, "unrolled", wrong)
+
+
+def corrupt_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = NativeAttention.scores
+
+    def wrong(self: Any, *operands: Any) -> torch.Tensor:
+        scores = right(self, *operands)
+        return scores * (1 + 1e-3) if self._key.name.startswith("model.layers.3.") else scores
+
+    monkeypatch.setattr(NativeAttention, "scores", wrong)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("corrupt", "layer", "integers"),
+    [
+        (corrupt_counts, "model.layers.3.self_attn", True),
+        (corrupt_unrolled, "model.layers.3.mlp.up_proj", True),
+        (corrupt_scores, "model.layers.3.self_attn", False),
+    ],
+)
+def test_equivalence_audits_what_really_runs(
+    spiking_stories_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    corrupt: Any,
+    layer: str,
+    integers: bool,
+    capsys: Any,
+) -> None:
+    corrupt(monkeypatch)
+    output = ["--output", str(tmp_path)]
+    assert equivalence.main([str(spiking_stories_dir), *output, *PROMPT]) == 1
+    *table, logits = rows(tmp_path / "equivalence.csv")
+    bad = [row["layer"] for row in table if row["differing_unrolled"] != "0"]
+    assert bad == ([layer] if integers else [])
+    assert [r["layer"] for r in table if float(r["max_difference"]) > 0] == [layer]
+    assert float(logits["max_difference"]) > 0
+    assert "integers differ" in capsys.readouterr().out
+
+
+def test_equivalence_of_nan_is_no_agreement() -> None:
+    layer = equivalence.LayerAudit("layer", "linear", 1, 0, 0, 0.0, 1.0)
+    assert equivalence.Audit((layer,), 0.0, 1.0).agrees
+    assert not equivalence.Audit((layer,), math.nan, 1.0).agrees
 
 
 def test_equivalence_leaves_the_model_as_it_was(spiking_stories: Any, prompt_ids: Any) -> None:

@@ -27,6 +27,7 @@ from snnllm.attention import (
 from snnllm.cache import EncodeOnWrite, from_payload, to_payload
 from snnllm.config import SpikeConfig
 from snnllm.execution import View, use_view
+from snnllm.kernels import get_backend
 from snnllm.modeling import load
 
 
@@ -141,12 +142,14 @@ def test_half_precision_comes_back_in_its_dtype(dtype):
 
 
 @pytest.mark.parametrize(("bound_a", "bound_b"), [(15, 30), (127, 127), (255, 510), (255, 4000)])
-def test_integer_products_are_exact(bound_a, bound_b):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_integer_products_are_exact(bound_a, bound_b, autocast):
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(-bound_a, bound_a + 1, (2, 3, 5, 64), generator=generator)
     b = torch.randint(-bound_b, bound_b + 1, (2, 3, 7, 64), generator=generator)
     a[0, 0, 0], b[0, 0, 0] = bound_a, bound_b
-    product = integer_product(a.short(), b.short(), bound_a, bound_b)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        product = integer_product(a.short(), b.short(), bound_a, bound_b)
     assert product.dtype == torch.int32
     assert torch.equal(product.long(), a @ b.mT)
 
@@ -182,6 +185,23 @@ def test_without_a_cache_the_stand_in_only_encodes():
         torch.zeros(1), torch.zeros(1), 0
     )
     assert (key.item(), value.item()) == (1, 2)
+
+
+def test_channel_groups_that_do_not_exist_are_refused():
+    module = make_attention()
+    good = module.k_encoder.channel_group.clone()
+    bad = torch.full_like(good, 2)
+    with pytest.raises(ValueError, match=r"self_attn\.k: channel_group must lie in 0\.\.1"):
+        module.set_channel_groups(bad, good)
+    with pytest.raises(ValueError, match=r"self_attn\.v: channel_group must lie in 0\.\.1"):
+        module.set_channel_groups(good, bad)
+    with pytest.raises(ValueError, match=r"shape \(2, 8\), got \(8,\)"):
+        module.set_channel_groups(good[0], good)
+    module.k_encoder.channel_group = bad  # past every check: the C functions must not see it
+    module._apply(lambda t: t)
+    if get_backend("auto").name == "native":
+        with pytest.raises(ValueError, match=r"self_attn\.k: channel_group must lie in"):
+            module.native()
 
 
 # -- inside the model ---------------------------------------------------------------------------------
@@ -263,6 +283,34 @@ def test_later_tokens_do_not_change_earlier_outputs(model, token_ids, view):
         after = model(ids).logits
     assert torch.equal(before[:, :10], after[:, :10])
     assert not torch.equal(before[:, 10:], after[:, 10:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("view", list(View))
+def test_a_bool_mask_masks(model, token_ids, view):
+    ids = token_ids[:2, :9]
+    seen = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    with use_view(model, view):
+        assert torch.equal(model(ids, attention_mask=seen).logits, model(ids).logits)
+
+
+def test_a_row_without_keys_is_no_nan():
+    module = make_attention()
+    query, key, value = operands(module, 1)
+    seen = torch.ones(1, 1, 3, 5, dtype=torch.bool).tril(1)
+    seen[..., 0, :] = False
+    blocked = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    stored = module._encode_key_value(key, value)
+    ours, theirs = (
+        spiking_attention(module, query, *stored, mask, 0.5)[1] for mask in (seen, blocked)
+    )
+    assert torch.isfinite(ours).all()
+    assert torch.equal(ours[:, :, 1:], theirs[:, :, 1:])
+    assert torch.equal(ours[:, :, 1:] > 0, seen[:, :, 1:].expand(2, 4, 2, 5))
+    ours, theirs = (
+        calibration_attention(module, query, key, value, mask, 0.5)[1] for mask in (seen, blocked)
+    )
+    assert torch.equal(ours[:, :, 1:], theirs[:, :, 1:])
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from snnllm import checkpoint, writer
 from snnllm.checkpoint import MANIFEST, CheckpointError, published, read_manifest, verify
@@ -91,6 +92,22 @@ def test_a_dense_folder_is_refused(make_llama, tmp_path):
         load(tmp_path / "dense")
 
 
+@pytest.mark.parametrize("name", ["mlp.up_proj.encoder", "self_attn.k_encoder"])
+def test_channel_groups_out_of_range_are_refused_on_loading(checkpoint_copy, name):
+    path, key = checkpoint_copy / "model.safetensors", f"model.layers.1.{name}.channel_group"
+    tensors = load_file(path)
+    tensors[key].view(-1)[3] = 7
+    save_file(tensors, path, {"format": "pt"})
+    manifest = read_manifest(checkpoint_copy)["files"]
+    manifest[path.name] = {
+        "bytes": path.stat().st_size,
+        "sha256": checkpoint.file_digest(path),
+    }
+    change_json(checkpoint_copy / MANIFEST, files=manifest)
+    with pytest.raises(ValueError, match=r"layers\.1\..*channel_group must lie in 0\.\.1 .*got 7"):
+        load(checkpoint_copy)
+
+
 # -- all or nothing --------------------------------------------------------------------------------------
 
 
@@ -119,14 +136,47 @@ def test_an_error_leaves_nothing(tmp_path, error):
     assert contents(tmp_path) == []
 
 
-def test_an_empty_output_is_taken_and_left_overs_are_removed(tmp_path):
+def test_an_empty_output_is_taken(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "old").write_text("x")
     with published(tmp_path / "out") as work:
         assert contents(work) == []
         (work / "file").write_text("x")
     assert contents(tmp_path / "out") == ["file"]
+    assert contents(tmp_path) == ["out"]
+
+
+def test_two_at_a_time_do_not_touch_each_other(tmp_path):
+    output = tmp_path / "out"
+
+    def write_second(first: Path) -> None:
+        with published(output) as second:
+            (second / "file").write_text("second")
+            assert contents(first) == ["file"]
+
+    def write_both() -> None:
+        with published(output) as first:
+            (first / "file").write_text("first")
+            write_second(first)
+
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        write_both()
+    assert (output / "file").read_text() == "second"
+    assert contents(tmp_path) == ["out"]
+
+
+def test_what_is_not_ours_beside_the_output_stays(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious").write_text("x")
+    with published(tmp_path / "out") as work:
+        (work / "file").write_text("x")
+    assert contents(tmp_path / "out.partial") == ["precious"]
+
+
+def test_others_may_read_a_checkpoint(tmp_path):
+    (tmp_path / "plain").mkdir()
+    with published(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -194,13 +244,14 @@ def test_a_killed_conversion_leaves_nothing_that_loads(
     )
     assert run.returncode == -signal.SIGKILL, run.stderr[-2000:]
     assert not output.exists()
-    partial = tmp_path / "out.partial"
+    (partial,) = tmp_path.glob("out.partial-*/out")
     assert any(partial.glob("*.safetensors"))
     # Not even with the config, the last file before the manifest, beside it.
     shutil.copy(tiny_checkpoint / "config.json", partial)
     with pytest.raises(CheckpointError, match="not a finished spiking checkpoint"):
         load(partial)
     shutil.rmtree(tmp_path / "dense")
+    shutil.rmtree(partial.parent)
     convert(make_llama(), output, SpikeConfig(), token_ids[:1])  # the next try succeeds
     assert contents(tmp_path) == ["out"]
     load(output)
@@ -211,8 +262,6 @@ def test_a_killed_conversion_leaves_nothing_that_loads(
 
 @pytest.mark.parametrize("shard_bytes", [1, 500, 1 << 30])
 def test_shards_hold_every_tensor_once(tmp_path, shard_bytes):
-    from safetensors.torch import load_file
-
     tensors = {f"t{i}": torch.full((25,), float(i)) for i in range(7)}
     shards = ShardWriter(tmp_path, shard_bytes)
     for name, tensor in tensors.items():

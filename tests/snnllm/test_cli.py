@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import pytest
 import torch
 
 import snnllm
-from snnllm.cli import main
+from snnllm import checkpoint
+from snnllm.cli import build_parser, main
 from snnllm.cli import options as cli_options
+from snnllm.cli.demo import recorded_layers
 from snnllm.cli.generate import prompt_ids
+from snnllm.config import SpikeConfig
 from snnllm.data import load_text
 
 COMMANDS = ["convert", "eval", "generate", "simulate", "inspect", "demo"]
@@ -99,6 +103,33 @@ def test_convert_reports_and_writes_a_card(stories_dir, text_file, tmp_path, cap
     assert "of 46 matmuls are spiking" in capsys.readouterr().out
 
 
+# Fields of SpikeConfig that no option of their own sets, and where they come from.
+NO_OPTION = {"weight_bits", "activation_bits", "group_steps", "rotation"}
+OPTIONS = {
+    "--ratio": (0.3, "salient_ratio", 0.3),
+    "--steps": (3, "salient_steps", 3),
+    "--kv-steps": (4, "kv_salient_steps", 4),
+    "--range": ("shared", "value_range", "shared"),
+    "--capacity": ("power_of_two", "capacity", "power_of_two"),
+    "--score": ("abs", "score", "abs"),
+    "--mask-scope": ("input", "mask_scope", "input"),
+    "--attention": ("float", "attention", "float"),
+    "--weight-range": ("minmax", "weight_range", "minmax"),
+    "--group-size": (32, "weight_group_size", 32),
+    "--activation-clip": (0.9, "activation_clip", 0.9),
+    "--modules-to-not-convert": ("up_proj", "modules_to_not_convert", ("lm_head", "up_proj")),
+}
+
+
+def test_every_field_of_the_config_has_an_option():
+    fields = {f.name for f in dataclasses.fields(SpikeConfig)}
+    assert {field for _, field, _ in OPTIONS.values()} | NO_OPTION == fields
+    default = SpikeConfig.preset("W4A4T2")
+    for option, (given, field, value) in OPTIONS.items():
+        args = build_parser().parse_args(["convert", "in", "out", option, str(given)])
+        assert getattr(cli_options.spike_config(args), field) == value != getattr(default, field)
+
+
 def test_a_dry_run_writes_nothing(stories_dir, text_file, tmp_path, capsys):
     run(
         "convert",
@@ -138,7 +169,7 @@ def test_convert_refuses_bad_options(stories_dir, text_file, tmp_path, failing, 
     common = ["--calibration", text_file, *CALIBRATION]
     assert message in failing("convert", stories_dir, tmp_path / "out", *common, *arguments)
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+    assert not list(tmp_path.glob("out.partial*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -190,7 +221,7 @@ def test_eval_is_the_same_in_every_view(
 
 
 EVAL_ERRORS = {
-    "short": (["--text", "SHORT"], "fewer than one window of 2048; give a longer text"),
+    "short": (["--text", "SHORT"], "fewer than one window of 512; give a longer text"),
     "empty": (["--text", "EMPTY"], "holds no text"),
     "missing": (["--text", "no/file.txt"], "There is no text file"),
     "unknown": (["--text", "tales"], "Unknown text 'tales'"),
@@ -200,6 +231,7 @@ EVAL_ERRORS = {
         ["--window", "64", "--limit", "1", "--batch-size", "0"],
         "batch size must be at least 1",
     ),
+    "context": (["--window", "513"], "use a smaller --window, at most 512"),
     "window": (["--window", "1"], "A window needs at least 2 tokens"),
 }
 
@@ -322,6 +354,46 @@ def test_inspect_prints_a_table_or_json(stories_checkpoint, stories_dir, capsys)
     assert "0 of 46 matmuls are spiking" in capsys.readouterr().out
 
 
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Folders of the checkpoints that are verified, which reads them whole."""
+    seen, verify = [], checkpoint.verify
+    monkeypatch.setattr(checkpoint, "verify", lambda folder: (seen.append(folder), verify(folder)))
+    return seen
+
+
+def test_simulate_loads_the_checkpoint_once(stories_checkpoint, tmp_path, loads):
+    run("simulate", stories_checkpoint, "Once upon", "--output", tmp_path / "rec")
+    assert loads == [stories_checkpoint]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 30])
+def test_layers_of_the_demo_are_there(blocks):
+    spike = SpikeConfig.preset("W4A4T2")
+    names = recorded_layers(None, blocks, spike)
+    prefix = f"model.layers.{min(3, blocks - 1)}"
+    assert names == [f"{prefix}.self_attn.q_proj", f"{prefix}.mlp.down_proj"]
+    assert recorded_layers(["*.0.self_attn.k_encoder"], blocks, spike)
+    with pytest.raises(
+        ValueError, match=f"model of {blocks} blocks matches '\\*.layers.{blocks}.*'"
+    ):
+        recorded_layers([f"*.layers.{blocks}.*"], blocks, spike)
+    kept = dataclasses.replace(spike, modules_to_not_convert=("q_proj",), attention="float")
+    assert recorded_layers(None, blocks, kept) == [f"{prefix}.mlp.down_proj"]
+    with pytest.raises(ValueError, match="no spiking layer"):
+        recorded_layers(["*.q_proj"], blocks, kept)
+    with pytest.raises(ValueError, match="no spiking layer"):
+        recorded_layers(["*encoder"], blocks, kept)
+    with pytest.raises(ValueError, match="W4A16 leaves no spiking activations to record"):
+        recorded_layers(None, blocks, SpikeConfig.preset("W4A16"))
+
+
+def test_the_demo_refuses_unknown_layers_before_it_works(stories_dir, tmp_path, failing):
+    arguments = ["--model", stories_dir, "--output", tmp_path / "demo", "--layers", "*.9.*"]
+    assert "no spiking layer of a model of 5 blocks matches '*.9.*'" in failing("demo", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
 def test_simulate_writes_recordings_and_operations(stories_checkpoint, tmp_path, capsys):
     layers = ["--layers", "model.layers.0.self_attn.q_proj"]
     run("simulate", stories_checkpoint, "Once upon", "--output", tmp_path / "rec", *layers)
@@ -340,11 +412,12 @@ def test_simulate_refuses_an_unknown_layer(stories_checkpoint, tmp_path, failing
     )
 
 
-def test_demo_on_a_small_model(stories_dir, text_file, tmp_path, capsys):
+def test_demo_on_a_small_model(stories_dir, text_file, tmp_path, capsys, loads):
     output = tmp_path / "demo"
     arguments = ["--model", stories_dir, "--output", output, "--text", text_file, "--limit", "2"]
     run("demo", *arguments, *CALIBRATION, "--calibration", text_file)
     text = capsys.readouterr().out
+    assert loads == [output / "checkpoint"]
     assert "5/5 recording membranes" in text
     assert "dense    perplexity" in text
     assert "spiking  perplexity" in text

@@ -68,8 +68,18 @@ def test_an_unknown_preset_shows_examples(name):
         ({"weight_bits": 16, "activation_bits": 16}, r"leaves the model dense"),
         ({"group_steps": {"a": ()}}, r"group_steps\['a'\] must hold steps >= 1"),
         ({"group_steps": {"a": (1, 0)}}, r"group_steps\['a'\] must hold steps >= 1"),
+        (
+            {"group_steps": {"a": (1,) * 65}},
+            r"group_steps\['a'\] must hold at most 64 groups, got 65",
+        ),
         ({"activation_clip": 0.0}, r"activation_clip must lie in \(0, 1\], got 0\.0"),
         ({"activation_clip": 1.5}, r"activation_clip must lie in \(0, 1\], got 1\.5"),
+        ({"capacity": "power_of_two", "salient_steps": 3}, r"1, 2, 4, \.\.\., got salient_steps=3"),
+        ({"capacity": "power_of_two", "kv_salient_steps": 6}, r"got kv_salient_steps=6; use"),
+        (
+            {"capacity": "power_of_two", "group_steps": {"a": (1, 5)}},
+            r"got group_steps\['a'\]=5; use capacity='steps'",
+        ),
         ({"value_range": "both"}, r"value_range must be one of \['split', 'shared'\]"),
         ({"score": "third_order"}, r"score must be one of"),
         ({"attention": True}, r"attention must be one of"),
@@ -86,12 +96,33 @@ def test_values_out_of_range(values, message):
         ({"weight_bits": 4.0}, r"weight_bits must be an int, got 4\.0"),
         ({"salient_steps": True}, r"salient_steps must be an int, got True"),
         ({"weight_group_size": "32"}, r"weight_group_size must be an int"),
+        ({"activation_clip": True}, r"activation_clip must be a number, got True"),
+        ({"salient_ratio": "x"}, r"salient_ratio must be a number, got 'x'"),
+        ({"salient_ratio": None}, r"salient_ratio must be a number, got None"),
         ({"modules_to_not_convert": "q_proj"}, r"modules_to_not_convert must be a sequence"),
     ],
 )
 def test_values_of_the_wrong_type(values, message):
     with pytest.raises(TypeError, match=message):
         SpikeConfig(**values)
+
+
+def test_steps_of_float_activations():
+    with pytest.raises(ValueError, match=r"'W4A16T2' asks for 2 time steps of float activations"):
+        SpikeConfig.preset("W4A16T2")
+    assert SpikeConfig.preset("W4A16").salient_ratio == 0.0
+
+
+def test_equal_configs_are_equal_keys():
+    first, second = (
+        SpikeConfig(salient_ratio=ratio, group_steps=dict(steps))
+        for ratio, steps in (
+            (1, [("a", [1, 2]), ("b", (1, 4))]),
+            (1.0, [("b", (1, 4)), ("a", (1, 2))]),
+        )
+    )
+    assert first == second
+    assert len({first, second, SpikeConfig()}) == 2
 
 
 def test_zero_steps_in_a_preset():
@@ -116,7 +147,7 @@ def test_the_dictionary_form_is_json_and_comes_back():
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, r"quant_method 'spikellm' expected, got 'gptq'"),
-        ({"schema_version": 99}, r"schema version 99; this snnllm reads version 1"),
+        ({"schema_version": 99}, r"schema version 99; this snnllm reads version 2"),
         ({"salient": 1, "Bits": 2}, r"Unknown spiking config keys: Bits, salient"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 
 from snnllm.card import write_card
 from snnllm.checkpoint import read_manifest
+from snnllm.checks import check_windows
 from snnllm.config import MaskScope, Score, SpikeConfig
 from snnllm.conversion import as_source, convert, estimate, with_allocation, write_report
 from snnllm.data import random_windows
@@ -246,6 +247,25 @@ def test_maps_that_do_not_fit(dense, name, steps, message):
         with_allocation(ModelSource(dense, "mine"), SpikeConfig(), {name: steps})
 
 
+@pytest.mark.parametrize(
+    ("group_steps", "message"),
+    [
+        (
+            {"model.layers.0.mlp.down": (1, 2)},
+            r"group_steps names 'model\.layers\.0\.mlp\.down', whi",
+        ),
+        ({"mlp.down_proj": (1, 2)}, r"names look like 'model\.layers\.0\.self_attn\.q_proj'"),
+        ({"model.layers.2.mlp.down_proj": (1, 2)}, r"which is no linear of LlamaForCausalLM"),
+        ({"model.layers.0.mlp.down_proj": (1, 2, 4)}, r"has 3 groups, but scores fill two"),
+    ],
+)
+def test_group_steps_that_nothing_fills(dense, token_ids, tmp_path, group_steps, message):
+    spike = SpikeConfig(group_steps=group_steps)
+    with pytest.raises(ValueError, match=message):
+        convert(dense, tmp_path / "out", spike, token_ids[:1])
+    assert not list(tmp_path.iterdir())
+
+
 # -- refusals ----------------------------------------------------------------------------------------------
 
 
@@ -263,6 +283,14 @@ def test_windows_that_the_model_cannot_read(dense, tmp_path, windows, message):
     with pytest.raises(ValueError, match=message):
         convert(dense, tmp_path / "out", SpikeConfig(), windows)
     assert not list(tmp_path.iterdir())
+
+
+def test_windows_beyond_the_context_are_said(dense, caplog):
+    source = ModelSource(dense, "mine")
+    check_windows(torch.ones(1, 128, dtype=torch.long), source)
+    assert not caplog.messages
+    check_windows(torch.ones(1, 129, dtype=torch.long), source)
+    assert "windows of 129 tokens are longer than the context of mine (128)" in caplog.messages[0]
 
 
 def test_nothing_converted_is_an_error(dense, token_ids, tmp_path):

@@ -38,7 +38,18 @@ def test_batches_change_nothing(tiny_llama: Any) -> None:
     assert one == pytest.approx(three, rel=FLOAT32_RELATIVE)
 
 
+def test_windows_beyond_the_context_are_refused(tiny_llama: Any) -> None:
+    window = random_ids(1, 129)
+    with pytest.raises(ValueError, match=r"129 tokens are longer .*\(128, .*--window, at most 128"):
+        token_perplexity(tiny_llama, window)
+    token_perplexity(tiny_llama, window[:, :128])
+    rope = tiny_llama.config.rope_parameters
+    tiny_llama.config.rope_parameters = {**rope, "rope_type": "linear", "factor": 4.0}
+    token_perplexity(tiny_llama, window)
+
+
 def test_long_windows_are_reduced_in_chunks(tiny_llama: Any) -> None:
+    tiny_llama.config.max_position_embeddings = 600
     window = random_ids(1, 600)
     expected = tiny_llama(window, labels=window).loss.item()
     assert token_perplexity(tiny_llama, window).nll == pytest.approx(expected, rel=FLOAT32_RELATIVE)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,9 @@ from snnllm.kernels import (
     segments_of,
 )
 from snnllm.kernels import native as native_module
-from snnllm.kernels.reference import int_mm
+from snnllm.kernels.exact import exact_matmul
+from snnllm.kernels.reference import OperandKind, int_mm
+from snnllm.kernels.spec import MAX_GROUPS
 
 REFERENCE, NATIVE = ReferenceBackend(), NativeBackend()
 PORTABLE = NativeBackend(("-DSNN_PORTABLE",))
@@ -35,6 +39,8 @@ REASON = NATIVE.available()
 needs_compiler = pytest.mark.skipif(REASON is not None, reason=f"native kernels: {REASON}")
 BACKENDS = [
     pytest.param(REFERENCE, id="reference"),
+    # What CUDA runs: torch._int_mm, which the CPU has, too.
+    pytest.param(ReferenceBackend(OperandKind.INT8), id="reference-int8"),
     pytest.param(NATIVE, id="native", marks=needs_compiler),
     pytest.param(PORTABLE, id="portable", marks=needs_compiler),
 ]
@@ -222,6 +228,16 @@ def test_ties_and_tiny_ranges_encode_alike(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_as_many_groups_as_there_may_be(backend: Backend) -> None:
+    generator = torch.Generator().manual_seed(0)
+    spec = make_spec(generator, sizes=(2,) * MAX_GROUPS, capacities=(15, 30) * (MAX_GROUPS // 2))
+    x = torch.randn(3, 2 * MAX_GROUPS, generator=generator)
+    encoding, prepared = backend.encode(x, spec.encoder), backend.prepare(spec)
+    got = backend.accumulate_counts(encoding.count, encoding.zero_point, prepared)
+    assert torch.equal(got.long(), oracle(x, spec))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("channel", [0, 40, 62])
 def test_non_finite_input_names_the_layer(backend: Backend, value: float, channel: int) -> None:
@@ -251,7 +267,7 @@ def test_shapes_dtypes_and_layouts_of_the_input(backend: Backend) -> None:
     assert torch.equal(
         backend.linear(strided, prepared), backend.linear(strided.clone().contiguous(), prepared)
     )
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
         half = x.to(dtype)
         expected = backend.linear(half.float(), prepared).to(dtype)
         assert torch.equal(backend.linear(half, prepared), expected)
@@ -294,16 +310,73 @@ def test_int_mm_pads_to_what_torch_accepts() -> None:
         assert torch.equal(int_mm(a, b).long(), a.long() @ b.long().T)
 
 
-def test_reference_stays_exact_when_torch_lowers_matmuls() -> None:
-    spec = make_spec(torch.Generator().manual_seed(8))
-    prepared = REFERENCE.prepare(spec)
-    x = torch.randn(5, 63)
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@contextmanager
+def lowered_matmuls() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
     try:
-        torch.set_float32_matmul_precision("medium")
-        assert torch.equal(REFERENCE.accumulate(x, prepared).long(), oracle(x, spec))
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def lowered_backend() -> Iterator[None]:
+    """The precision of one backend only, after which torch refuses to tell the precision."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+LOWERED = [
+    pytest.param(autocast, id="autocast"),
+    pytest.param(lowered_matmuls, id="precision"),
+    pytest.param(
+        lowered_backend,
+        id="backend",
+        marks=pytest.mark.skipif(
+            not hasattr(torch.backends.mkldnn, "matmul"), reason="needs a newer torch"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("lowered", LOWERED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_integers_stay_exact_when_torch_lowers_matmuls(
+    backend: Backend, lowered: Callable[[], AbstractContextManager[None]]
+) -> None:
+    generator = torch.Generator().manual_seed(8)
+    for capacities in ((15, 30), (510, 1000)):
+        spec = make_spec(generator, capacities=capacities, bits=8)
+        prepared = backend.prepare(spec)
+        x = torch.randn(5, 63, generator=generator)
+        a = torch.randint(-128, 128, (2, 3, 70), generator=generator, dtype=torch.int8)
+        with lowered():
+            accumulators, product = backend.accumulate(x, prepared), backend.int_bmm(a, a)
+        assert torch.equal(accumulators.long(), oracle(x, spec))
+        assert torch.equal(product.long(), a.long() @ a.long().mT)
+
+
+@pytest.mark.parametrize("lowered", [nullcontext, *LOWERED])
+@pytest.mark.parametrize("largest", [1, 255, 4000])
+def test_exact_matmul(lowered: Callable[[], AbstractContextManager[None]], largest: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-largest, largest + 1, (3, 4, 65), generator=generator)
+    b = torch.randint(-largest, largest + 1, (3, 65, 6), generator=generator)
+    a[0, 0], b[0, :, 0] = largest, largest
+    with lowered():
+        product = exact_matmul(a, b, largest**2 * 65)
+    assert product.dtype == torch.int32
+    assert torch.equal(product.long(), a @ b)
 
 
 @needs_compiler
@@ -348,7 +421,7 @@ def test_wrong_inputs_are_refused(backend: Backend) -> None:
         backend.int_bmm(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
     with pytest.raises(ValueError, match=r"a \[B, M, K\]"):
         backend.int_bmm(torch.zeros(1, 2, 3).to(torch.int8), torch.zeros(1, 2, 4).to(torch.int8))
-    other = REFERENCE if backend is not REFERENCE else NATIVE
+    other = NATIVE if isinstance(backend, ReferenceBackend) else REFERENCE
     with pytest.raises(TypeError, match="prepared by another backend"):
         other.linear(torch.zeros(2, 63), prepared)
 
@@ -399,6 +472,7 @@ def test_channel_group_is_in_original_order() -> None:
         ((None, (3,), (15, 30)), "size and a capacity"),
         ((None, (-1, 2), (15, 30)), "must be >= 0"),
         ((None, (0,), (15,)), "hold a channel"),
+        ((None, (1,) * 65, (15,) * 65), "at most 64 channel groups, got 65"),
         ((None, (3,), (0,)), r"must be in 1\.\.32767"),
         ((None, (3,), (40_000,)), "fewer steps or bits"),
         ((torch.tensor([0, 1, 1]), (3,), (15,)), "permutation of the 3 channels"),
@@ -488,6 +562,30 @@ def test_compiler_that_does_not_run(monkeypatch: pytest.MonkeyPatch, fresh: Path
     monkeypatch.setattr(compiler.shutil, "which", lambda name: str(fresh))
     with pytest.raises(compiler.CompilerError, match="does not run"):
         compiler.build()
+
+
+@needs_compiler
+@pytest.mark.parametrize("words", ["{gcc} -DSNN_OPTION", "env {gcc}", "'{gcc}' -DA='1 2'"])
+def test_cc_may_hold_a_wrapper_and_options(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    gcc = compiler.find_compiler()[0]
+    monkeypatch.setenv("CC", words.format(gcc=gcc))
+    assert len(compiler.find_compiler()) == 2
+    assert compiler.build().parent == fresh
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("no_such_compiler -m64", r"looked for no_such_compiler\)"),
+        ("'gcc", 'CC="\'gcc" is no command: No closing quotation'),
+    ],
+)
+def test_cc_that_is_no_compiler(monkeypatch: pytest.MonkeyPatch, words: str, message: str) -> None:
+    monkeypatch.setenv("CC", words)
+    with pytest.raises(compiler.CompilerError, match=message):
+        compiler.find_compiler()
 
 
 @needs_compiler

@@ -24,7 +24,7 @@ from transformers import (
 from snnllm.checkpoint import MANIFEST, SHIM
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
-from snnllm.execution import spiking_modules
+from snnllm.execution import View, spiking_modules, use_view
 from snnllm.hf_quantizer import SpikeHfQuantizer, SpikeQuantizationConfig
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import (
@@ -216,6 +216,36 @@ def test_the_shim_without_the_package_says_what_to_install(tiny_checkpoint, monk
         exec(code, types.ModuleType("shim").__dict__)
 
 
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2"])
+def test_another_attention_cannot_read_spikes(tiny_checkpoint, model, token_ids, name):
+    message = f"attn_implementation='{name}' cannot read the spikes of Q, K and V"
+    for auto in (SpikingLlamaForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=message):
+            auto.from_pretrained(tiny_checkpoint, attn_implementation=name)
+        loaded = auto.from_pretrained(tiny_checkpoint, attn_implementation="spiking")
+        assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
+    for request in (name, {"": name}):
+        with pytest.raises(ValueError, match=message):
+            model.set_attn_implementation(request)
+    model.set_attn_implementation("spiking")
+    assert model.config._attn_implementation == "spiking"
+
+
+def test_attention_in_float_has_the_choice_of_transformers(convert_tiny, token_ids):
+    folder = convert_tiny(overrides={"attention": "float"})[1]
+    default = load(folder)
+    assert default.config._attn_implementation == "sdpa"
+    loaded = SpikingLlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    assert loaded.config._attn_implementation == "eager"
+    assert sqnr_db(logits(default, token_ids), logits(loaded, token_ids)) > 20
+    with pytest.raises(
+        ValueError, match="is for encoded Q, K and V, but this model leaves them in"
+    ):
+        default.set_attn_implementation("spiking")
+    default.set_attn_implementation("eager")
+    assert torch.equal(logits(default, token_ids), logits(loaded, token_ids))
+
+
 # -- save and load -----------------------------------------------------------------------------------------
 
 
@@ -240,6 +270,18 @@ def test_saving_over_a_checkpoint_keeps_its_provenance(checkpoint_copy):
     load(checkpoint_copy).save_pretrained(checkpoint_copy, max_shard_size="20KB")
     assert json.loads((checkpoint_copy / MANIFEST).read_text())["provenance"] == before
     load(checkpoint_copy)
+
+
+def test_saving_elsewhere_carries_the_provenance(checkpoint_copy, model, tmp_path):
+    before = json.loads((checkpoint_copy / MANIFEST).read_text())["provenance"]
+    loaded, _ = SpikingLlamaForCausalLM.from_pretrained(checkpoint_copy, output_loading_info=True)
+    copy.deepcopy(loaded).save_pretrained(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / MANIFEST).read_text())["provenance"] == before
+    assert load(tmp_path / "new").provenance == before
+    # A model of unknown origin does not take over what another one left in the folder.
+    built = SpikingLlamaForCausalLM(spiking_config(model.config, model.config.spike))
+    built.save_pretrained(checkpoint_copy)
+    assert json.loads((checkpoint_copy / MANIFEST).read_text())["provenance"] == {}
 
 
 def test_a_state_dict_makes_the_same_model(model, token_ids):
@@ -284,6 +326,33 @@ def test_half_precision_keeps_integers_and_scales(make_llama, token_ids, dtype, 
     again = load(tmp_path / "half")
     same_state(half, again)
     assert torch.equal(logits(again, token_ids), out)
+
+
+@pytest.mark.parametrize("attention", ["encoded", "float"])
+def test_double_precision_runs_equally_in_all_views(convert_tiny, token_ids, attention):
+    model = load(convert_tiny(overrides={"attention": attention})[1], torch.float64)
+    out = {}
+    for view in View:
+        with use_view(model, view):
+            out[view] = logits(model, token_ids)
+        assert out[view].dtype == torch.float64
+        assert torch.equal(out[view], out[View.BINARY])
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float64])
+def test_casts_do_not_round_rotations(make_llama, token_ids, tmp_path, cast):
+    spike = SpikeConfig(salient_ratio=0.25)
+    convert(make_llama(), tmp_path / "out", spike, token_ids[:2], pipeline="rotated")
+    loaded = load(tmp_path / "out")
+    built = SpikingLlamaForCausalLM(spiking_config(loaded.config, loaded.config.spike)).eval()
+    built.load_state_dict(loaded.state_dict())
+    built.to(cast)
+    kept = [n for n, _ in built.named_buffers() if n.endswith(("scale", "qk_rotation", "left_0"))]
+    assert len(kept) == 2 * (7 + 1 + 1)
+    for name in kept:
+        assert built.get_buffer(name).dtype == torch.float32, name
+        assert torch.equal(built.get_buffer(name), loaded.get_buffer(name)), name
+    assert logits(built, token_ids).dtype == cast
 
 
 def test_casts(tiny_checkpoint, model, token_ids):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -210,6 +211,22 @@ def test_a_missing_tensor_is_named(folder, token_ids, tmp_path, name):
     assert not (tmp_path / "out").exists()
     with pytest.raises(SourceError, match=f"lacks {name}; the checkpoint is incomplete"):
         dense_model(open_source(folder))
+
+
+def test_a_tensor_without_a_place_is_named(folder):
+    extra = torch.zeros(3)
+    change_weights(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.f": extra}))
+    dense_model(open_source(folder))  # older releases of transformers store buffers of RoPE
+    change_weights(folder, lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": extra}))
+    with pytest.raises(SourceError, match=r"holds model\.layers\.0\.self_attn\.q_norm\.weight, wh"):
+        dense_model(open_source(folder))
+
+
+def test_tensors_of_a_model_elsewhere_come_to_the_cpu(dense):
+    source = ModelSource(dense, "mine")
+    elsewhere = Mock()
+    source._state = {"model.norm.weight": elsewhere}
+    assert source.tensor("model.norm.weight") is elsewhere.detach().cpu()
 
 
 def test_a_missing_tensor_in_a_block_is_named(folder, token_ids, tmp_path):

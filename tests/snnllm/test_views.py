@@ -75,7 +75,7 @@ def check(module: SpikingLinear, x: Tensor) -> None:
     weight_bits=st.sampled_from([2, 3, 4, 5, 8]),
     group_size=st.sampled_from([None, 8, 16]),
     bias=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     shape=st.sampled_from(SHAPES),
     channels=st.sampled_from([1, 7, 24, 33, 64]),
     out=st.sampled_from([1, 10, 19]),
@@ -108,6 +108,13 @@ def test_counts_up_to_255(make_linear, bits, steps, weight_bits):
     check(module, inputs((4,), 40, 0))
 
 
+@pytest.mark.parametrize(("bits", "steps"), [(4, (1, 2)), (8, (1,))])
+def test_autocast_changes_no_integer(make_linear, bits, steps):
+    module = make_linear(200, 9, bits=bits, steps=steps, weight_bits=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(module, inputs((4,), 200, 0))
+
+
 def test_extreme_weights_and_inputs():
     """All levels at one end and all counts at the other: the largest sums there are."""
     layout = LinearLayout(8, 8, (1,), "split", "steps", None)
@@ -134,9 +141,10 @@ def test_the_output_is_the_decoded_linear(make_linear, tolerance):
 
 
 @pytest.mark.parametrize(("weight_bits", "bits"), [(16, 4), (4, 16), (16, 8)])
-def test_float_operands_give_the_same_output_in_all_views(make_linear, weight_bits, bits):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_float_operands_give_the_same_output_in_all_views(make_linear, weight_bits, bits, dtype):
     module = make_linear(weight_bits=weight_bits, bits=bits)
-    x = inputs((2, 3), 24, 2)
+    x = inputs((2, 3), 24, 2, dtype)
     outputs = []
     for view in View:
         module.check_view(view)
@@ -244,3 +252,20 @@ def test_neurons_in_c_are_the_nodes(make_linear, steps, rows):
     module.encoder.node.store_v_seq = False
     with pytest.raises(ValueError, match="layer"):
         module(x.new_full((2, 37), torch.nan))
+
+
+def test_channel_groups_that_do_not_exist_are_refused(make_linear):
+    module, before = make_linear(name="q_proj"), make_linear().encoder.channel_group
+    for bad, message in (
+        (torch.full((24,), 2, dtype=torch.uint8), r"must lie in 0\.\.1 .* got 2"),
+        (torch.tensor(1, dtype=torch.uint8), r"must have one .*, shape \(24,\), got \(\)"),
+    ):
+        with pytest.raises(ValueError, match=f"q_proj: channel_group {message}"):
+            module.set_channel_group(bad)
+        with pytest.raises(ValueError, match=f"q_proj: channel_group {message}"):
+            module.load_state_dict({**module.state_dict(), "encoder.channel_group": bad})
+    assert torch.equal(module.encoder.channel_group, before)
+    module.encoder.channel_group = torch.full((24,), 9, dtype=torch.uint8)
+    module.invalidate()
+    with pytest.raises(ValueError, match=r"q_proj: channel_group must lie in 0\.\.1"):
+        module(inputs((2,), 24, 0))

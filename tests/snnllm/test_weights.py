@@ -11,8 +11,8 @@ from snnllm.weights import (
     QuantizedWeight,
     dequantize,
     expand_groups,
-    group_count,
     round_to_nearest,
+    run_sizes,
     weight_parameters,
 )
 
@@ -34,7 +34,7 @@ def test_the_error_is_at_most_half_a_level(bits, group_size, seed):
     weight = random_weight(seed)
     quantized = round_to_nearest(weight, bits, group_size)
     codes, scale, zero = quantized
-    groups = group_count(20, group_size)
+    groups = len(run_sizes(20, group_size))
     assert codes.dtype == zero.dtype == torch.uint8
     assert scale.dtype == torch.float32
     assert scale.shape == zero.shape == (6, groups)
@@ -89,11 +89,15 @@ def test_the_clip_search_lowers_the_weighted_error(group_size):
 
 
 def test_group_helpers():
-    assert group_count(20, None) == 1
-    assert group_count(20, 8) == 3
+    assert run_sizes(20, None) == (20,)
+    assert run_sizes(20, 8) == (8, 8, 4)
+    assert run_sizes(20, (15, 0, 5)) == (15, 0, 5)
+    with pytest.raises(ValueError, match="do not sum to 20"):
+        run_sizes(20, (8, 8))
     values = torch.tensor([[1.0, 2.0, 3.0]])
     assert expand_groups(values, 20, 8)[0].tolist() == [1.0] * 8 + [2.0] * 8 + [3.0] * 4
-    assert expand_groups(values[:, :1], 20, None).shape == (1, 1)
+    assert expand_groups(values[:, :1], 20, None).shape == (1, 20)
+    assert expand_groups(values, 3, (1, 0, 2)).tolist() == [[1.0, 3.0, 3.0]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

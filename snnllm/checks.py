@@ -1,0 +1,75 @@
+"""What `convert` refuses before any work is done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from snnllm.config import SpikeConfig
+from snnllm.evaluate import trained_context
+from snnllm.pipelines.streaming import INPUT_GROUPS
+from snnllm.sources import Source
+
+_log = logging.getLogger(__name__)
+
+
+def check_names(
+    source: Source, spike: SpikeConfig, allocation: Mapping[str, Tensor] | None = None
+) -> None:
+    """Refuse names that no linear of the model has, and groups that nothing would fill.
+
+    Raises:
+        ValueError: A name in `modules_to_not_convert` or `group_steps` that is a typo, or more than
+            two groups for a module without an allocation map.
+    """
+    linears = [
+        f"model.layers.{i}.{path}"
+        for i in range(source.config.num_hidden_layers)
+        for paths in INPUT_GROUPS
+        for path in paths
+    ]
+    for name in spike.modules_to_not_convert:
+        if not any(linear.endswith(name) for linear in ("lm_head", *linears)):
+            raise ValueError(
+                f"modules_to_not_convert names {name!r}, but no linear of {source.name} ends like "
+                f"that; names look like {linears[0]!r} or 'down_proj'."
+            )
+    for name, steps in spike.group_steps.items():
+        if name not in linears:
+            raise ValueError(
+                f"group_steps names {name!r}, which is no linear of {source.name}; names look like "
+                f"{linears[0]!r}."
+            )
+        if len(steps) > 2 and name not in (allocation or {}):
+            raise ValueError(
+                f"group_steps[{name!r}] has {len(steps)} groups, but scores fill two, ordinary and "
+                f"salient; say in `allocation` which channels get which of the steps {steps}."
+            )
+
+
+def check_windows(windows: Tensor, source: Source) -> None:
+    """Refuse calibration windows that the model cannot read, and warn of ones that are too long.
+
+    Raises:
+        ValueError: Wrong shape or dtype, no window, or ids outside of the vocabulary.
+    """
+    if windows.dim() != 2 or windows.numel() == 0 or windows.is_floating_point():
+        raise ValueError(
+            f"windows must be token ids [n, S] with n, S >= 1, got {windows.dtype} of shape "
+            f"{tuple(windows.shape)}."
+        )
+    vocabulary = source.config.vocab_size
+    if int(windows.min()) < 0 or int(windows.max()) >= vocabulary:
+        raise ValueError(
+            f"windows hold token id {int(windows.max())}, but the model has {vocabulary} tokens; "
+            "tokenise the text with the tokenizer of this model."
+        )
+    context = trained_context(source.config)
+    if context is not None and windows.shape[1] > context:
+        _log.warning(
+            "calibration windows of %d tokens are longer than the context of %s (%d); positions "
+            "beyond it were never trained, use shorter windows",
+            *(windows.shape[1], source.name, context),
+        )

@@ -1,0 +1,63 @@
+"""The benchmarks start without arguments, as `make bench` starts them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+class _Opened(Exception):
+    """A benchmark has opened its model."""
+
+
+def benchmark(repository: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, repository / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["accuracy", "model_speed"])
+def test_the_demo_model_is_the_default(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    module = benchmark(repository, name)
+
+    def opened(model: str) -> None:
+        raise _Opened(model)
+
+    monkeypatch.setattr(module, "open_source", opened)
+    with pytest.raises(_Opened, match="^smollm2$"):
+        module.main([])
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_the_speed_of_a_model(
+    repository: Path,
+    stories_dir: Path,
+    tmp_path: Path,
+    capsys: Any,
+    converted: bool,
+) -> None:
+    from snnllm.config import SpikeConfig
+    from snnllm.conversion import convert
+    from snnllm.data import load_text, random_windows, tokenize
+    from snnllm.sources import open_source
+
+    arguments = [str(stories_dir), "--prompt", "8", "--context", "4", "--tokens", "2"]
+    if converted:
+        source = open_source(stories_dir)
+        ids = tokenize(load_text("pydoc:train")[:10_000], source.tokenizer())
+        convert(source, tmp_path / "out", SpikeConfig.preset("W8A8"), random_windows(ids, 16, 1, 0))
+        arguments += ["--checkpoint", str(tmp_path / "out")]
+    assert benchmark(repository, "model_speed").main([*arguments, "--repeat", "1"]) == 0
+    text = capsys.readouterr().out
+    assert ("W8A8" if converted else "W4A4T2") in text
+    assert "| prefill 8 |" in text
+    assert "| decode after 4 |" in text

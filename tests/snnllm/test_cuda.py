@@ -1,0 +1,98 @@
+"""On a GPU: the views agree, and the integers are those of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from snnllm.attention import query_key_accumulators
+from snnllm.config import SpikeConfig
+from snnllm.conversion import convert
+from snnllm.execution import View, set_view, use_view
+from snnllm.kernels.exact import exact_matmul
+from snnllm.linear import SpikingLinear
+from snnllm.modeling import load
+
+pytestmark = pytest.mark.gpu
+
+
+def inputs(rows: int, channels: int = 64) -> Tensor:
+    x = torch.randn(rows, channels, generator=torch.Generator().manual_seed(0)) * 3
+    x[..., 0] *= 30
+    return x
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("weight_bits", [2, 4, 8])
+@pytest.mark.parametrize(("bits", "steps"), [(4, (1, 2)), (8, (1,)), (6, (1, 2, 4))])
+def test_linears_have_the_integers_of_the_cpu(
+    make_linear: Callable[..., SpikingLinear],
+    rows: int,
+    weight_bits: int,
+    bits: int,
+    steps: tuple[int, ...],
+) -> None:
+    module = make_linear(64, 24, bits=bits, steps=steps, weight_bits=weight_bits, group_size=16)
+    x = inputs(rows)
+    expected = module.accumulators(x)
+    module.cuda()
+    outputs = []
+    for view in View:
+        set_view(module, view)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            assert torch.equal(module.accumulators(x.cuda()).cpu(), expected), view
+        outputs.append(module(x.cuda()))
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
+
+
+@pytest.mark.parametrize("largest", [1, 255, 4000])
+def test_exact_matmul(largest: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-largest, largest + 1, (3, 4, 65), generator=generator)
+    b = torch.randint(-largest, largest + 1, (3, 65, 6), generator=generator)
+    assert torch.equal(exact_matmul(a.cuda(), b.cuda(), largest**2 * 65).cpu().long(), a @ b)
+
+
+def test_query_key_products_have_the_integers_of_the_cpu(tiny_checkpoint: Path) -> None:
+    attention: Any = load(tiny_checkpoint).model.layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    query, key = (
+        torch.randn(1, 4, 5, 8, generator=generator),
+        torch.randn(1, 2, 7, 8, generator=generator),
+    )
+    expected = query_key_accumulators(
+        attention, attention.q_encoder.encode(query), attention.k_encoder.encode(key)
+    )
+    attention.cuda()
+    for view in View:
+        set_view(attention, view)
+        q = attention.run_encoder(attention.q_encoder, query.cuda())
+        k = attention.run_encoder(attention.k_encoder, key.cuda())
+        for ours, theirs in zip(query_key_accumulators(attention, q, k), expected, strict=True):
+            assert torch.equal(ours.cpu(), theirs), view
+
+
+@torch.no_grad()
+def test_logits_are_equal_in_all_views(tiny_checkpoint: Path, token_ids: Tensor) -> None:
+    model = load(tiny_checkpoint).to("cuda")
+    logits = {}
+    for view in View:
+        with use_view(model, view):
+            logits[view] = model(token_ids[:2].cuda()).logits
+    assert torch.equal(logits[View.UNROLLED], logits[View.COLLAPSED])
+    assert torch.equal(logits[View.BINARY], logits[View.COLLAPSED])
+
+
+@pytest.mark.parametrize("pipeline", ["rtn", "rotated"])
+def test_a_model_on_the_gpu_is_converted_there(
+    make_llama: Callable[..., Any], token_ids: Tensor, tmp_path: Path, pipeline: str
+) -> None:
+    spike = SpikeConfig(salient_ratio=0.25)
+    model, windows = make_llama().cuda(), token_ids[:2].cuda()
+    convert(model, tmp_path / "out", spike, windows, pipeline=pipeline, device="cuda")
+    assert torch.isfinite(load(tmp_path / "out").to("cuda")(windows).logits).all()
