@@ -52,7 +52,9 @@ class Site:
 def _attention_sites(name: str, module: SpikingLlamaAttention) -> list[Site]:
     config: LlamaConfig = module.config
     heads: int = config.num_attention_heads
-    groups = module.q_encoder.channel_group.repeat(heads)  # Q shares its groups among its heads
+    groups = module.q_encoder.channel_group
+    # Either all heads of Q share one group, or each has those of its KV head, `[H, D]`.
+    groups = groups.repeat(heads) if groups.dim() == 1 else groups.flatten()
     sites = [Site(f"{name}.q_encoder", module.q_encoder, heads, groups)]
     for key in ("k_encoder", "v_encoder"):
         encoder: SpikeEncoder = getattr(module, key)

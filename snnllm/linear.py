@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from neurons import Encoding, SpikeEncoder
 from neurons.functional import spikes_to_events
-from snnllm.config import FLOAT_BITS, Capacity, Rotation, SpikeConfig
+from snnllm.config import FLOAT_BITS, Capacity
 from snnllm.execution import SpikingModule, View
 from snnllm.kernels import NativeBackend, get_backend
 from snnllm.kernels.epilogue import centre, scale_and_sum
@@ -23,63 +22,13 @@ from snnllm.kernels.spec import (
     Segment,
     segments_of,
 )
+from snnllm.layout import LinearLayout
 from snnllm.packing import pack, packed_width, unpack
 from snnllm.precision import keeping_float32
 from snnllm.transforms import OnlineRotation, salient_count
 from snnllm.weights import QuantizedWeight, expand_groups, run_sizes
 
 _COLLAPSED_CAPACITY = 255
-
-
-@dataclass(frozen=True)
-class LinearLayout:
-    """What of a `SpikeConfig` one linear needs; fixes the shapes of its tensors.
-
-    Attributes:
-        weight_bits: 2..8, or 16 for a float weight.
-        activation_bits: Bits of a spike, or 16 for a float input.
-        steps: Steps of the channel groups.
-        value_range: `split` or `shared`.
-        capacity: `steps` or `power_of_two`.
-        group_size: Input channels (in encoded order) that share a weight scale, or None.
-        segment_scales: Whether every channel group has weight scales of its own.
-        offset: Whether a fixed offset is taken from the input, and its image added to the output.
-        rotated: Salient ratio of an online rotation in front of the encoder, or None.
-        clip: Factor on the range of a token.
-    """
-
-    weight_bits: int
-    activation_bits: int
-    steps: tuple[int, ...]
-    value_range: str
-    capacity: str
-    group_size: int | None
-    rotated: float | None = None
-    clip: float = 1.0
-    segment_scales: bool = False
-    offset: bool = False
-
-    @classmethod
-    def of(cls, config: SpikeConfig, module: str) -> LinearLayout:
-        """The layout of the linear called `module`."""
-        steps = config.steps_of(module) if config.encodes_activations else (1,)
-        return cls(
-            config.weight_bits,
-            config.activation_bits,
-            steps,
-            str(config.value_range),
-            str(config.capacity),
-            config.weight_group_size,
-            config.salient_ratio if _needs_online_rotation(config, module) else None,
-            config.activation_clip,
-            config.segment_scales,
-            config.input_offset,
-        )
-
-
-def _needs_online_rotation(config: SpikeConfig, module: str) -> bool:
-    """Only the input of down_proj has no linear in front of it that could hold the rotation."""
-    return config.rotation is Rotation.GROUPS and module.endswith("down_proj")
 
 
 class SpikingLinear(SpikingModule):

@@ -17,7 +17,8 @@ from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention, register_
 from snnllm.config import SpikeConfig
 from snnllm.execution import choose_views
 from snnllm.hf_quantizer import register_quantizer
-from snnllm.linear import LinearLayout, SpikingLinear
+from snnllm.layout import LinearLayout
+from snnllm.linear import SpikingLinear
 from snnllm.precision import FLOAT32_BUFFERS
 
 _log = logging.getLogger(__name__)

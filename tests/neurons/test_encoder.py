@@ -273,7 +273,8 @@ def test_meta_construction():
     with torch.device("meta"):
         encoder = SpikeEncoder(7, (1, 2))
     assert encoder.channel_group.is_meta
-    encoder.load_state_dict({"channel_group": groups_of(0, (7,), 2)}, assign=True)
+    state = {"channel_group": groups_of(0, (7,), 2), "clip": torch.ones(2)}
+    encoder.load_state_dict(state, assign=True)
     assert encoder.encode_spikes(activations(0, (3, 7)))[0].shape == (2, 3, 7)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.data import load_text, random_windows, tokenize
-from snnllm.linear import LinearLayout, SpikingLinear
+from snnllm.layout import LinearLayout
+from snnllm.linear import SpikingLinear
 from snnllm.weights import round_to_nearest
 
 

@@ -104,7 +104,10 @@ def test_convert_reports_and_writes_a_card(stories_dir, text_file, tmp_path, cap
 
 
 # Fields of SpikeConfig that no option of their own sets, and where they come from.
-NO_OPTION = {"weight_bits", "activation_bits", "group_steps", "rotation"}
+NO_OPTION = {
+    *("weight_bits", "activation_bits", "group_steps"),
+    *("rotation", "input_offset", "segment_scales", "query_groups"),  # set by a pipeline
+}
 OPTIONS = {
     "--ratio": (0.3, "salient_ratio", 0.3),
     "--steps": (3, "salient_steps", 3),

@@ -15,12 +15,13 @@ from snnllm.config import MaskScope, Score, SpikeConfig
 from snnllm.conversion import as_source, convert, estimate, with_allocation, write_report
 from snnllm.data import random_windows
 from snnllm.evaluate import token_perplexity
-from snnllm.execution import View, use_view
+from snnllm.execution import View, set_view, use_view
 from snnllm.inspection import matmuls, table
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.report import sqnr_db
+from snnllm.pipelines.rotated import RotatedOptions
 from snnllm.pipelines.rtn import fill_linear
 from snnllm.sources import ModelSource, dense_model, open_source
 
@@ -145,12 +146,34 @@ def test_every_preset_converts_and_runs_equally_in_all_views(convert_tiny, token
             assert torch.equal(logits(model, token_ids[:1, :12]), expected)
 
 
-def test_counts_beyond_eight_bits_convert_and_run_unrolled(convert_tiny, token_ids):
-    model = load(convert_tiny("W8A8T2", {"salient_ratio": 0.3})[1])
+@pytest.mark.parametrize("pipeline", ["rtn", "rotated"])
+def test_counts_beyond_eight_bits_convert_and_run_unrolled(
+    make_llama, token_ids, tmp_path, caplog, pipeline
+):
+    dense, spike = make_llama(), SpikeConfig.preset("W8A8T2", salient_ratio=0.3)
+    convert(dense, tmp_path / "out", spike, token_ids, pipeline=pipeline)
+    model = load(tmp_path / "out")
+    assert "counts beyond 255" in caplog.text
+    noise = (logits(model, token_ids) - dense(token_ids).logits).square().sum()
+    assert noise < 0.01 * dense(token_ids).logits.square().sum()
     with pytest.raises(ValueError, match=r"counts up to 510 .* or the unrolled view"):
-        logits(model, token_ids[:1])
-    with use_view(model, "unrolled"):
-        assert torch.isfinite(logits(model, token_ids[:1])).all()
+        set_view(model, "collapsed")
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({"rotation": "groups"}, None),
+        ({"input_offset": True}, None),
+        ({"query_groups": True}, None),
+        ({}, RotatedOptions()),
+    ],
+)
+def test_rtn_refuses_what_only_the_rotated_pipeline_fills(
+    make_llama, token_ids, tmp_path, fields, options
+):
+    with pytest.raises(ValueError, match="only the rotated pipeline makes use of this"):
+        convert(make_llama(), tmp_path / "out", SpikeConfig(**fields), token_ids, options=options)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +379,7 @@ def test_every_matmul_is_listed(convert_tiny):
     assert q_proj.coding == "4-bit spikes (split) x int4 levels"
     assert q_proj.steps == "T=1 on 75 %, T=2 on 25 %"
     assert q_proj.shape == "32x32"
-    assert q_proj.bytes == 32 * 16 + 32 * 4 + 32 + 32
+    assert q_proj.bytes == 32 * 16 + 32 * 4 + 32 + 32 + 2 * 4
     assert rows["model.layers.1.self_attn.qk"].steps == "Q T=1 on 100 %; K T=1 on 75 %, T=2 on 25 %"
     assert rows["model.layers.1.self_attn.pv"].coding == "float x 4-bit spikes (split)"
     assert not rows["model.layers.0.mlp.up_proj"].spiking

@@ -35,6 +35,7 @@ from snnllm.modeling import (
     register,
     spiking_config,
 )
+from snnllm.precision import FLOAT32_BUFFERS
 
 ROPE = {"rope_theta": 10000.0}
 STRUCTURES: dict[str, dict[str, Any]] = {
@@ -314,7 +315,8 @@ def test_half_precision_keeps_integers_and_scales(make_llama, token_ids, dtype, 
     convert(make_llama(), tmp_path / "first", spike, token_ids[:2], pipeline=pipeline)
     model, half = load(tmp_path / "first"), load(tmp_path / "first", dtype)
     for name, tensor in half.state_dict().items():
-        if ".weight_" in name or "channel_group" in name or "rotation" in name:
+        kept = (*FLOAT32_BUFFERS, "weight_", "channel_group", "order", "signs")
+        if name.rpartition(".")[2].startswith(kept):
             assert tensor.dtype == model.state_dict()[name].dtype, name
             assert torch.equal(tensor, model.state_dict()[name]), name
         else:

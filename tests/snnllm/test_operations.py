@@ -16,7 +16,8 @@ from neurons.functional import signed_events
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.execution import use_view
-from snnllm.linear import LinearLayout, SpikingLinear
+from snnllm.layout import LinearLayout
+from snnllm.linear import SpikingLinear
 from snnllm.modeling import SpikingLlamaForCausalLM, load
 from snnllm.operation_rows import AttentionCall
 from snnllm.operations import Kind, OperationReport, count_operations, cross_check, linear_row

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from snnllm.execution import View, set_view
 from snnllm.kernels import NativeBackend
-from snnllm.linear import LinearLayout, SpikingLinear
+from snnllm.layout import LinearLayout
+from snnllm.linear import SpikingLinear
 from snnllm.weights import QuantizedWeight
 
 COLLAPSED = ["reference", *(["native"] if NativeBackend().available() is None else [])]
