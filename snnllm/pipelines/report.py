@@ -21,8 +21,8 @@ class BlockReport:
 
     Attributes:
         index: Block number.
-        sqnr_db: Signal to quantisation noise of the block output, dB, against the float block on the
-            same (converted) input.
+        sqnr_db: Signal to quantisation noise of the block output, dB: against the float block on the
+            same (converted) input (`rtn`), or against the float model (`rotated`).
         spike_rate: Signed events per neuron and possible event, `mean |q - z| / qmax`, in [0, 1].
         seconds: Wall time of the block.
         peak_mib: Peak resident memory of the process so far, MiB.

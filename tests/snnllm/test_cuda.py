@@ -14,9 +14,11 @@ from snnllm.attention import query_key_accumulators
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.execution import View, set_view, use_view
+from snnllm.gptq import gptq
 from snnllm.kernels.exact import exact_matmul
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
+from snnllm.weights import dequantize
 
 pytestmark = pytest.mark.gpu
 
@@ -96,3 +98,17 @@ def test_a_model_on_the_gpu_is_converted_there(
     model, windows = make_llama().cuda(), token_ids[:2].cuda()
     convert(model, tmp_path / "out", spike, windows, pipeline=pipeline, device="cuda")
     assert torch.isfinite(load(tmp_path / "out").to("cuda")(windows).logits).all()
+
+
+def test_gptq_is_as_good_in_one_kernel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 200, generator=generator)
+    x = torch.randn(600, 200, generator=generator) @ torch.randn(200, 200, generator=generator)
+    moment = x.T @ x / len(x)
+    groups = (150, 50)
+    losses = []
+    for device in ("cpu", "cuda"):
+        error = dequantize(gptq(weight.to(device), moment.to(device), 4, groups), groups).cpu()
+        error -= weight
+        losses.append(float(((error @ moment) * error).sum()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
