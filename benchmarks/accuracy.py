@@ -78,7 +78,7 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
             (f"without {label}", "W4A4T2", {**ROTATED, "options": RotatedOptions(**{part: False})})
             for part, label in (
                 ("compensate", "the fit to the float model"),
-                ("rotate", "rotation"),
+                ("rotate", "folded rotations (down_proj keeps its Hadamard)"),
                 ("offset", "input offsets"),
                 ("clip", "activation clip ratios"),
                 ("segment_scales", "weight scales per saliency group"),

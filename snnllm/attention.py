@@ -4,7 +4,8 @@ The attention of transformers is not rewritten. `SpikingLlamaAttention` only han
 encoding stand-in for the cache, and the product Q K^T is done by a function that is registered
 under the name "spiking" in transformers' attention and mask registries.
 
-K and V are encoded per token and KV head after RoPE, Q per token and head with one step; P stays
+K and V are encoded per token and KV head after RoPE, Q per token and head with one step (or
+with the groups and steps of K); P stays
 float. Q K^T is an integer product in all views. P V has a float operand, so the views share one float
 product with the decoded V: the outputs of all views are equal bit for bit.
 """
@@ -66,6 +67,7 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
             "bits": spike.activation_bits,
             "value_range": str(spike.value_range),
             "capacity": str(spike.capacity),
+            "clip": spike.activation_clip,
         }
         query = groups.repeat_interleave(config.num_attention_heads // heads, 0)
         self.q_encoder = SpikeEncoder(

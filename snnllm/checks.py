@@ -49,6 +49,23 @@ def check_names(
             )
 
 
+def check_shared_steps(source: Source, spike: SpikeConfig) -> None:
+    """Refuse different steps for linears that share one input, which share one encoder.
+
+    Raises:
+        ValueError: `group_steps` differ between q/k/v or gate/up of a block.
+    """
+    for index in range(source.config.num_hidden_layers):
+        for paths in INPUT_GROUPS:
+            names = [f"model.layers.{index}.{path}" for path in paths]
+            steps = {spike.steps_of(name) for name in names}
+            if len(steps) > 1:
+                raise ValueError(
+                    f"group_steps differ between {', '.join(names)}, which read one input; the "
+                    f"rotated pipeline encodes it once. Give them the same steps, got {steps}."
+                )
+
+
 def check_windows(windows: Tensor, source: Source) -> None:
     """Refuse calibration windows that the model cannot read, and warn of ones that are too long.
 

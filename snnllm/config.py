@@ -81,9 +81,10 @@ class SpikeConfig:
         weight_range: Weight ranges from min/max or from a clip search.
         rotation: Rotate channels inside the saliency groups; set by the `rotated` pipeline.
         input_offset: Linears take a fixed offset per channel from their input and add its image to the
-            output; set by the `rotated` pipeline, as the two below.
+            output; set by the `rotated` pipeline.
         segment_scales: Every saliency group of the inputs has weight scales of its own.
-        query_groups: Q has the channel groups and steps of K; otherwise one group and one step.
+        query_groups: Q has the channel groups and steps of K; otherwise one group and one step. Set by
+            the `rotated` pipeline.
         activation_clip: Factor on the range of a token in (0, 1]; below 1 the largest values saturate.
         weight_group_size: Input channels that share one weight scale; None for one scale per output channel.
         modules_to_not_convert: Names (suffixes) of linears that stay dense; the head always does.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from snnllm import checkpoint
-from snnllm.checks import check_names, check_windows
+from snnllm.checks import check_names, check_shared_steps, check_windows
 from snnllm.config import FLOAT_BITS, Rotation, SpikeConfig
 from snnllm.execution import spiking_modules
 from snnllm.linear import SpikingLinear
@@ -120,6 +120,8 @@ def convert(
     windows = windows.cpu()  # the hidden states live there, and the hash is taken there
     check_names(source, spike, allocation or {})
     provenance = make_provenance(source, spike, windows, seed, Pipeline(pipeline))
+    if Pipeline(pipeline) is Pipeline.ROTATED:
+        provenance["options"] = dataclasses.asdict(options or RotatedOptions())
     target = Path(output)
     reports: list[BlockReport] = []
     modules = linear_bytes = linear_weights = 0
@@ -192,6 +194,7 @@ def start_pipeline(
             "go with pipeline='rtn'."
         )
     options = options or RotatedOptions()
+    check_shared_steps(source, spike)
     spike = rotated.rotated_config(spike, options)
     generator = torch.Generator().manual_seed(seed)
     basis = find_basis(source, spike, windows, device)
@@ -344,8 +347,9 @@ def estimate(
 ) -> Estimate:
     """Estimate time, memory and disk of `convert` from shapes and a short timing of a matmul.
 
-    Passes over every block (two for `rtn`, six for `rotated`), the second moments of its inputs, and
-    float attention; measured against a float32 matmul on this machine. Expect a factor of two.
+    Passes over every block (two for `rtn`, eight for `rotated`, which rounds the weights six times
+    besides), the second moments of its inputs, and float attention; measured against a float32 matmul
+    on this machine. Expect a factor of two.
     """
     c = source.config
     hidden, inner, tokens = c.hidden_size, c.intermediate_size, windows * window
@@ -355,8 +359,9 @@ def estimate(
     moments = 3 * hidden**2 + inner**2
     attention = 6 * hidden * window
     rotates = Pipeline(pipeline) is Pipeline.ROTATED
-    passes = 6 if rotates else 2
-    flops = tokens * (passes * weights + moments + passes / 2 * attention) * c.num_hidden_layers * 2
+    passes, rounding = (8, 12 * weights * hidden) if rotates else (2, 0)
+    forward = tokens * (passes * weights + moments + min(passes, 4) / 2 * attention)
+    flops = (forward + rounding) * c.num_hidden_layers * 2
     probe = torch.randn(512, hidden)
     square = torch.randn(hidden, hidden)
     probe @ square

@@ -16,8 +16,11 @@ from snnllm.weights import QuantizedWeight, expand_groups, weight_parameters
 
 _log = logging.getLogger(__name__)
 BLOCK = 128
-ROWS = 2048
-"""Rows of a sweep on the CPU; more would not stay in its cache."""
+"""Columns that a kernel keeps in registers; what they do to the columns behind is one matmul."""
+CPU_BLOCK = 32
+"""The same on the CPU, where the matmul is much faster than the rank-one updates inside a block."""
+ROWS = 4096
+"""Rows of a sweep: bounds the memory, and on the CPU a block of them stays in the cache."""
 SCALE_RATIOS = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 DAMPING = 0.01
 _MAX_DAMPING = 1.0
@@ -96,39 +99,40 @@ def gptq(
     scale, zero = weight_parameters(weight, bits, groups, importance)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     upper = inverse_factor(hessian[order][:, order], name)
-    ratios = SCALE_RATIOS if clip else (1.0,)
+    ratios = torch.tensor(SCALE_RATIOS if clip else (1.0,), device=weight.device)
     weight, hessian = weight.float()[:, order], hessian[order][:, order]
-    s = torch.cat([expand_groups(scale * r, channels, groups) for r in ratios])[:, order]
-    z = expand_groups(zero.float(), channels, groups)[:, order].repeat(len(ratios), 1)
-    codes = _sweep(weight.repeat(len(ratios), 1), upper, s, z, 2**bits - 1)
-    error = (codes.float() - z) * s - weight.repeat(len(ratios), 1)
-    loss = ((error @ hessian) * error).sum(1).view(len(ratios), rows)
-    best = loss.argmin(0)
-    chosen = codes.view(len(ratios), rows, channels)[best, torch.arange(rows, device=best.device)]
+    s = expand_groups(scale, channels, groups)[:, order]
+    z = expand_groups(zero.float(), channels, groups)[:, order]
+    chosen, best = torch.empty(rows, channels, dtype=torch.uint8, device=weight.device), []
+    for start in range(0, rows, ROWS):  # rows are independent; a part at a time bounds the memory
+        part = slice(start, start + ROWS)
+        codes, losses = [], []
+        for ratio in ratios:
+            code = _sweep(weight[part], upper, s[part] * ratio, z[part], 2**bits - 1)
+            error = (code.float() - z[part]) * (s[part] * ratio) - weight[part]
+            codes.append(code)
+            losses.append(((error @ hessian) * error).sum(1))
+        best.append(torch.stack(losses).argmin(0))
+        chosen[part] = torch.stack(codes)[best[-1], torch.arange(len(best[-1]))]
     out = torch.empty_like(chosen)
     out[:, order] = chosen
-    factor = torch.tensor(ratios, device=scale.device)[best].unsqueeze(1)
+    factor = ratios[torch.cat(best)].unsqueeze(1) if rows else ratios.new_ones(0, 1)
     return QuantizedWeight(out, scale * factor, zero.to(torch.uint8))
 
 
 def _sweep(weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
-    """Round all columns of `weight [N, K]`, blocks of 128 with lazy updates; codes uint8."""
-    if weight.is_cuda and triton_available():
-        return _sweep_rows(weight, upper, scale, zero, top)
-    parts = [t.split(ROWS) for t in (weight, scale, zero)]
-    return torch.cat([_sweep_rows(w, upper, s, z, top) for w, s, z in zip(*parts, strict=True)])
-
-
-def _sweep_rows(weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    """Round all columns of `weight [N, K]`, a block at a time with lazy updates; codes uint8."""
     # Transposed: a column of the weight is then contiguous.
     w, s, z = (t.T.contiguous() for t in (weight, scale, zero))
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    for start in range(0, len(w), BLOCK):
-        part = slice(start, min(start + BLOCK, len(w)))
+    fused = w.is_cuda and triton_available()
+    size = BLOCK if fused else CPU_BLOCK
+    for start in range(0, len(w), size):
+        part = slice(start, min(start + size, len(w)))
         local = upper[part, part]
         spread = (local / local.diagonal().unsqueeze(1)).contiguous()
         errors = torch.empty_like(w[part])
-        if w.is_cuda and triton_available():
+        if fused:
             round_block(w[part], spread, s[part], z[part], top, codes[part], errors)
         else:
             _round_block(w[part], spread, s[part], z[part], top, codes[part], errors)

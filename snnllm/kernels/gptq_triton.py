@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -48,7 +49,8 @@ def round_block(
     columns, rows = weight.shape
     grid: Any = (triton.cdiv(rows, _ROWS),)
     tensors = (weight, spread, scale, zero, codes, errors)
-    _round_block[grid](*tensors, rows, float(top), columns, COLUMNS=_COLUMNS, ROWS=_ROWS)
+    with torch.cuda.device(weight.device):  # Triton launches on the current device
+        _round_block[grid](*tensors, rows, float(top), columns, COLUMNS=_COLUMNS, ROWS=_ROWS)
 
 
 if triton is not None:

@@ -68,7 +68,10 @@ class SpikeRateMeter:
 def sqnr_db(target: list[Tensor], actual: list[Tensor]) -> float:
     """`10 log10(sum target^2 / sum (target - actual)^2)` in dB over all windows."""
     signal = sum(float(t.double().square().sum()) for t in target)
-    noise = sum(float((t - a).double().square().sum()) for t, a in zip(target, actual, strict=True))
+    noise = sum(
+        float((t - a.to(t.device)).double().square().sum())
+        for t, a in zip(target, actual, strict=True)
+    )
     return float("inf") if noise == 0 else 10.0 * float(torch.log10(torch.tensor(signal / noise)))
 
 

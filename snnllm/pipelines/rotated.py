@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -49,8 +50,9 @@ class RotatedOptions:
     """Parts of the pipeline; each can be left out to see its share.
 
     Attributes:
-        rotate: Rotate inside the saliency groups; without it channels are only sorted.
-        offset: Take the mean off every input.
+        rotate: Random rotations inside the saliency groups. Without them channels are only sorted;
+            the inputs of down_proj keep the Hadamard transform that runs online.
+        offset: Take the mean off every input. (The fit has an output offset in any case.)
         clip: Search the clip ratio of each input and group.
         segment_scales: Weight scales per saliency group of the input instead of per output channel.
         query_groups: Q has the channel groups and steps of K.
@@ -65,6 +67,10 @@ class RotatedOptions:
     query_groups: bool = True
     compensate: bool = True
     ridge: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ridge) and self.ridge >= 0.0):
+            raise ValueError(f"ridge must be finite and >= 0, got {self.ridge}.")
 
 
 def rotated_config(spike: SpikeConfig, options: RotatedOptions) -> SpikeConfig:
@@ -186,8 +192,15 @@ class _Data:
 
     def sample(self, module: SpikingLinear) -> tuple[Tensor, Tensor]:
         """About `SAMPLE_ROWS` tokens of `encoder_inputs`, spread over all batches."""
-        step = max(1, sum(len(w) for w in self.weights) // SAMPLE_ROWS)
-        parts = [(x[::step], w[::step]) for x, w in self.encoder_inputs(module)]
+        total = sum(len(w) for w in self.weights)
+        generator = torch.Generator().manual_seed(0)
+        kept = (torch.rand(total, generator=generator) * total < SAMPLE_ROWS).split(
+            [len(w) for w in self.weights]
+        )
+        parts = [
+            (x[k.to(x.device)], w[k.to(w.device)])
+            for k, (x, w) in zip(kept, self.encoder_inputs(module), strict=True)
+        ]
         return torch.cat([x for x, _ in parts]), torch.cat([w for _, w in parts])
 
 

@@ -30,6 +30,7 @@ INPUT_GROUPS: tuple[tuple[str, ...], ...] = (
 """Linears of a block that read the same input."""
 _SCORE_BYTES = 1 << 30
 """Attention scores of a batch of calibration windows on a GPU."""
+_BATCH_TOKENS = 1 << 14
 
 
 class BlockStream:
@@ -81,8 +82,10 @@ class BlockStream:
 
 def _batch_size(device: torch.device, length: int, config: LlamaConfig) -> int:
     """Windows that run together: one on the CPU, whose caches are small."""
-    scores = config.num_attention_heads * length**2 * 4
-    return 1 if device.type == "cpu" else max(1, _SCORE_BYTES // scores)
+    scores = int(config.num_attention_heads) * length**2 * 4
+    if device.type == "cpu":
+        return 1
+    return max(1, min(_SCORE_BYTES // scores, _BATCH_TOKENS // length))
 
 
 def _store(device: torch.device, tokens: int, config: LlamaConfig) -> torch.device:

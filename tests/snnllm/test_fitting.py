@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neurons import SpikeEncoder
+from snnllm.checkpoint import read_manifest
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.modeling import load
@@ -120,3 +121,22 @@ def test_groups_of_q_run_in_c_as_in_torch(
     for layer in model.model.layers:
         layer.self_attn._native = None
     assert torch.equal(model(token_ids).logits, expected)
+
+
+def test_what_the_rotated_pipeline_refuses_of_shared_inputs(
+    make_llama: Any, token_ids: Tensor, tmp_path: Path
+) -> None:
+    spike = SpikeConfig(group_steps={"model.layers.0.self_attn.q_proj": (1,)})
+    with pytest.raises(ValueError, match="which read one input"):
+        convert(make_llama(), tmp_path / "out", spike, token_ids, pipeline="rotated")
+    with pytest.raises(ValueError, match="ridge must be finite and >= 0, got -1"):
+        RotatedOptions(ridge=-1.0)
+
+
+def test_the_parts_are_in_the_manifest(make_llama: Any, token_ids: Tensor, tmp_path: Path) -> None:
+    options = RotatedOptions(ridge=0.5)
+    spike, folder = SpikeConfig(activation_clip=0.9), tmp_path / "out"
+    convert(make_llama(), folder, spike, token_ids, pipeline="rotated", options=options)
+    assert read_manifest(folder)["provenance"]["options"]["ridge"] == 0.5
+    attention = load(folder).model.layers[0].self_attn
+    assert attention.k_encoder.clip.tolist() == pytest.approx([0.9, 0.9])
