@@ -113,7 +113,8 @@ def gptq(
             codes.append(code)
             losses.append(((error @ hessian) * error).sum(1))
         best.append(torch.stack(losses).argmin(0))
-        chosen[part] = torch.stack(codes)[best[-1], torch.arange(len(best[-1]))]
+        row = torch.arange(len(best[-1]), device=weight.device)
+        chosen[part] = torch.stack(codes)[best[-1], row]
     out = torch.empty_like(chosen)
     out[:, order] = chosen
     factor = ratios[torch.cat(best)].unsqueeze(1) if rows else ratios.new_ones(0, 1)
