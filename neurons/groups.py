@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ChannelGroups", "check_groups"]
+__all__ = ["ChannelGroups", "check_groups", "clip_factors"]
 
 
 def check_groups(channel_group: Tensor, groups: int, shape: tuple[int, ...] | None = None) -> None:

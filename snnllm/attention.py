@@ -4,10 +4,10 @@ The attention of transformers is not rewritten. `SpikingLlamaAttention` only han
 encoding stand-in for the cache, and the product Q K^T is done by a function that is registered
 under the name "spiking" in transformers' attention and mask registries.
 
-K and V are encoded per token and KV head after RoPE, Q per token and head with one step (or
-with the groups and steps of K); P stays
-float. Q K^T is an integer product in all views. P V has a float operand, so the views share one float
-product with the decoded V: the outputs of all views are equal bit for bit.
+K and V are encoded per token and KV head after RoPE, Q per token and head with one step
+(or with the groups and steps of K); P stays float. Q K^T is an integer product in all views. P V has a
+float operand, so the views share one float product with the decoded V: the outputs of all views are
+equal bit for bit.
 """
 
 from __future__ import annotations

@@ -15,6 +15,16 @@ from snnllm.sources import Source
 _log = logging.getLogger(__name__)
 
 
+def linear_names(source: Source) -> list[str]:
+    """Full names of the linears in the blocks of a model, in order."""
+    return [
+        f"model.layers.{i}.{path}"
+        for i in range(source.config.num_hidden_layers)
+        for paths in INPUT_GROUPS
+        for path in paths
+    ]
+
+
 def check_names(
     source: Source, spike: SpikeConfig, allocation: Mapping[str, Tensor] | None = None
 ) -> None:
@@ -24,12 +34,7 @@ def check_names(
         ValueError: A name in `modules_to_not_convert` or `group_steps` that is a typo, or more than
             two groups for a module without an allocation map.
     """
-    linears = [
-        f"model.layers.{i}.{path}"
-        for i in range(source.config.num_hidden_layers)
-        for paths in INPUT_GROUPS
-        for path in paths
-    ]
+    linears = linear_names(source)
     for name in spike.modules_to_not_convert:
         if not any(linear.endswith(name) for linear in ("lm_head", *linears)):
             raise ValueError(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from snnllm import checkpoint
-from snnllm.checks import check_names, check_shared_steps, check_windows
+from snnllm.checks import check_names, check_shared_steps, check_windows, linear_names
 from snnllm.config import FLOAT_BITS, Rotation, SpikeConfig
 from snnllm.execution import spiking_modules
 from snnllm.linear import SpikingLinear
@@ -27,7 +27,6 @@ from snnllm.pipelines import Pipeline, rotated, rtn
 from snnllm.pipelines.basis import find_basis, rotate_source
 from snnllm.pipelines.report import BlockReport, peak_mib
 from snnllm.pipelines.rotated import RotatedOptions
-from snnllm.pipelines.streaming import INPUT_GROUPS
 from snnllm.precision import FLOAT32_BUFFERS
 from snnllm.saliency import allocate_map
 from snnllm.sources import ModelSource, Source, SourceError, open_source
@@ -275,18 +274,13 @@ def with_allocation(
     Raises:
         ValueError: A name that is no linear of the model, or a map of another length.
     """
-    known = {
-        f"model.layers.{i}.{p}": p
-        for i in range(source.config.num_hidden_layers)
-        for paths in INPUT_GROUPS
-        for p in paths
-    }
+    known = linear_names(source)
     steps = dict(spike.group_steps)
     for name, channel_steps in allocation.items():
         if name not in known:
             raise ValueError(
                 f"allocation names {name!r}, which is no linear of this model; names look like "
-                f"{next(iter(known))!r}."
+                f"{known[0]!r}."
             )
         expected = source.tensor(f"{name}.weight").shape[1]
         if channel_steps.shape != (expected,):

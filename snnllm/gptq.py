@@ -94,13 +94,13 @@ def gptq(
     if not torch.isfinite(weight).all():
         raise ValueError(f"{name}: the weight holds NaN or infinite values.")
     rows, channels = weight.shape
-    hessian = hessian.float().clone()
-    importance = hessian.diagonal().clone() if clip else None
+    hessian = hessian.float()
+    importance = hessian.diagonal() if clip else None
     scale, zero = weight_parameters(weight, bits, groups, importance)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    upper = inverse_factor(hessian[order][:, order], name)
-    ratios = torch.tensor(SCALE_RATIOS if clip else (1.0,), device=weight.device)
     weight, hessian = weight.float()[:, order], hessian[order][:, order]
+    upper = inverse_factor(hessian.clone(), name)
+    ratios = torch.tensor(SCALE_RATIOS if clip else (1.0,), device=weight.device)
     s = expand_groups(scale, channels, groups)[:, order]
     z = expand_groups(zero.float(), channels, groups)[:, order]
     chosen, best = torch.empty(rows, channels, dtype=torch.uint8, device=weight.device), []
@@ -127,16 +127,13 @@ def _sweep(weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: int)
     w, s, z = (t.T.contiguous() for t in (weight, scale, zero))
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     fused = w.is_cuda and triton_available()
-    size = BLOCK if fused else CPU_BLOCK
+    run, size = (round_block, BLOCK) if fused else (_round_block, CPU_BLOCK)
     for start in range(0, len(w), size):
         part = slice(start, min(start + size, len(w)))
         local = upper[part, part]
         spread = (local / local.diagonal().unsqueeze(1)).contiguous()
         errors = torch.empty_like(w[part])
-        if fused:
-            round_block(w[part], spread, s[part], z[part], top, codes[part], errors)
-        else:
-            _round_block(w[part], spread, s[part], z[part], top, codes[part], errors)
+        run(w[part], spread, s[part], z[part], top, codes[part], errors)
         w[part.stop :] -= upper[part, part.stop :].T @ (errors / local.diagonal().unsqueeze(1))
     return codes.T.contiguous()
 
@@ -150,7 +147,7 @@ def _round_block(
     codes: Tensor,
     errors: Tensor,
 ) -> None:
-    """Round a block of columns one after the other; `[columns, N]`, all but `spread` as rows."""
+    """The same as `round_block` with torch operations, for any number of columns."""
     for k in range(len(weight)):
         code = torch.clamp(torch.round(weight[k] / scale[k]) + zero[k], 0, top)
         codes[k] = code.to(torch.uint8)

@@ -147,7 +147,12 @@ class SpikingLinear(SpikingModule):
         """Input channels, in encoded order, that share a weight scale (`weights.run_sizes`)."""
         if not self.layout.segment_scales:
             return self.layout.group_size
-        group = self.encoder.channel_group.long()
+        return self.group_sizes
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Input channels of every saliency group."""
+        group = self.encoder.channel_group.cpu().long()
         return tuple(torch.bincount(group, minlength=len(self.layout.steps)).tolist())
 
     def total_bias(self) -> Tensor | None:
@@ -209,8 +214,7 @@ class SpikingLinear(SpikingModule):
     def _build_spec(self) -> LinearSpec:
         bits = self.layout.weight_bits
         self.encoder.check_groups()
-        group = self.encoder.channel_group.cpu().long()
-        sizes = tuple(torch.bincount(group, minlength=len(self.layout.steps)).tolist())
+        sizes = self.group_sizes
         offset = 1 << (bits - 1)
         runs = torch.tensor(run_sizes(self.in_features, self.weight_groups))
         positions = torch.repeat_interleave(torch.arange(len(runs)), runs)

@@ -18,24 +18,27 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention
 from snnllm.config import FLOAT_BITS, MaskScope, Rotation, SpikeConfig, WeightRange
 from snnllm.execution import choose_views
 from snnllm.gptq import gptq
 from snnllm.linear import SpikingLinear
-from snnllm.modeling import spike_block, spiking_linear
+from snnllm.modeling import spiking_linear
 from snnllm.pipelines.basis import Basis
 from snnllm.pipelines.fitting import SAMPLE_ROWS, Moments, clip_ratios, weighted_mean
 from snnllm.pipelines.report import BlockReport, SpikeRateMeter, peak_mib, sqnr_db
 from snnllm.pipelines.stages import StagedBlock
-from snnllm.pipelines.streaming import INPUT_GROUPS, BlockStream, linear_of, load_block
+from snnllm.pipelines.streaming import (
+    INPUT_GROUPS,
+    BlockStream,
+    linear_of,
+    load_block,
+    make_spiking,
+)
 from snnllm.sources import Source
 from snnllm.transforms import group_rotation, sorted_groups
 from snnllm.weights import QuantizedWeight, dequantize
@@ -153,16 +156,14 @@ def _spike_attention(block: nn.Module, index: int, job: _Job) -> None:
     linears = tuple(p for paths in INPUT_GROUPS for p in paths)
     kept = (*job.spike.modules_to_not_convert, *linears)
     attention_only = dataclasses.replace(job.spike, modules_to_not_convert=kept)
-    # A copy: the attention writes its implementation into its config, the source stays dense.
-    spike_block(block, index, deepcopy(job.source.config), attention_only)
-    attention: Any = block.self_attn
-    encoded = isinstance(attention, SpikingLlamaAttention)
-    attention.config._attn_implementation = SPIKING_ATTENTION if encoded else "sdpa"
-    if not encoded:
+    attention = make_spiking(block, index, job.source.config, attention_only)
+    if attention is None:
         return
     keys, values = job.basis.keys[index], job.basis.values[index]
     generator = job.generator if job.options.rotate else None
-    attention.qk_rotation.copy_(torch.stack([group_rotation(head, generator) for head in keys]))
+    attention.get_buffer("qk_rotation").copy_(
+        torch.stack([group_rotation(head, generator) for head in keys])
+    )
     attention.set_channel_groups(
         torch.stack([sorted_groups(h) for h in keys]),
         torch.stack([sorted_groups(h) for h in values]),
@@ -286,8 +287,8 @@ def _store(
         rows = slice(start, start + module.out_features)
         start = rows.stop
         module.rotation = first.rotation
-        module.set_channel_group(first.encoder.channel_group.clone())
-        module.encoder.clip.copy_(first.encoder.clip.clone())
+        module.set_channel_group(first.encoder.channel_group)
+        module.encoder.clip.copy_(first.encoder.clip)
         if quantized is None:
             module.set_float_weight(rounded[rows], None if bias is None else bias.detach())
         else:
@@ -333,7 +334,7 @@ def token_weights(path: str, hidden: Tensor) -> Tensor:
         path: The linear in its block.
         hidden: Residual stream that it writes to, `[b, tokens, hidden]`.
     """
-    mean_square = hidden.float().square().mean(-1).flatten()
     if path not in WRITERS:
-        return torch.ones_like(mean_square)
+        return hidden.new_ones(hidden.shape[:-1].numel(), dtype=torch.float32)
+    mean_square = hidden.float().square().mean(-1).flatten()
     return 1.0 / (mean_square + 1e-6 * mean_square.mean() + 1e-12)

@@ -9,17 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention
 from snnllm.config import FLOAT_BITS, MaskScope, SpikeConfig, WeightRange
 from snnllm.execution import choose_views
 from snnllm.linear import SpikingLinear
-from snnllm.modeling import spike_block
 from snnllm.pipelines.report import BlockReport, SpikeRateMeter, peak_mib, sqnr_db
 from snnllm.pipelines.streaming import (
     INPUT_GROUPS,
@@ -27,6 +23,7 @@ from snnllm.pipelines.streaming import (
     BlockStream,
     linear_of,
     load_block,
+    make_spiking,
 )
 from snnllm.saliency import allocate, allocate_map
 from snnllm.sources import Source
@@ -95,18 +92,14 @@ def fill_block(
     if spike.weight_range is WeightRange.CLIP:
         for paths, inputs in zip(INPUT_GROUPS, statistics.inputs, strict=True):
             importance |= dict.fromkeys(paths, inputs.second_moment.diagonal())
-    # A copy: the attention writes its implementation into its config, the source stays dense.
-    spike_block(block, index, deepcopy(source.config), spike)
+    attention = make_spiking(block, index, source.config, spike)
     block.to(dense[INPUT_GROUPS[0][0]].weight.device)
     for path, linear in dense.items():
         module = block.get_submodule(path)
         if isinstance(module, SpikingLinear):
             fill_linear(module, linear, groups[path], importance[path])
     choose_views(block)
-    attention: Any = block.self_attn
-    encoded = isinstance(attention, SpikingLlamaAttention)
-    attention.config._attn_implementation = SPIKING_ATTENTION if encoded else "sdpa"
-    if encoded:
+    if attention is not None:
         key, value = statistics.kv.scores(generator)
         steps = len(spike.kv_steps)
         attention.set_channel_groups(

@@ -16,8 +16,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from snnllm.attention import CALIBRATION_ATTENTION, register_attention
+from snnllm.attention import (
+    CALIBRATION_ATTENTION,
+    SPIKING_ATTENTION,
+    SpikingLlamaAttention,
+    register_attention,
+)
 from snnllm.config import SpikeConfig
+from snnllm.modeling import spike_block
 from snnllm.saliency import InputStatistics, KeyValueStatistics
 from snnllm.sources import Source
 
@@ -120,6 +126,18 @@ def load_block(source: Source, index: int, device: torch.device) -> LlamaDecoder
             f"Block {index} of {source.name} does not fit its config: {error}"
         ) from error
     return block.to(device).eval()
+
+
+def make_spiking(
+    block: nn.Module, index: int, config: LlamaConfig, spike: SpikeConfig
+) -> SpikingLlamaAttention | None:
+    """Replace the modules of a dense block by empty spiking ones; the attention, if it is one."""
+    # A copy: the attention writes its implementation into its config, the source stays dense.
+    spike_block(block, index, deepcopy(config), spike)
+    attention: Any = block.self_attn
+    encoded = isinstance(attention, SpikingLlamaAttention)
+    attention.config._attn_implementation = SPIKING_ATTENTION if encoded else "sdpa"
+    return attention if encoded else None
 
 
 def linear_of(block: nn.Module, path: str) -> nn.Linear:
