@@ -110,6 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--calibration-windows", type=int, default=8)
     parser.add_argument("--calibration-window", type=int, help="tokens; default as --window")
     parser.add_argument("--tables", nargs="+", choices=sorted(ROWS), default=["issue"])
+    parser.add_argument(
+        "--rows", nargs="+", default=[""], help="only rows whose name contains one of these texts"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
@@ -135,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = [{"configuration": "float", **base.to_dict()}]
     for table in args.tables:
         for label, preset, overrides in ROWS[table]:
+            if not any(part in label for part in args.rows):
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 options = dict(overrides)
                 pipeline = options.pop("pipeline", "rtn")
