@@ -1,5 +1,6 @@
 """Generalised integrate-and-fire neurons and spike encoders for SpikingJelly 2.0."""
 
+from neurons.backends import Dynamics, Output, Reset, Train, available_backends, multi_step
 from neurons.encoder import (
     Capacity,
     Encoding,
@@ -13,13 +14,19 @@ from neurons.surrogate import GIFSpikeCount, SignedSpikeCount
 
 __all__ = [
     "Capacity",
+    "Dynamics",
     "Encoding",
     "GIFNode",
     "GIFSpikeCount",
+    "Output",
+    "Reset",
     "SignedGIFNode",
     "SignedSpikeCount",
     "SpikeEncoder",
+    "Train",
     "ValueRange",
+    "available_backends",
     "encode_parameters",
+    "multi_step",
     "spike_capacity",
 ]
