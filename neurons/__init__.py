@@ -10,14 +10,18 @@ from neurons.encoder import (
     spike_capacity,
 )
 from neurons.gif import GIFNode, SignedGIFNode
+from neurons.learnable import ElasticBiSpikingNode, LearnableGIFNode, LearnableSignedGIFNode
 from neurons.surrogate import GIFSpikeCount, SignedSpikeCount
 
 __all__ = [
     "Capacity",
     "Dynamics",
+    "ElasticBiSpikingNode",
     "Encoding",
     "GIFNode",
     "GIFSpikeCount",
+    "LearnableGIFNode",
+    "LearnableSignedGIFNode",
     "Output",
     "Reset",
     "SignedGIFNode",
