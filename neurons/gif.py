@@ -43,6 +43,9 @@ class GIFNode(MultiLevelNode):
             "triton" or "cupy"; a property, see :attr:`supported_backends`.
         spike_dtype: dtype of the spikes; None: that of the input. An integer (int8) is less to
             write, and carries no gradient.
+        keep_state: whether a multi-step forward goes on from the membrane of the last one and leaves
+            its own. False: every forward starts fresh and writes no membrane, as in networks that
+            are reset after each input anyway.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -68,6 +71,7 @@ class GIFNode(MultiLevelNode):
         decay: float = 1.0,
         backend: str = "auto",
         spike_dtype: torch.dtype | None = None,
+        keep_state: bool = True,
     ) -> None:
         super().__init__(
             levels,
@@ -81,6 +85,7 @@ class GIFNode(MultiLevelNode):
             decay,
             backend,
             spike_dtype,
+            keep_state,
         )
 
 
@@ -108,6 +113,9 @@ class SignedGIFNode(MultiLevelNode):
             "triton" or "cupy"; a property, see :attr:`supported_backends`.
         spike_dtype: dtype of the spikes; None: that of the input. An integer (int8) is less to
             write, and carries no gradient.
+        keep_state: whether a multi-step forward goes on from the membrane of the last one and leaves
+            its own. False: every forward starts fresh and writes no membrane, as in networks that
+            are reset after each input anyway.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -133,6 +141,7 @@ class SignedGIFNode(MultiLevelNode):
         decay: float = 1.0,
         backend: str = "auto",
         spike_dtype: torch.dtype | None = None,
+        keep_state: bool = True,
     ) -> None:
         super().__init__(
             levels,
@@ -146,4 +155,5 @@ class SignedGIFNode(MultiLevelNode):
             decay,
             backend,
             spike_dtype,
+            keep_state,
         )

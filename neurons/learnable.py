@@ -79,6 +79,7 @@ class LearnableGIFNode(_Learned, GIFNode):
         decay: as in :class:`.GIFNode`.
         backend: as in :class:`.GIFNode`.
         spike_dtype: as in :class:`.GIFNode`.
+        keep_state: as in :class:`.GIFNode`.
 
     Attributes:
         threshold: theta, a float32 parameter.
@@ -104,6 +105,7 @@ class LearnableGIFNode(_Learned, GIFNode):
         decay: float = 1.0,
         backend: str = "auto",
         spike_dtype: torch.dtype | None = None,
+        keep_state: bool = True,
     ) -> None:
         super().__init__(
             levels,
@@ -117,6 +119,7 @@ class LearnableGIFNode(_Learned, GIFNode):
             decay,
             backend,
             spike_dtype,
+            keep_state,
         )
         self._learn(threshold)
 
@@ -138,6 +141,7 @@ class LearnableSignedGIFNode(_Learned, SignedGIFNode):
         decay: as in :class:`.GIFNode`.
         backend: as in :class:`.GIFNode`.
         spike_dtype: as in :class:`.GIFNode`.
+        keep_state: as in :class:`.GIFNode`.
 
     Attributes:
         threshold: theta, a float32 parameter.
@@ -163,6 +167,7 @@ class LearnableSignedGIFNode(_Learned, SignedGIFNode):
         decay: float = 1.0,
         backend: str = "auto",
         spike_dtype: torch.dtype | None = None,
+        keep_state: bool = True,
     ) -> None:
         super().__init__(
             levels,
@@ -176,6 +181,7 @@ class LearnableSignedGIFNode(_Learned, SignedGIFNode):
             decay,
             backend,
             spike_dtype,
+            keep_state,
         )
         self._learn(threshold)
 
@@ -208,6 +214,7 @@ class ElasticBiSpikingNode(_Learned, SignedGIFNode):
         store_v_seq: whether to keep the membrane of every step in ``v_seq``, in units of alpha and
             before the leak.
         backend: as in :class:`.GIFNode`.
+        keep_state: as in :class:`.GIFNode`.
 
     Attributes:
         threshold: alpha, a float32 parameter ``[]``.
@@ -229,6 +236,7 @@ class ElasticBiSpikingNode(_Learned, SignedGIFNode):
         step_mode: str = "s",
         store_v_seq: bool = False,
         backend: str = "auto",
+        keep_state: bool = True,
     ) -> None:
         super().__init__(
             2,
@@ -237,6 +245,7 @@ class ElasticBiSpikingNode(_Learned, SignedGIFNode):
             store_v_seq=store_v_seq,
             decay=decay,
             backend=backend,
+            keep_state=keep_state,
         )
         self._learn(amplitude)
 

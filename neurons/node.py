@@ -74,6 +74,7 @@ class MultiLevelNode(neuron.BaseNode):
         decay: float,
         backend: str,
         spike_dtype: torch.dtype | None,
+        keep_state: bool,
     ) -> None:
         levels = _check_levels(levels)
         v_threshold = _check_float("v_threshold", v_threshold)
@@ -85,7 +86,7 @@ class MultiLevelNode(neuron.BaseNode):
         super().__init__(v_threshold, None, fire, detach_reset, step_mode, store_v_seq)
         self.levels = levels
         self.decay = _check_float("decay", decay)
-        self.spike_dtype = spike_dtype
+        self.spike_dtype, self.keep_state = spike_dtype, keep_state
         self.v_init = _check_float("v_init", v_init)
         self.v = self.v_init
         self.set_reset_value("v", self.v_init)
@@ -138,12 +139,15 @@ class MultiLevelNode(neuron.BaseNode):
     @backend.setter
     def backend(self, backend: str) -> None:
         backends.check_backend(backend)
+        self._check_gradient(backend)
+        self._backend = backend
+
+    def _check_gradient(self, backend: str) -> None:
         if backend != "auto" and backend not in self.supported_backends:
             raise ValueError(
                 f"backend={backend!r} knows the gradients of neurons.surrogate only, not that of "
                 f'{self.surrogate_function}; choose backend="torch".'
             )
-        self._backend = backend
 
     def _has_own_surrogate(self) -> bool:
         fire = self.surrogate_function
@@ -157,7 +161,7 @@ class MultiLevelNode(neuron.BaseNode):
                 self._chosen = chosen
                 _log_choice(type(self).__name__, chosen, x_seq.device.type)
             return chosen
-        self.backend = self._backend  # the surrogate may have been changed since
+        self._check_gradient(self._backend)  # the surrogate may have been changed since
         return backends.choose(self._backend, x_seq)
 
     def _dynamics(self) -> Dynamics:
@@ -179,7 +183,12 @@ class MultiLevelNode(neuron.BaseNode):
         return spikes
 
     def _run(
-        self, x_seq: Tensor, v: Tensor | float, step: Tensor | int, store_v_seq: bool = False
+        self,
+        x_seq: Tensor,
+        v: Tensor | float,
+        step: Tensor | int,
+        store_v_seq: bool = False,
+        store_v: bool = True,
     ) -> tuple[Tensor, Train]:
         charge, steps = self._scale(x_seq), self.steps_per_channel
         dtype = self.spike_dtype or x_seq.dtype
@@ -191,7 +200,15 @@ class MultiLevelNode(neuron.BaseNode):
             )
         else:
             train = backends.multi_step(
-                charge, spec, v, steps, step, dtype=dtype, store_v_seq=store_v_seq, backend=kernel
+                charge,
+                spec,
+                v,
+                steps,
+                step,
+                dtype=dtype,
+                store_v_seq=store_v_seq,
+                store_v=store_v,
+                backend=kernel,
             )
         return self._emit(train.spikes, x_seq), train
 
@@ -205,6 +222,8 @@ class MultiLevelNode(neuron.BaseNode):
             parts.append(f"decay={self.decay}")
         if self.steps_per_channel is not None:
             parts.append(f"steps_per_channel={tuple(self.steps_per_channel.shape)}")
+        if not self.keep_state:
+            parts.append("keep_state=False")
         return ", ".join([*parts, f"backend={self._backend}{chosen}"])
 
     def _check_input(self, x: Tensor) -> None:
@@ -312,13 +331,16 @@ class MultiLevelNode(neuron.BaseNode):
         Returns:
             Spikes ``[T, *]`` in the dtype of x_seq.
         """
-        v, step = self._states_before(x_seq, tuple(self._memories.values()))
-        output, train = self._run(x_seq, v, step, self.store_v_seq)
+        before = tuple(self._memories.values()) if self.keep_state else (self.v_init, 0.0)
+        v, step = self._states_before(x_seq, before)
+        output, train = self._run(x_seq, v, step, self.store_v_seq, self.keep_state)
+        if self.store_v_seq:
+            self.v_seq = train.v_seq
+        if not self.keep_state:
+            return output
         self.v, steps = train.v, x_seq.shape[0]
         if isinstance(step, Tensor):
             self.step = step + steps
         else:
             self.step = torch.full((), step + steps, dtype=torch.int32, device=x_seq.device)
-        if self.store_v_seq:
-            self.v_seq = train.v_seq
         return output

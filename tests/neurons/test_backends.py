@@ -314,6 +314,16 @@ def test_nodes_are_the_same_on_every_backend(kernel, node_class, mode):
     torch.testing.assert_close(*grads)
 
 
+def test_a_node_without_state_starts_fresh(kernel):
+    x_seq = charges(3, 4)
+    for backend in ("torch", kernel):
+        node = GIFNode(4, step_mode="m", keep_state=False, store_v_seq=True, backend=backend)
+        assert torch.equal(node(x_seq), node(x_seq))
+        assert (node.v, node.step) == (0.5, 0.0)
+        assert node.v_seq.shape == (3, 4)
+        assert "keep_state=False" in repr(node)
+
+
 def test_spike_dtype(kernel):
     for backend in ("torch", kernel):
         node = GIFNode(4, step_mode="m", spike_dtype=torch.int8, backend=backend)
