@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -282,7 +283,7 @@ def digits_figure(points: Sequence[Point]) -> Figure:
         The figure.
     """
     with rc_context(STYLE):
-        figure = new_figure(6.4, 3.8)
+        figure = new_figure(7.2, 3.8)
         ax = figure.add_subplot()
         for number, name in enumerate(dict.fromkeys(point.neuron for point in points)):
             own = [point for point in points if point.neuron == name]
@@ -303,6 +304,9 @@ def digits_figure(points: Sequence[Point]) -> Figure:
                     color=color,
                 )
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(color="0.9", lw=0.6)
         ax.set_axisbelow(True)
         ax.set_xlabel("events of all hidden neurons for one image (numbers: time steps T)")
