@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format bench clean
+.PHONY: help install demo digits test test-all check format bench clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ $(STAMP): setup.cfg pyproject.toml Makefile
 
 demo: $(STAMP)  ## convert SmolLM2 to a spiking LLaMA, evaluate, generate, record; writes demo/
 	$(BIN)/python -m snnllm demo --output demo
+
+digits: $(STAMP)  ## train small spiking networks on scikit-learn's digits; writes digits/
+	$(BIN)/python -m sims.digits --output digits
 
 test: $(STAMP)  ## the quick tests
 	$(BIN)/python -m pytest -n auto -m "not slow"
@@ -47,5 +50,5 @@ bench: $(STAMP)  ## every benchmark, one after the other
 	set -e; for script in benchmarks/[a-z]*.py; do $(BIN)/python "$$script"; done
 
 clean:  ## remove the environment and everything generated
-	rm -rf $(VENV) build dist *.egg-info demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist *.egg-info demo digits .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

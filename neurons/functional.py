@@ -26,6 +26,7 @@ __all__ = [
     "gif_fire",
     "gif_multi_step",
     "gif_step",
+    "hard_reset_step",
     "signed_events",
     "signed_gif_count",
     "signed_gif_fire",
@@ -129,12 +130,26 @@ def signed_gif_fire(h: Tensor, levels: int) -> Tensor:
     return signed_gif_count(h, levels - 1)
 
 
-def soft_reset_step(
-    x: Tensor, v: Tensor, fire: FireRule, fires: Tensor | None = None, detach_reset: bool = False
+def _charge_and_fire(
+    x: Tensor, v: Tensor, fire: FireRule, fires: Tensor | None, decay: float
 ) -> tuple[Tensor, Tensor]:
-    """Run one step of a neuron with soft reset and no leak.
+    """Charged membrane ``h = decay * v + x`` and its spikes, 0 where ``fires`` is false."""
+    h = (v if decay == 1.0 else v * decay) + x.to(v.dtype)
+    spike = fire(h)
+    return h, spike if fires is None else spike.masked_fill(~fires, 0.0)
 
-    ``h = v + x``, ``s = fire(h)`` (0 where ``fires`` is false), ``v' = h - s``.
+
+def soft_reset_step(
+    x: Tensor,
+    v: Tensor,
+    fire: FireRule,
+    fires: Tensor | None = None,
+    detach_reset: bool = False,
+    decay: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Run one step of a neuron with soft reset.
+
+    ``h = decay * v + x``, ``s = fire(h)`` (0 where ``fires`` is false), ``v' = h - s``.
 
     Args:
         x: charge of this step ``[*]``, in thresholds, any floating dtype.
@@ -142,17 +157,23 @@ def soft_reset_step(
         fire: firing rule, from ``h`` to integer valued spikes.
         fires: bool, broadcastable to ``[*]``; where a channel may fire in this step. None: all.
         detach_reset: whether the reset keeps gradients from flowing through its spikes.
+        decay: what is left of the membrane after one step; 1: no leak.
 
     Returns:
         Spikes ``[*]`` in the dtype of ``x``; membrane after the reset ``[*]`` in that of ``v``.
 
     Source: SpikeLLM (arXiv 2407.04752), generalised integrate-and-fire neuron.
     """
-    h = v + x.to(v.dtype)
-    spike = fire(h)
-    if fires is not None:
-        spike = spike.masked_fill(~fires, 0.0)
+    h, spike = _charge_and_fire(x, v, fire, fires, decay)
     return spike.to(x.dtype), h - (spike.detach() if detach_reset else spike)
+
+
+def hard_reset_step(
+    x: Tensor, v: Tensor, fire: FireRule, fires: Tensor | None = None, decay: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """As :func:`soft_reset_step`, but ``v' = 0`` after a spike, with no gradient through it."""
+    h, spike = _charge_and_fire(x, v, fire, fires, decay)
+    return spike.to(x.dtype), h.masked_fill(spike != 0, 0.0)
 
 
 def soft_reset_multi_step(
@@ -162,6 +183,7 @@ def soft_reset_multi_step(
     steps_per_channel: Tensor | None = None,
     step: Tensor | int = 0,
     detach_reset: bool = False,
+    decay: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Run :func:`soft_reset_step` over time; a channel of n steps fires in steps ``0..n-1`` only.
 
@@ -172,6 +194,7 @@ def soft_reset_multi_step(
         steps_per_channel: integers broadcastable to ``[*]``, steps a channel may fire. None: all.
         step: index of the first of these steps (a sequence run in chunks), int or 0-d tensor.
         detach_reset: whether the reset keeps gradients from flowing through its spikes.
+        decay: what is left of the membrane after one step; 1: no leak.
 
     Returns:
         Spikes ``[T, *]`` in the dtype of ``x_seq``; membrane after the last step ``[*]``.
@@ -184,7 +207,7 @@ def soft_reset_multi_step(
     spikes = []
     for t in range(x_seq.shape[0]):
         fires = None if steps_per_channel is None else steps_per_channel > step + t
-        spike, v = soft_reset_step(x_seq[t], v, fire, fires, detach_reset)
+        spike, v = soft_reset_step(x_seq[t], v, fire, fires, detach_reset, decay)
         spikes.append(spike)
     return torch.stack(spikes), v
 
@@ -209,17 +232,7 @@ def gif_step(
 def signed_gif_step(
     x: Tensor, v: Tensor, levels: int, fires: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run one step of the signed GIF neuron: as :func:`gif_step`, spikes in ``-(L-1)..L-1``.
-
-    Args:
-        x: charge ``[*]``, in thresholds.
-        v: membrane ``[*]``, in thresholds, float32; 0 before the first step.
-        levels: L, number of spike levels of either sign.
-        fires: bool, broadcastable to ``[*]``; where a channel may fire. None: all.
-
-    Returns:
-        Spikes ``[*]`` in ``-(L-1)..L-1`` and the membrane after the reset ``[*]``.
-    """
+    """Run one step of the signed GIF neuron: as :func:`gif_step`, spikes in ``-(L-1)..L-1``."""
     return soft_reset_step(x, v, lambda h: signed_gif_fire(h, levels), fires)
 
 
@@ -252,18 +265,7 @@ def signed_gif_multi_step(
     steps_per_channel: Tensor | None = None,
     step: Tensor | int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Run the signed GIF neuron over time; arguments as in :func:`gif_multi_step`.
-
-    Args:
-        x_seq: charges ``[T, *]``, in thresholds.
-        v: membrane ``[*]`` before the first of these steps, in thresholds, float32.
-        levels: L, number of spike levels of either sign.
-        steps_per_channel: integers broadcastable to ``[*]``, steps a channel may fire. None: all.
-        step: index of the first of these steps.
-
-    Returns:
-        Spikes ``[T, *]`` in ``-(L-1)..L-1`` and the membrane after the last step ``[*]``.
-    """
+    """Run the signed GIF neuron over time: as :func:`gif_multi_step`, spikes ``-(L-1)..L-1``."""
 
     def fire(h: Tensor) -> Tensor:
         return signed_gif_fire(h, levels)

@@ -185,7 +185,7 @@ def run_script(run: Callable[[], int]) -> int:
     try:
         with torch.no_grad():
             return run()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

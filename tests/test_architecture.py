@@ -25,6 +25,8 @@ MAX_LINES = 400
 REACHES_UP = {"snnllm/cli/simulate.py"}
 FORBIDDEN = {"neurons": {"snnllm", "sims"}, "snnllm": {"sims"}, "sims": set[str]()}
 NEURONS_MAY_IMPORT = {"neurons", "torch", "spikingjelly", *sys.stdlib_module_names}
+# Optional, and imported when a kernel is launched only.
+KERNELS_MAY_IMPORT = {"neurons/backends/": {"triton", "cupy"}}
 
 
 def relative(path: Path) -> str:
@@ -58,7 +60,10 @@ def test_imports_point_in_one_direction(path: Path) -> None:
     "path", [path for path in MODULES if relative(path).startswith("neurons/")], ids=relative
 )
 def test_neurons_needs_torch_and_spikingjelly_only(path: Path) -> None:
-    assert set(imported_packages(path)) <= NEURONS_MAY_IMPORT
+    folder = f"{relative(path.parent)}/"
+    assert set(imported_packages(path)) <= NEURONS_MAY_IMPORT | KERNELS_MAY_IMPORT.get(
+        folder, set()
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
@@ -93,7 +98,7 @@ def test_importing_neurons_loads_no_llm_library_and_no_plots() -> None:
     neurons = [n.removesuffix(".__init__") for n in names if n.startswith("neurons.")]
     loaded = modules_after("\n".join(f"import {name}" for name in neurons))
     assert "neurons" in loaded
-    assert not loaded & {"transformers", "matplotlib", "snnllm", "sims"}
+    assert not loaded & {"transformers", "matplotlib", "snnllm", "sims", "cupy"}
 
 
 def test_importing_snnllm_is_light() -> None:

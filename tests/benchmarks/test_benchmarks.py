@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ def benchmark(repository: Path, name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -61,3 +63,14 @@ def test_the_speed_of_a_model(
     assert ("W8A8" if converted else "W4A4T2") in text
     assert "| prefill 8 |" in text
     assert "| decode after 4 |" in text
+
+
+def test_the_speed_of_neurons(repository: Path, tmp_path: Path, capsys: Any) -> None:
+    module = benchmark(repository, "neuron_speed")
+    arguments = ["--quick", "--elements", "64", "--steps", "2", "--rounds", "1"]
+    assert module.main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    text = capsys.readouterr().out
+    for title in ("share of the measured copy bandwidth", "Beside SpikingJelly", "Small sizes"):
+        assert title in text
+    assert "NO" not in text
+    assert (tmp_path / "out.json").is_file()
