@@ -150,20 +150,28 @@ def encode_parameters(
 
     Source: SpikeLLM (arXiv 2407.04752); the range includes zero, so that 0 encodes to 0.
     """
-    x = x.to(torch.float32)
-    groups = len(capacities)
-    shared = _mode(ValueRange, value_range) == ValueRange.SHARED
-    if groups == 1 or shared:
-        lo, hi = _row_range(x)
-    else:
-        lo, hi = _group_ranges(x, _align(channel_group), groups)
-    if clip is not None:
-        lo, hi = lo * clip, hi * clip
     # A tensor divisor: CUDA would multiply by the reciprocal of a Python one.
     capacity = torch.tensor(capacities, dtype=torch.float32, device=x.device)
-    threshold = ((hi - lo) / capacity).clamp(min=MIN_THRESHOLD)
-    zero_point = torch.minimum(torch.round(-lo / threshold).clamp(min=0), capacity)
+    shared = _mode(ValueRange, value_range) == ValueRange.SHARED
+    threshold, zero_point = _parameters(x, channel_group, capacity, shared, clip)
     return threshold, zero_point.to(torch.int32)
+
+
+def _parameters(
+    x: Tensor, channel_group: Tensor, capacity: Tensor, shared: bool, clip: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`encode_parameters` with the capacities as a tensor ``[G]`` and ``z`` in float32."""
+    x = x.to(torch.float32)
+    if len(capacity) == 1 or shared:
+        lo, hi = _row_range(x)
+    else:
+        lo, hi = _group_ranges(x, _align(channel_group), len(capacity))
+    if clip is not None:
+        lo, hi = lo * clip, hi * clip
+    threshold = ((hi - lo) / capacity).clamp(min=MIN_THRESHOLD)
+    with torch.no_grad():  # a rounded number has no gradient
+        zero_point = torch.minimum(torch.round(-lo / threshold).clamp(min=0), capacity)
+    return threshold, zero_point
 
 
 def _check_steps(steps: Sequence[int]) -> tuple[int, ...]:
