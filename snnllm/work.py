@@ -96,7 +96,7 @@ class WorkFolder:
         for leftover in (*self.folder.glob("*.tmp"), *self.folder.glob("*.partial-*")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if self.count:
-            _log.info("resuming in %s after block %d", self.folder, self.count - 1)
+            _log.warning("resuming in %s after block %d", self.folder, self.count - 1)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"

@@ -312,7 +312,7 @@ def _freeze_unit(
         own_bias = None if bias is None else bias[part]
         module = modules.get(path)
         if module is None:
-            linear = linear_of(frame, path)
+            linear: Any = linear_of(frame, path)
             linear.weight = _fixed(weight[part])
             linear.bias = None if own_bias is None else _fixed(own_bias)
             continue

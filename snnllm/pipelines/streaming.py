@@ -211,7 +211,9 @@ def restore_block(
     """
     block: nn.Module = load_block(source, index, _CPU)
     make_spiking(block, index, source.config, spike)
-    block.load_state_dict(state)
+    # Assigned, not copied: what is there now may be the tensors of the source.
+    values = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    block.load_state_dict(values, assign=True)
     choose_views(block)
     block.to(device).eval()
     return block
