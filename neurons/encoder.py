@@ -161,17 +161,23 @@ def _parameters(
     x: Tensor, channel_group: Tensor, capacity: Tensor, shared: bool, clip: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """:func:`encode_parameters` with the capacities as a tensor ``[G]`` and ``z`` in float32."""
-    x = x.to(torch.float32)
-    if len(capacity) == 1 or shared:
-        lo, hi = _row_range(x)
-    else:
-        lo, hi = _group_ranges(x, _align(channel_group), len(capacity))
+    lo, hi = _ranges(x.to(torch.float32), channel_group, len(capacity), shared)
     if clip is not None:
         lo, hi = lo * clip, hi * clip
-    threshold = ((hi - lo) / capacity).clamp(min=MIN_THRESHOLD)
-    with torch.no_grad():  # a rounded number has no gradient
-        zero_point = torch.minimum(torch.round(-lo / threshold).clamp(min=0), capacity)
-    return threshold, zero_point
+    return _threshold(lo, hi, capacity, MIN_THRESHOLD)
+
+
+def _ranges(x: Tensor, channel_group: Tensor, groups: int, shared: bool) -> tuple[Tensor, Tensor]:
+    """``lo`` and ``hi`` of every token, ``[.., G]``, or ``[.., 1]`` where there is one range."""
+    if groups == 1 or shared:
+        return _row_range(x)
+    return _group_ranges(x, _align(channel_group), groups)
+
+
+def _threshold(lo: Tensor, hi: Tensor, capacity: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """``s`` and ``z`` of a range, float32 ``[.., G]``."""
+    threshold = ((hi - lo) / capacity).clamp(min=floor)
+    return threshold, torch.minimum(torch.round(-lo / threshold).clamp(min=0), capacity)
 
 
 def _check_steps(steps: Sequence[int]) -> tuple[int, ...]:

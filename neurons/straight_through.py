@@ -5,9 +5,11 @@ straight-through where the neuron is within its range::
 
     dx_hat/dx = 1                 dx_hat/ds = (q - z) - x/s          0 <= q <= qmax
     dx_hat/dx = 0                 dx_hat/ds =  q - z                 where q is cut off
+    ds/dhi = r_hi / qmax          ds/dlo = -r_lo / qmax              hi, lo: values of x
+    ds/dr_hi = hi / qmax          ds/dr_lo = -lo / qmax              r: clip factors of the range
 
-The threshold takes its gradient on to the smallest and the largest value of its group, and to the
-clip factors; the rounded bias charge z has none. Nothing here waits for a device.
+The rounded bias charge z has no gradient. One autograd function does all of it, few passes over
+memory, nothing that waits for a device, and no sum whose order is left to chance.
 
 Source: straight-through rounding as in LSQ (arXiv 1902.08153) and OmniQuant (arXiv 2308.13137).
 """
@@ -19,53 +21,102 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurons.encoder import _align, _parameters, _per_channel
+from neurons.encoder import MIN_THRESHOLD, _align, _ranges, _threshold
 
-__all__ = ["levels_through", "spikes_through"]
+__all__ = ["levels_parameters", "levels_through", "spikes_through"]
 
 
 class _Levels(torch.autograd.Function):
-    """``s * (q - z)`` with ``q = clip(floor(x / s + (z + 1/2)), 0, qmax)``; see the module."""
+    """``s * (q - z)``; see the module. Arguments as of :func:`levels_through`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Tensor, z: Tensor, capacity: Tensor) -> Tensor:
-        charge = x / s
-        fired = torch.floor(charge + (z + 0.5))
-        inside = (fired >= 0) & (fired <= capacity)
-        events = torch.minimum(fired.clamp(min=0), capacity) - z
-        ctx.save_for_backward(inside, torch.where(inside, events - charge, events))
-        ctx.shape = s.shape
-        return s * events
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        low: Tensor,
+        high: Tensor,
+        group: Tensor,
+        capacity: Tensor,
+        shared: bool,
+        floor: float,
+    ) -> Tensor:
+        lo, hi = _ranges(x, group, len(capacity), shared)
+        s, z = _threshold(lo * low, hi * high, capacity, floor)
+        axes = _align(group)
+        scale, zero = _spread(s, axes), _spread(z, axes)
+        charge = x / scale
+        fired = torch.floor(charge + (zero + 0.5))
+        most = _spread(capacity, axes)
+        inside = (fired >= 0) & (fired <= most)
+        events = torch.minimum(fired.clamp_(min=0), most).sub_(zero)
+        slope = torch.where(inside, events - charge, events)
+        ctx.save_for_backward(x, inside, slope, lo, hi, s, low, high, axes, capacity)
+        ctx.floor = floor
+        return events.mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        inside, slope = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, inside, slope, lo, hi, s, low, high, group, capacity = ctx.saved_tensors
         (gradient,) = gradients
-        return gradient * inside, (gradient * slope).sum_to_size(ctx.shape), None, None
+        by_scale = _group_sums(gradient * slope, group, len(capacity))
+        by_scale = by_scale * (s > ctx.floor) / capacity
+        by_high, by_low = by_scale * high * (hi > 0), -by_scale * low * (lo < 0)
+        if lo.shape[-1] == 1:  # one range for all groups
+            by_high, by_low = by_high.sum(-1, keepdim=True), by_low.sum(-1, keepdim=True)
+        into = gradient * inside
+        into += torch.where(x == _spread(hi, group), _spread(by_high, group), 0.0)
+        into += torch.where(x == _spread(lo, group), _spread(by_low, group), 0.0)
+        factors = (
+            (-by_scale * lo).sum_to_size(low.shape) if ctx.needs_input_grad[1] else None,
+            (by_scale * hi).sum_to_size(high.shape) if ctx.needs_input_grad[2] else None,
+        )
+        return into, *factors, None, None, None, None
 
 
-def levels_through(x: Tensor, threshold: Tensor, zero_point: Tensor, capacity: Tensor) -> Tensor:
-    """Round to levels with a straight-through gradient.
-
-    Args:
-        x: float32 ``[..]``.
-        threshold: s, broadcasts against x.
-        zero_point: z, integers as float32, of the shape of the threshold.
-        capacity: qmax, broadcasts against x.
-
-    Returns:
-        ``s * clip(floor(x / s + (z + 1/2)) - z, -z, qmax - z)``, of the shape of x.
-    """
-    out: Tensor = _Levels.apply(x, threshold, zero_point, capacity)
-    return out
-
-
-def spikes_through(
+def levels_through(
     x: Tensor,
+    low: Tensor,
+    high: Tensor,
     channel_group: Tensor,
     capacity: Tensor,
     shared: bool = False,
-    clip: Tensor | None = None,
+    floor: float = MIN_THRESHOLD,
+) -> Tensor:
+    """Round rows to levels of their (clipped) range, with a straight-through gradient.
+
+    Args:
+        x: float32 ``[.., C]``, or ``[.., H, S, C]`` with groups per head.
+        low: factors on ``lo`` of each group, ``[G]`` or anything that broadcasts to ``[.., G]``.
+        high: factors on ``hi``, likewise.
+        channel_group: group of each channel, ``[C]`` or ``[H, C]``.
+        capacity: qmax of each group, float32 ``[G]`` on the device of x.
+        shared: one range for all groups instead of one each.
+        floor: the least threshold.
+
+    Returns:
+        ``s * (q - z)``, of the shape of x.
+    """
+    out: Tensor = _Levels.apply(x, low, high, channel_group, capacity, shared, floor)
+    return out
+
+
+@torch.no_grad()
+def levels_parameters(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    channel_group: Tensor,
+    capacity: Tensor,
+    shared: bool = False,
+    floor: float = MIN_THRESHOLD,
+) -> tuple[Tensor, Tensor]:
+    """Thresholds and bias charges ``[.., G]`` that :func:`levels_through` rounds with."""
+    lo, hi = _ranges(x, channel_group, len(capacity), shared)
+    return _threshold(lo * low, hi * high, capacity, floor)
+
+
+def spikes_through(
+    x: Tensor, channel_group: Tensor, capacity: Tensor, shared: bool, clip: Tensor
 ) -> Tensor:
     """Encode to spikes and decode, ``x_hat``, with a straight-through gradient.
 
@@ -79,20 +130,20 @@ def spikes_through(
     Returns:
         float32, of the shape of x.
     """
-    x = x.to(torch.float32)
-    threshold, zero_point = _parameters(x, channel_group, capacity, shared, clip)
-    group = _align(channel_group)
-    return levels_through(
-        x,
-        _spread(threshold, group),
-        _spread(zero_point, group),
-        capacity if len(capacity) == 1 else _per_channel(capacity, group),
-    )
+    return levels_through(x.to(torch.float32), clip, clip, channel_group, capacity, shared)
 
 
 def _spread(values: Tensor, group: Tensor) -> Tensor:
-    """Values per group ``[.., G]`` over channels; by selection, whose gradient is deterministic."""
+    """Values per group ``[.., G]`` over channels; by selection, one pass a group."""
     spread = values[..., :1]
     for g in range(1, values.shape[-1]):
         spread = torch.where(group == g, values[..., g : g + 1], spread)
     return spread
+
+
+def _group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sums over the channels of each group, ``[.., G]``."""
+    if groups == 1:
+        return values.sum(-1, keepdim=True)
+    sums = [values.masked_fill(group != g, 0.0).sum(-1, keepdim=True) for g in range(groups)]
+    return torch.cat(sums, -1)

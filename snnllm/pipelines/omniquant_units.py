@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from neurons import SpikeEncoder
-from neurons.straight_through import levels_through, spikes_through
+from neurons.straight_through import levels_parameters, levels_through, spikes_through
 from snnllm.config import FLOAT_BITS
 from snnllm.layout import LinearLayout
 from snnllm.linear import SpikingLinear
 from snnllm.transforms import OnlineRotation
-from snnllm.weights import QuantizedWeight, run_sizes, weight_parameters
+from snnllm.weights import QuantizedWeight, expand_groups, run_sizes, weight_parameters
 
 INITIAL_LOGIT = 4.0
 """Initial clipping, `sigmoid(4) = 0.982` (method.md section 5)."""
@@ -109,7 +109,11 @@ class Unit(nn.Module):
         if module is None:
             return
         self.sizes = run_sizes(module.in_features, module.weight_groups)
+        self._run_size = module.layout.group_size
+        segments = module.layout.segment_scales
+        group = module.encoder.channel_group
         self.register_buffer("order", module.order)
+        self.register_buffer("segment", group.clone() if segments else torch.zeros_like(group))
         if module.layout.activation_bits != FLOAT_BITS:
             self.operand = Operand(module.encoder, learn_clip)
         if offset is not None:
@@ -135,6 +139,8 @@ class Unit(nn.Module):
     @torch.no_grad()
     def _start_clipping(self, weight: Tensor, importance: Tensor | None) -> None:
         """Logits of the clipping: `INITIAL_LOGIT`, or from the clip ratio of least output error."""
+        runs = 1 if self._run_size is not None else len(self.sizes)
+        self.register_buffer("capacity", weight.new_full((runs,), float(self.top)))
         start = weight.new_full((len(weight), len(self.sizes)), INITIAL_LOGIT)
         if importance is not None:
             assert self.layout is not None
@@ -160,40 +166,46 @@ class Unit(nn.Module):
             weight = weight * row.unsqueeze(1)
         return weight if self.rotation is None else weight @ self.rotation.matrix()
 
-    def ranges(self, run: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero point `[N, 1]` of one run of input channels `[N, k]`."""
-        if run.shape[1] == 0:  # a saliency group without channels
-            return run.new_full((len(run), 1), _SCALE_FLOOR), run.new_zeros(len(run), 1)
-        high = run.amax(1, keepdim=True).clamp(min=0) * torch.sigmoid(self.upper[:, number, None])
-        low = run.amin(1, keepdim=True).clamp(max=0) * torch.sigmoid(self.lower[:, number, None])
-        scale = ((high - low) / self.top).clamp(min=_SCALE_FLOOR)
-        with torch.no_grad():
-            zero = torch.round(-low / scale).clamp(0, self.top)
-        return scale, zero
+    def _rows(self, weight: Tensor) -> Tensor:
+        """The weight as `levels_through` takes it: `[N, K]`, or runs of inputs `[N, J, size]`."""
+        size = self._run_size
+        if size is None:
+            return weight
+        rows: Tensor = _Permuted.apply(weight, self.get_buffer("order"))
+        missing = -weight.shape[1] % size  # zeros do not change a range, which includes zero
+        return nn.functional.pad(rows, (0, missing)).view(len(weight), -1, size)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Clipping of the lower and the upper end, `[N, J]`, or `[N, J, 1]` for runs."""
+        low, high = torch.sigmoid(self.lower), torch.sigmoid(self.upper)
+        if self._run_size is None:
+            return low, high
+        return low.unsqueeze(-1), high.unsqueeze(-1)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """Weight levels with a straight-through gradient, `[N, K]`, original channel order."""
-        capacity = weight.new_full((), float(self.top))
-        if len(self.sizes) == 1:
-            return levels_through(weight, *self.ranges(weight, 0), capacity)
-        runs = _Permuted.apply(weight, self.get_buffer("order")).split(self.sizes, dim=1)
-        parts = [levels_through(r, *self.ranges(r, j), capacity) for j, r in enumerate(runs)]
-        back: Tensor = _Permuted.apply(torch.cat(parts, 1), torch.argsort(self.get_buffer("order")))
+        group, capacity = self.get_buffer("segment"), self.get_buffer("capacity")
+        rows = self._rows(weight)
+        out = levels_through(rows, *self._factors(), group, capacity, floor=_SCALE_FLOOR)
+        if self._run_size is None:
+            return out
+        flat = out.flatten(1)[:, : weight.shape[1]]
+        back: Tensor = _Permuted.apply(flat, torch.argsort(self.get_buffer("order")))
         return back
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> QuantizedWeight:
         """The integer levels of `rounded`, columns in encoded order."""
-        codes, scales, zeros = [], [], []
-        runs = weight[:, self.get_buffer("order")].split(self.sizes, dim=1)
-        for number, run in enumerate(runs):
-            scale, zero = self.ranges(run, number)
-            codes.append(torch.floor(run / scale + (zero + 0.5)).clamp_(0, self.top))
-            scales.append(scale)
-            zeros.append(zero)
-        return QuantizedWeight(
-            torch.cat(codes, 1).to(torch.uint8), torch.cat(scales, 1), torch.cat(zeros, 1).byte()
+        group, capacity = self.get_buffer("segment"), self.get_buffer("capacity")
+        order = self.get_buffer("order")
+        scale, zero = levels_parameters(
+            self._rows(weight), *self._factors(), group, capacity, floor=_SCALE_FLOOR
         )
+        scale, zero = scale.flatten(1), zero.flatten(1)
+        channels = weight.shape[1]
+        s, z = (expand_groups(v, channels, self.sizes) for v in (scale, zero))
+        codes = torch.floor(weight[:, order] / s + (z + 0.5)).clamp_(0, self.top)
+        return QuantizedWeight(codes.to(torch.uint8), scale, zero.to(torch.uint8))
 
     def total_bias(self, weight: Tensor, row: Tensor | None) -> Tensor | None:
         """Bias and image of the offset, `[N]`, or None."""

@@ -31,15 +31,48 @@ def test_the_forward_is_the_encoder(seed, bits, steps, value_range, heads):
 
 
 def test_gradients_pass_inside_and_reach_the_range():
-    threshold = torch.tensor([0.5], requires_grad=True)
-    x = torch.tensor([-9.0, -0.6, 0.1, 0.8, 9.0], requires_grad=True)
-    out = levels_through(x, threshold, torch.tensor([2.0]), torch.tensor(5.0))
-    assert out.tolist() == [-1.0, -0.5, 0.0, 1.0, 1.5]
+    low, high = torch.tensor([0.5], requires_grad=True), torch.tensor([0.8], requires_grad=True)
+    x = torch.tensor([-2.0, -0.6, 0.1, 0.8, 5.0], requires_grad=True)  # range -1..4, s = 1, z = 1
+    group, capacity = torch.zeros(5, dtype=torch.uint8), torch.tensor([5.0])
+    out = levels_through(x, low, high, group, capacity)
+    assert out.tolist() == [-1.0, -1.0, 0.0, 1.0, 4.0]
     out.sum().backward()
-    assert x.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
-    # q - z outside; (q - z) - x/s inside.
-    expected = -2 + (-1 + 1.2) + (0 - 0.2) + (2 - 1.6) + 3
-    assert float(threshold.grad) == pytest.approx(expected, abs=1e-5)
+    # dx_hat/ds: q - z outside, (q - z) - x/s inside.
+    by_scale = -1 + (-1 + 0.6) + (0 - 0.1) + (1 - 0.8) + 4
+    expected = [-by_scale * 0.5 / 5, 1.0, 1.0, 1.0, by_scale * 0.8 / 5]
+    assert x.grad.tolist() == pytest.approx(expected, abs=1e-5)
+    assert float(low.grad) == pytest.approx(by_scale * 2.0 / 5, abs=1e-5)
+    assert float(high.grad) == pytest.approx(by_scale * 5.0 / 5, abs=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_are_those_of_the_equations(shared):
+    """Against automatic differentiation of the forward with z and the rounding held fixed."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(6, 4, 10, generator=generator).requires_grad_()
+    group = (torch.arange(10) % 3 == 0).to(torch.uint8)
+    capacity, clip = torch.tensor([15.0, 30.0]), torch.tensor([0.9, 0.7], requires_grad=True)
+    upstream = torch.randn(x.shape, generator=generator)
+    found = torch.autograd.grad(
+        (spikes_through(x, group, capacity, shared, clip) * upstream).sum(), [x, clip]
+    )
+
+    def range_of(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        part = x if shared else torch.where(members, x, 0.0)
+        return part.amin(-1, keepdim=True).clamp(max=0), part.amax(-1, keepdim=True).clamp(min=0)
+
+    total = torch.zeros(())
+    for g in range(2):
+        members = group == g
+        lo, hi = range_of(members)
+        s = (hi - lo) * clip[g] / capacity[g]
+        z = torch.round(-lo * clip[g] / s).detach()
+        charge = x / s
+        rounded = charge + (torch.floor(charge + (z + 0.5)) - z - charge).detach()
+        x_hat = s * (rounded + z).clamp(0, float(capacity[g])) - s * z
+        total = total + (torch.where(members, x_hat, 0.0) * upstream).sum()
+    for ours, expected in zip(found, torch.autograd.grad(total, [x, clip]), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_clip_factors_learn():
@@ -48,7 +81,7 @@ def test_clip_factors_learn():
     group, capacity = torch.zeros(16, dtype=torch.uint8), torch.tensor([3.0])
     losses = []
     for _ in range(40):
-        loss = (spikes_through(x, group, capacity, clip=clip) - x).square().mean()
+        loss = (spikes_through(x, group, capacity, False, clip) - x).square().mean()
         (gradient,) = torch.autograd.grad(loss, clip)
         losses.append(float(loss.detach()))
         clip = (clip - 0.3 * gradient).detach().requires_grad_()
