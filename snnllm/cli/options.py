@@ -106,6 +106,13 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         choices=[*Recipe],
         help="default, or paper: shared range, min/max weights, plain MSE, as published",
     )
+    training.add_argument(
+        "--no-rotate",
+        dest="rotate",
+        action="store_false",
+        default=None,
+        help="keep the channels instead of rotating inside the saliency groups",
+    )
     training.add_argument("--epochs", type=int, help="passes over the calibration windows")
     training.add_argument("--batch", type=int, help="windows of a training step")
     training.add_argument(
@@ -126,7 +133,7 @@ def training_options(args: argparse.Namespace) -> OmniQuantOptions | None:
     """
     given = {
         name: getattr(args, name)
-        for name in ("epochs", "batch", "second_loss", "execution")
+        for name in ("rotate", "epochs", "batch", "second_loss", "execution")
         if getattr(args, name) is not None
     }
     if args.pipeline != Pipeline.OMNIQUANT:

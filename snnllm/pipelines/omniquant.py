@@ -2,8 +2,8 @@
 
 Block by block: saliency masks on the converted stream; an equivalent transformation, clipping (and, if
 wanted, the weights) trained through the spiking forward against the full-precision stream; folding
-into norm gains and weights; integer weights. With `OmniQuantOptions(rotate=True)` the block is first
-brought into the basis of the `rotated` pipeline.
+into norm gains and weights; integer weights. With `OmniQuantOptions(rotate=True)`, the default, the
+block is first brought into the basis of the `rotated` pipeline; the published recipe has no rotation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from snnllm.attention import SpikingLlamaAttention
 from snnllm.checks import check_shared_steps, check_unfilled
-from snnllm.config import MaskScope, Rotation, SpikeConfig, WeightRange
+from snnllm.config import FLOAT_BITS, MaskScope, Rotation, SpikeConfig, WeightRange
 from snnllm.execution import choose_views
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import spiking_linear
@@ -73,11 +73,11 @@ def start(
     check_unfilled(spike, "rotated")
     spike = omniquant_config(spike, options)
     basis = None
-    if options.rotate:
-        if allocation or not spike.encodes_activations:
+    if spike.rotation is Rotation.GROUPS:
+        if allocation:
             raise ValueError(
-                "rotate=True chooses its channels before the rotation and rotates spiking "
-                "activations; explicit allocation maps and float activations go with rotate=False."
+                "rotate=True chooses its channels before the rotation; explicit allocation maps go "
+                "with OmniQuantOptions(rotate=False)."
             )
         check_shared_steps(source, spike)
         basis = find_basis(source, spike, run)
@@ -87,11 +87,12 @@ def start(
 
 def omniquant_config(spike: SpikeConfig, options: OmniQuantOptions) -> SpikeConfig:
     """The configuration of a model that this pipeline makes."""
-    integer, spiking = spike.weight_bits != 16, spike.encodes_activations
+    integer, spiking = spike.weight_bits != FLOAT_BITS, spike.encodes_activations
+    rotate = options.rotate and spiking
     return dataclasses.replace(
         spike,
-        rotation=Rotation.GROUPS if options.rotate else Rotation.NONE,
-        mask_scope=MaskScope.INPUT if options.rotate else spike.mask_scope,
+        rotation=Rotation.GROUPS if rotate else Rotation.NONE,
+        mask_scope=MaskScope.INPUT if rotate else spike.mask_scope,
         input_offset=options.offset and spiking,
         segment_scales=options.segment_scales
         and integer

@@ -64,7 +64,8 @@ class OmniQuantOptions:
         offset: Take a learned offset (the shift of LET) off every input of a linear.
         segment_scales: Weight scales per saliency group of the input.
         query_groups: Q has the channel groups and steps of K.
-        rotate: Start from the rotated basis of the `rotated` pipeline instead of the channels.
+        rotate: Start from the rotated basis of the `rotated` pipeline instead of the channels; float
+            activations are not rotated.
         weight_rate: Learning rate of the weights themselves, in units of the standard deviation of
             each weight matrix; 0 keeps the original weights (the paper).
         loss: Distance to the full-precision stream.
@@ -77,16 +78,16 @@ class OmniQuantOptions:
 
     epochs: int = 10
     batch: int = 1
-    scale_rate: float = 1e-3
-    scale_power: float | None = 0.5
+    scale_rate: float = 5e-3
+    scale_power: float | None = None
     scale_down: bool = True
     clip_rate: float = 1e-2
     clip_activations: bool = True
     offset: bool = True
     segment_scales: bool = True
     query_groups: bool = True
-    rotate: bool = False
-    weight_rate: float = 0.0
+    rotate: bool = True
+    weight_rate: float = 3e-3
     loss: Loss = Loss.RELATIVE
     second_loss: float = 0.0
     decay: bool = True
@@ -127,6 +128,9 @@ _RECIPES: Mapping[Recipe, Mapping[str, Any]] = {
         "offset": False,
         "segment_scales": False,
         "query_groups": False,
+        "rotate": False,
+        "scale_rate": 1e-3,
+        "weight_rate": 0.0,
         "loss": Loss.MSE,
         "decay": False,
     },

@@ -108,6 +108,8 @@ class Unit(nn.Module):
         self.shift: nn.Parameter | None = None
         if module is None:
             return
+        if module.rotation is not None:
+            self.register_buffer("matrix", module.rotation.matrix())
         self.sizes = run_sizes(module.in_features, module.weight_groups)
         self._run_size = module.layout.group_size
         segments = module.layout.segment_scales
@@ -164,7 +166,7 @@ class Unit(nn.Module):
             weight = weight * column
         if row is not None:
             weight = weight * row.unsqueeze(1)
-        return weight if self.rotation is None else weight @ self.rotation.matrix()
+        return weight if self.rotation is None else weight @ self.get_buffer("matrix")
 
     def _rows(self, weight: Tensor) -> Tensor:
         """The weight as `levels_through` takes it: `[N, K]`, or runs of inputs `[N, J, size]`."""

@@ -105,8 +105,8 @@ def interrupted(model: Any, output: Path, ids: Any, after: int = 0, **arguments:
 PIPELINES: list[tuple[str, Any]] = [
     ("rtn", None),
     ("rotated", RotatedOptions()),
-    ("omniquant", OmniQuantOptions(epochs=1, batch=2, second_loss=0.5)),
-    ("omniquant", OmniQuantOptions(epochs=1, batch=2, rotate=True)),
+    ("omniquant", OmniQuantOptions(epochs=1, batch=2, second_loss=0.5, rotate=False)),
+    ("omniquant", OmniQuantOptions(epochs=1, batch=2)),
 ]
 
 
