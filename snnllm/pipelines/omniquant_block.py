@@ -176,7 +176,8 @@ class TrainableBlock(nn.Module):
         pairs = self.scales["pairs"]
         pair = torch.cat([pairs, pairs], dim=1)
         rows = {
-            "self_attn.q_proj": 1.0 / pair.repeat_interleave(self.repeats, 0).flatten(),
+            # Expanded, not gathered: the gradient is a sum in a fixed order.
+            "self_attn.q_proj": 1.0 / pair.unsqueeze(1).expand(-1, self.repeats, -1).flatten(),
             "self_attn.k_proj": pair.flatten(),
             "self_attn.v_proj": 1.0 / self.scales["heads"],
         }
