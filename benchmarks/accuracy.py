@@ -9,6 +9,7 @@ view. Calibration never sees the evaluation text.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -23,12 +24,50 @@ from snnllm.conversion import convert
 from snnllm.data import load_text, random_windows, token_windows, tokenize
 from snnllm.evaluate import token_perplexity
 from snnllm.modeling import load
+from snnllm.pipelines.omniquant_options import PAPER_FIELDS, Execution, OmniQuantOptions
 from snnllm.pipelines.rotated import RotatedOptions
 from snnllm.sources import dense_model, open_source
 
+SCORES = ("first_order", "abs", "gauss_newton", "max_abs", "random")
 FLOAT = {"attention": "float"}
 MINMAX = {"weight_range": "minmax"}
 ROTATED = {"pipeline": "rotated"}
+EPOCHS = 10
+"""Of the rows that train, unless the command line says otherwise."""
+
+
+def omniquant(recipe: str = "default", fields: dict[str, Any] | None = None, **options: Any) -> Any:
+    """A row of the pipeline `omniquant`: fields of the configuration, options of the training."""
+    paper = PAPER_FIELDS if recipe == "paper" else {}
+    return {
+        **paper,
+        **(fields or {}),
+        "pipeline": "omniquant",
+        "options": OmniQuantOptions.recipe(recipe, epochs=EPOCHS, **options),
+    }
+
+
+def ablation() -> list[tuple[str, str, dict[str, Any]]]:
+    """{no saliency, five scores} x {shared, split} x T, the default recipe without rotation.
+
+    The rotated basis chooses the residual channels by a score of its own, so it cannot compare them.
+    """
+
+    def channels(fields: dict[str, Any]) -> Any:
+        return omniquant(fields=fields, rotate=False)
+
+    rows = []
+    for value_range in ("shared", "split"):
+        one = {"value_range": value_range}
+        rows.append((f"{value_range}, no saliency", "W4A4", channels(one)))
+        for steps in (2, 4):
+            for score in SCORES:
+                fields = {**one, "score": score}
+                name = f"{value_range}, T = {steps}, {score}"
+                rows.append((name, f"W4A4T{steps}", channels(fields)))
+    return rows
+
+
 ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "issue": [
         ("10 % salient, split, attention float", "W4A4T2", FLOAT),
@@ -91,11 +130,69 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         (f"ridge {ridge}", "W4A4T2", {**ROTATED, "options": RotatedOptions(ridge=ridge)})
         for ridge in (0.1, 0.3, 1.0, 3.0, 10.0)
     ],
+    "omniquant": [
+        ("rtn, split", "W4A4T2", {}),
+        ("rtn, shared, min/max", "W4A4T2", {**MINMAX, "value_range": "shared"}),
+        ("paper recipe, T = 2 on 10 %", "W4A4T2", omniquant("paper")),
+        ("paper recipe, T = 4 on 5 %", "W4A4T4", omniquant("paper")),
+        ("default, T = 2 on 10 %", "W4A4T2", omniquant()),
+        ("default, T = 4 on 5 %", "W4A4T4", omniquant()),
+        ("default, weights kept", "W4A4T2", omniquant(weight_rate=0.0)),
+        ("default, not rotated", "W4A4T2", omniquant(rotate=False)),
+        ("default, not rotated, weights kept", "W4A4T2", omniquant(rotate=False, weight_rate=0.0)),
+        ("default, attention float", "W4A4T2", omniquant(fields=FLOAT)),
+        ("default, float weights", "A4T2", omniquant()),
+        ("rtn", "W2A8", {}),
+        ("default", "W2A8", omniquant()),
+        ("rtn", "W2A16", {}),
+        ("default", "W2A16", omniquant()),
+        ("default, weight groups of 64", "W2A16", omniquant(fields={"weight_group_size": 64})),
+        ("default, weight groups of 128", "W2A16", omniquant(fields={"weight_group_size": 128})),
+        ("rtn", "W8A8", {}),
+        ("default", "W8A8", omniquant()),
+        ("rtn, float weights, no saliency", "A4", {}),
+        ("default, float weights, no saliency", "A4", omniquant()),
+    ],
+    "omniquant-ablation": ablation(),
+    "omniquant-parts": [
+        ("everything", "W4A4T2", omniquant()),
+        *(
+            (f"without {name}", "W4A4T2", omniquant(**{part: value}))
+            for part, value, name in (
+                ("scale_rate", 0.0, "learning the transformation"),
+                ("scale_down", False, "the scale of up - down"),
+                ("rotate", False, "rotation"),
+                ("clip_rate", 0.0, "learning the clipping"),
+                ("clip_activations", False, "activation clipping"),
+                ("offset", False, "offsets"),
+                ("segment_scales", False, "weight scales per saliency group"),
+                ("query_groups", False, "channel groups for Q"),
+                ("weight_rate", 0.0, "learning the weights"),
+                ("loss", "mse", "weights of the tokens in the loss"),
+                ("decay", False, "decay of the learning rates"),
+            )
+        ),
+        ("with the second loss", "W4A4T2", omniquant(second_loss=1.0)),
+    ],
     "scores": [
         (f"score {score}", "W4A4T2", {"score": score})
         for score in ("first_order", "abs", "gauss_newton", "max_abs", "hessian", "random")
     ],
 }
+
+
+def trained(args: argparse.Namespace, parts: Any) -> Any:
+    """The options of a row with what the command line says about training."""
+    if not isinstance(parts, OmniQuantOptions):
+        return parts
+    given = {"epochs": args.epochs, "batch": args.train_batch, "execution": args.execution}
+    return dataclasses.replace(parts, **{k: v for k, v in given.items() if v is not None})
+
+
+def step_time(blocks: Any) -> str:
+    """Mean time of a training step, ms; `-` where nothing is trained."""
+    times = [b.step_ms for b in blocks if b.step_ms is not None]
+    return f"{sum(times) / len(times):.1f}" if times else "-"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,6 +210,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--rows", nargs="+", default=[""], help="only rows whose name contains one of these texts"
     )
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of rows that train")
+    parser.add_argument("--train-batch", type=int, help="windows of a training step")
+    parser.add_argument("--execution", choices=[*Execution], help="how a training step runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args(argv)
@@ -131,10 +231,11 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(windows)} windows of {args.window}, {args.text}, {args.device}, torch {torch.__version__}"
     )
     print(
-        "| configuration | preset | perplexity | convert s | eval s | SQNR dB, blocks: mean (worst) |"
+        "| configuration | preset | perplexity | convert s | step ms | eval s | "
+        "SQNR dB: mean (worst) |"
     )
-    print("|---|---|---|---|---|---|")
-    print(f"| float | - | {base.perplexity:.2f} | - | {base.seconds:.1f} | - |", flush=True)
+    print("|---|---|---|---|---|---|---|")
+    print(f"| float | - | {base.perplexity:.2f} | - | - | {base.seconds:.1f} | - |", flush=True)
     rows = [{"configuration": "float", **base.to_dict()}]
     for table in args.tables:
         for label, preset, overrides in ROWS[table]:
@@ -143,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 options = dict(overrides)
                 pipeline = options.pop("pipeline", "rtn")
-                parts = options.pop("options", None)
+                parts = trained(args, options.pop("options", None))
                 spike = SpikeConfig.preset(preset, **options)
                 report = convert(
                     source,
@@ -161,7 +262,8 @@ def main(argv: list[str] | None = None) -> int:
                 sqnr = [b.sqnr_db for b in report.blocks]
                 print(
                     f"| {label} | {preset} | {result.perplexity:.2f} | {report.seconds:.1f} | "
-                    f"{time.perf_counter() - start:.1f} | {sum(sqnr) / len(sqnr):.1f} ({min(sqnr):.1f}) |",
+                    f"{step_time(report.blocks)} | {time.perf_counter() - start:.1f} | "
+                    f"{sum(sqnr) / len(sqnr):.1f} ({min(sqnr):.1f}) |",
                     flush=True,
                 )
                 rows.append({"configuration": label, **report.to_dict(), **result.to_dict()})

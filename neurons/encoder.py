@@ -16,7 +16,7 @@ Source: SpikeLLM (arXiv 2407.04752), saliency-based spiking of LLM activations.
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ from torch import Tensor
 from neurons import functional
 from neurons.gif import GIFNode
 from neurons.groups import ChannelGroups, check_groups, clip_factors
+from neurons.thresholds import (
+    ValueRange,
+    align,
+    encode_parameters,
+    mode_of,
+    per_channel,
+)
 
 __all__ = [
     "Capacity",
@@ -34,16 +41,7 @@ __all__ = [
     "spike_capacity",
 ]
 
-M = TypeVar("M", bound=StrEnum)
-MIN_THRESHOLD = 1e-5  # in units of the activation; an all-zero row has no range
 MAX_CAPACITY = torch.iinfo(torch.int16).max
-
-
-class ValueRange(StrEnum):
-    """Over which channels of a token the range of a group is taken."""
-
-    SPLIT = "split"  # over the channels of the group
-    SHARED = "shared"  # over all channels
 
 
 class Capacity(StrEnum):
@@ -67,13 +65,6 @@ class Encoding(NamedTuple):
     zero_point: Tensor
 
 
-def _mode(kind: type[M], value: str) -> M:
-    for mode in kind:
-        if mode == value:
-            return mode
-    raise ValueError(f"expected one of {[str(mode) for mode in kind]}, got {value!r}.")
-
-
 def spike_capacity(steps: int, bits: int, capacity: Capacity | str = Capacity.STEPS) -> int:
     """Largest spike count: ``T * (2**b - 1)``, or ``2**(b + log2 T) - 1`` as published.
 
@@ -88,82 +79,11 @@ def spike_capacity(steps: int, bits: int, capacity: Capacity | str = Capacity.ST
     Raises:
         ValueError: if the rule is unknown, or "power_of_two" meets steps that are none.
     """
-    if _mode(Capacity, capacity) == Capacity.STEPS:
+    if mode_of(Capacity, capacity) == Capacity.STEPS:
         return int(steps * (2**bits - 1))
     if steps & (steps - 1):
         raise ValueError(f'capacity="power_of_two" needs steps 1, 2, 4, ..., got {steps}.')
     return int(steps * 2**bits - 1)
-
-
-def _per_channel(values: Tensor, channel_group: Tensor) -> Tensor:
-    """Spread values per group ``[.., G]`` over channels ``[.., C]``; G = 1 stays ``[.., 1]``."""
-    if values.shape[-1] > 1 and channel_group.dim() == 1:
-        return values.index_select(-1, channel_group.int())
-    spread = values[..., :1]
-    for g in range(1, values.shape[-1]):
-        spread = torch.where(channel_group == g, values[..., g : g + 1], spread)
-    return spread
-
-
-def _row_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    # Two reductions are ten times as fast as torch.aminmax on a CPU; both propagate NaN.
-    return x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-
-
-def _group_ranges(x: Tensor, channel_group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    # The range includes zero, so zeros may stand for the channels of the other groups.
-    ranges = [_row_range(torch.where(channel_group == g, x, 0.0)) for g in range(groups)]
-    return torch.cat([lo for lo, _ in ranges], -1), torch.cat([hi for _, hi in ranges], -1)
-
-
-def _align(channel_group: Tensor) -> Tensor:
-    """Groups as they broadcast against x: ``[C]``, or ``[H, 1, C]`` for heads ``[H, C]``."""
-    return channel_group if channel_group.dim() == 1 else channel_group.unsqueeze(-2)
-
-
-def encode_parameters(
-    x: Tensor,
-    channel_group: Tensor,
-    capacities: Sequence[int],
-    value_range: ValueRange | str = ValueRange.SPLIT,
-    clip: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Threshold and bias charge of every token and channel group.
-
-    ``s = max((hi - lo) / qmax, 1e-5)``, ``z = clip(round(-lo / s), 0, qmax)`` with
-    ``lo = min(0, min x)``, ``hi = max(0, max x)`` over the group ("split") or all channels
-    ("shared"). A group without channels gets ``s = 1e-5``, ``z = 0`` from a split range.
-
-    Args:
-        x: activations ``[.., C]``, or ``[.., H, S, C]`` with groups per head; any float dtype.
-        channel_group: group of each channel, integers in ``0..G-1``, ``[C]`` or ``[H, C]``.
-        capacities: qmax of each group, G of them.
-        value_range: "split" or "shared".
-        clip: Factors on ``lo`` and ``hi`` of each group, float32 ``[G]`` in (0, 1]: a smaller
-            threshold, larger values saturate. None for the full range.
-
-    Returns:
-        Thresholds, float32 ``[.., G]``, in units of x; bias charges, int32 ``[.., G]``.
-
-    Raises:
-        ValueError: if the range is unknown.
-
-    Source: SpikeLLM (arXiv 2407.04752); the range includes zero, so that 0 encodes to 0.
-    """
-    x = x.to(torch.float32)
-    groups = len(capacities)
-    shared = _mode(ValueRange, value_range) == ValueRange.SHARED
-    if groups == 1 or shared:
-        lo, hi = _row_range(x)
-    else:
-        lo, hi = _group_ranges(x, _align(channel_group), groups)
-    if clip is not None:
-        lo, hi = lo * clip, hi * clip
-    # A tensor divisor: CUDA would multiply by the reciprocal of a Python one.
-    capacity = torch.tensor(capacities, dtype=torch.float32, device=x.device)
-    threshold = ((hi - lo) / capacity).clamp(min=MIN_THRESHOLD)
-    zero_point = torch.minimum(torch.round(-lo / threshold).clamp(min=0), capacity)
-    return threshold, zero_point.to(torch.int32)
 
 
 def _check_steps(steps: Sequence[int]) -> tuple[int, ...]:
@@ -232,8 +152,8 @@ class SpikeEncoder(ChannelGroups):
             raise ValueError(f"bits must be 1 to 8, got {bits}.")
         self.steps = _check_steps(steps)
         self.bits, self.levels, self.name = bits, 2**bits, name
-        self.value_range = _mode(ValueRange, value_range)
-        self.capacity = _mode(Capacity, capacity)
+        self.value_range = mode_of(ValueRange, value_range)
+        self.capacity = mode_of(Capacity, capacity)
         self.capacities = tuple(spike_capacity(t, bits, capacity) for t in self.steps)
         if max(self.capacities) > MAX_CAPACITY:
             raise ValueError(
@@ -293,9 +213,9 @@ class SpikeEncoder(ChannelGroups):
         """Charge ``x / s`` [.., C] and bias ``z + 1/2``, with the parameters they come from."""
         self._check_input(x)
         threshold, zero_point = self._parameters_of(x)
-        group = _align(self.channel_group)
-        charge = x.to(torch.float32) / _per_channel(threshold, group)
-        bias = _per_channel(zero_point.to(torch.float32) + 0.5, group)
+        group = align(self.channel_group)
+        charge = x.to(torch.float32) / per_channel(threshold, group)
+        bias = per_channel(zero_point.to(torch.float32) + 0.5, group)
         return charge, bias, threshold, zero_point
 
     def _compact(self, count: Tensor) -> Tensor:
@@ -318,7 +238,7 @@ class SpikeEncoder(ChannelGroups):
         capacity: Tensor | int = self.capacities[0]
         if len(self.capacities) > 1:
             capacities = torch.tensor(self.capacities, dtype=torch.float32, device=x.device)
-            capacity = _per_channel(capacities, _align(self.channel_group))
+            capacity = per_channel(capacities, align(self.channel_group))
         count = functional.gif_count(charge, bias, capacity)
         return Encoding(self._compact(count), threshold, zero_point)
 
@@ -358,7 +278,7 @@ class SpikeEncoder(ChannelGroups):
         self.node.steps_per_channel = None
         if len(self.steps) > 1:
             steps = torch.tensor(self.steps, dtype=torch.int32, device=x_seq.device)
-            self.node.steps_per_channel = _per_channel(steps, _align(self.channel_group))
+            self.node.steps_per_channel = per_channel(steps, align(self.channel_group))
         self.node.reset()
         self.node.v = v
         spike_seq: Tensor = self.node(x_seq)
@@ -375,7 +295,7 @@ class SpikeEncoder(ChannelGroups):
         Returns:
             int16 ``[.., C]``.
         """
-        zero_point = _per_channel(encoding.zero_point.to(torch.int16), _align(self.channel_group))
+        zero_point = per_channel(encoding.zero_point.to(torch.int16), align(self.channel_group))
         return encoding.count.to(torch.int16) - zero_point
 
     def decode(self, encoding: Encoding, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -388,7 +308,7 @@ class SpikeEncoder(ChannelGroups):
         Returns:
             ``x_hat`` ``[.., C]``, in units of the activation.
         """
-        threshold = _per_channel(encoding.threshold, _align(self.channel_group))
+        threshold = per_channel(encoding.threshold, align(self.channel_group))
         return (threshold * self.centre(encoding)).to(dtype)
 
     def quantize(self, x: Tensor) -> Tensor:

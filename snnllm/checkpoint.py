@@ -167,8 +167,12 @@ def check_output(output: Path) -> None:
 
 
 @contextmanager
-def published(output: Path) -> Iterator[Path]:
+def published(output: Path, within: Path | None = None) -> Iterator[Path]:
     """A working folder that becomes `output` only when the block ends without an error.
+
+    Args:
+        output: The folder to make.
+        within: Where to work, on the same file system; None works beside `output`.
 
     Yields:
         The folder to write to, in a folder of its own beside `output` (the same file system, and no
@@ -181,7 +185,7 @@ def published(output: Path) -> Iterator[Path]:
     """
     check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    private = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))
+    private = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=within or output.parent))
     try:
         work = private / output.name  # mkdtemp's own folder is closed to everyone else
         work.mkdir()

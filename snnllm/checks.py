@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from snnllm.config import SpikeConfig
+from snnllm.config import Rotation, SpikeConfig
 from snnllm.evaluate import trained_context
 from snnllm.pipelines.streaming import INPUT_GROUPS
 from snnllm.sources import Source
@@ -94,4 +94,37 @@ def check_windows(windows: Tensor, source: Source) -> None:
             "calibration windows of %d tokens are longer than the context of %s (%d); positions "
             "beyond it were never trained, use shorter windows",
             *(windows.shape[1], source.name, context),
+        )
+
+
+def check_converts(source: Source, spike: SpikeConfig) -> None:
+    """Refuse a configuration that leaves everything dense.
+
+    Raises:
+        ValueError: Every linear is excluded, and the attention is left in float.
+    """
+    kept = spike.modules_to_not_convert
+    if not spike.encodes_attention and all(n.endswith(kept) for n in linear_names(source)):
+        raise ValueError(
+            "Nothing was converted: every linear is in modules_to_not_convert and the attention "
+            "is left in float."
+        )
+
+
+def check_unfilled(spike: SpikeConfig, pipeline: str) -> None:
+    """Refuse what only another pipeline fills; left at its initial values it would be wrong.
+
+    Raises:
+        ValueError: Names the fields.
+    """
+    fields = {
+        "rotation": spike.rotation is not Rotation.NONE,
+        "input_offset": spike.input_offset,
+        "query_groups": spike.query_groups,
+    }
+    wrong = [name for name, given in fields.items() if given]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)}: only the {pipeline} pipeline makes use of this; "
+            f"convert with pipeline='{pipeline}'."
         )

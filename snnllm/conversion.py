@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,21 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from snnllm import checkpoint
-from snnllm.checks import check_names, check_shared_steps, check_windows, linear_names
-from snnllm.config import FLOAT_BITS, Rotation, SpikeConfig
-from snnllm.execution import spiking_modules
-from snnllm.linear import SpikingLinear
+from snnllm.checks import (
+    check_converts,
+    check_names,
+    check_unfilled,
+    check_windows,
+    linear_names,
+)
+from snnllm.config import SpikeConfig
+from snnllm.memory import Estimate, estimate, plan, shard_bytes
 from snnllm.modeling import spiking_config
-from snnllm.pipelines import Pipeline, rotated, rtn
-from snnllm.pipelines.basis import find_basis, rotate_source
+from snnllm.pipelines import Pipeline, omniquant, rotated, rtn
+from snnllm.pipelines.omniquant_options import OmniQuantOptions
 from snnllm.pipelines.report import BlockReport, peak_mib
 from snnllm.pipelines.rotated import RotatedOptions
-from snnllm.precision import FLOAT32_BUFFERS
+from snnllm.pipelines.streaming import Run, stored
 from snnllm.saliency import allocate_map
 from snnllm.sources import ModelSource, Source, SourceError, open_source
+from snnllm.work import WorkFolder, source_digest
 from snnllm.writer import ShardWriter
 
-_log = logging.getLogger(__name__)
+Options = RotatedOptions | OmniQuantOptions
 _PACKAGES = ("snnllm", "torch", "transformers", "spikingjelly", "numpy")
 
 
@@ -84,145 +89,184 @@ def convert(
     seed: int = 0,
     device: str | torch.device = "cpu",
     allocation: Mapping[str, Tensor] | None = None,
-    options: RotatedOptions | None = None,
+    options: Options | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
+    restart: bool = False,
+    max_memory_mib: float | None = None,
 ) -> ConversionReport:
     """Convert a dense LLaMA into a spiking checkpoint folder.
 
-    The folder appears under its name only when everything succeeded.
+    The folder appears under its name only when everything succeeded. Until then every finished block
+    is kept in the work folder `OUTPUT.work`; the same call resumes there after an interruption and
+    ends with the same bits.
 
     Args:
         model: A Hugging Face folder, `.gguf` file, hub id, `LlamaForCausalLM`, or an open source.
         output: The checkpoint folder to make; must not exist or be empty.
         spike: The spiking configuration.
         windows: Calibration token ids `[n, S]` (`random_windows` of `snnllm.data`); never test text.
-        pipeline: `rtn` or `rotated`.
+        pipeline: `rtn`, `rotated` or `omniquant`.
         seed: Seed of everything random.
         device: Where a block runs during conversion.
         allocation: Explicit maps channel -> steps per full module name (`model.layers.0.mlp...`).
-        options: Parts of the `rotated` pipeline; None for all of them.
+        options: `RotatedOptions` or `OmniQuantOptions`; None for the defaults of the pipeline.
         on_block: Called after each block, for progress.
+        restart: Discard the work folder of an interrupted conversion.
+        max_memory_mib: Keep activations in a file when they would exceed this; None never does.
 
     Returns:
         The report; `SpikingLlamaForCausalLM.from_pretrained(output)` loads the model.
 
     Raises:
         SourceError: The model cannot be read or is not a LLaMA.
-        ValueError: Bad windows, allocation or weights.
+        ValueError: Bad windows, allocation or weights; or the work folder belongs to a conversion with
+            another configuration, other options or other data.
+        FloatingPointError: The loss of a block became NaN or infinite; names the block.
         FileExistsError: The output is not empty.
         OSError: The output cannot be written.
     """
-    start = time.perf_counter()
+    start, pipeline, target = time.perf_counter(), Pipeline(pipeline), Path(output)
     source = as_source(model)
     spike = with_allocation(source, spike, allocation or {})
     check_windows(windows, source)
     windows = windows.cpu()  # the hidden states live there, and the hash is taken there
     check_names(source, spike, allocation or {})
-    provenance = make_provenance(source, spike, windows, seed, Pipeline(pipeline))
-    if Pipeline(pipeline) is Pipeline.ROTATED:
-        provenance["options"] = dataclasses.asdict(options or RotatedOptions())
-    target = Path(output)
+    check_converts(source, spike)
+    checkpoint.check_output(target)
+    options = options_of(pipeline, options)
+    provenance = make_provenance(source, spike, windows, seed, pipeline)
+    if options is not None:
+        provenance["options"] = dataclasses.asdict(options)
+    run = Run(windows, seed, torch.device(device))
+    work = WorkFolder(target, make_job(source, spike, run, provenance, allocation or {}), restart)
+    spill = plan(source, spike, windows.shape, pipeline, max_memory_mib).spills
+    run = dataclasses.replace(run, spill=work.folder if spill else None, saved=work.load)
     reports: list[BlockReport] = []
-    modules = linear_bytes = linear_weights = 0
-    with checkpoint.published(target) as folder:
+    finished = False
+    try:
         source, spike, blocks = start_pipeline(
-            Pipeline(pipeline),
-            source,
-            spike,
-            windows,
-            seed,
-            torch.device(device),
-            allocation or {},
-            options,
+            pipeline, source, spike, run, allocation or {}, options
         )
-        writer = ShardWriter(folder)
-        writer.add(_finite(source, "model.embed_tokens.weight"))
         for block, report in blocks:
-            prefix = f"model.layers.{report.index}."
-            state = {prefix + k: _stored(k, v, source) for k, v in block.state_dict().items()}
-            writer.add(state)
-            modules += len(spiking_modules(block))
-            linear_bytes += sum(
-                v.numel() * v.element_size() for k, v in state.items() if ".weight_" in k
-            )
-            linear_weights += _converted_weights(block)
+            if report.index >= work.count:
+                dtype = source.tensor("model.norm.weight").dtype
+                state = {k: stored(k, v, dtype) for k, v in block.state_dict().items()}
+                work.save(state, report)
             reports.append(report)
             if on_block is not None:
                 on_block(report)
-        if modules == 0:
-            raise ValueError(
-                "Nothing was converted: every linear is in modules_to_not_convert and the attention "
-                "is left in float."
-            )
-        weight_bytes = _finish(folder, writer, source, spike, dict(provenance))
+            del block
+        sizes = publish(target, work, source, spike, provenance, shard_bytes(max_memory_mib))
+        finished = True
+    finally:
+        work.close(remove=finished or work.count == 0)
     return ConversionReport(
         target,
         spike,
         tuple(reports),
-        modules,
-        time.perf_counter() - start,
-        peak_mib(),
-        weight_bytes,
-        linear_bytes,
-        linear_weights,
-        provenance,
+        seconds=time.perf_counter() - start,
+        peak_mib=peak_mib(),
+        provenance=provenance,
+        **sizes,
     )
+
+
+def make_job(
+    source: Source,
+    spike: SpikeConfig,
+    run: Run,
+    provenance: Mapping[str, Any],
+    allocation: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Everything that decides about the bits of a conversion."""
+    maps = {name: hashlib.sha256(v.numpy().tobytes()).hexdigest() for name, v in allocation.items()}
+    return {
+        **provenance,
+        "spike": spike.to_dict(),
+        "model": source_digest(source),
+        "device": run.device.type,
+        "allocation": maps,
+    }
+
+
+def publish(
+    target: Path,
+    work: WorkFolder,
+    source: Source,
+    spike: SpikeConfig,
+    provenance: dict[str, Any],
+    shard: int,
+) -> dict[str, int]:
+    """Make the checkpoint folder from the finished blocks.
+
+    Returns:
+        `spiking_modules`, `weight_bytes`, `linear_bytes`, `linear_weights`.
+    """
+    modules = linear_bytes = linear_weights = 0
+    with checkpoint.published(target, within=work.folder) as folder:
+        writer = ShardWriter(folder, shard)
+        writer.add(_finite(source, "model.embed_tokens.weight"))
+        for index in range(source.config.num_hidden_layers):
+            saved = work.load(index)
+            assert saved is not None  # every block was saved or restored before
+            prefix = f"model.layers.{index}."
+            writer.add({prefix + name: tensor for name, tensor in saved.state.items()})
+            modules += len(spiking_names(saved.state))
+            linear_bytes += sum(
+                v.numel() * v.element_size() for k, v in saved.state.items() if ".weight_" in k
+            )
+            linear_weights += converted_weights(saved.state)
+        weight_bytes = _finish(folder, writer, source, spike, provenance)
+    return {
+        "spiking_modules": modules,
+        "weight_bytes": weight_bytes,
+        "linear_bytes": linear_bytes,
+        "linear_weights": linear_weights,
+    }
 
 
 def start_pipeline(
     pipeline: Pipeline,
     source: Source,
     spike: SpikeConfig,
-    windows: Tensor,
-    seed: int,
-    device: torch.device,
+    run: Run,
     allocation: Mapping[str, Tensor],
-    options: RotatedOptions | None,
+    options: Options | None,
 ) -> tuple[Source, SpikeConfig, Iterator[tuple[nn.Module, BlockReport]]]:
     """The model and configuration that a pipeline really converts, and its blocks.
 
     Raises:
         ValueError: Something that belongs to the other pipeline.
     """
-    if pipeline is Pipeline.RTN:
-        _check_rtn(spike, options)
-        return source, spike, rtn.convert_blocks(source, spike, windows, seed, device, allocation)
-    if allocation:
+    if isinstance(options, OmniQuantOptions):
+        return omniquant.start(source, spike, run, options, allocation)
+    if isinstance(options, RotatedOptions):
+        if allocation:
+            raise ValueError(
+                "The rotated pipeline chooses its channels before the rotation; explicit allocation "
+                "maps go with pipeline='rtn'."
+            )
+        return rotated.start(source, spike, run, options)
+    check_unfilled(spike, "rotated")
+    return source, spike, rtn.convert_blocks(source, spike, run, allocation)
+
+
+def options_of(pipeline: Pipeline, options: Options | None) -> Options | None:
+    """The options of a pipeline, its defaults if none are given.
+
+    Raises:
+        ValueError: Options of another pipeline.
+    """
+    kind = {Pipeline.ROTATED: RotatedOptions, Pipeline.OMNIQUANT: OmniQuantOptions}.get(pipeline)
+    if kind is None and options is None:
+        return None
+    if kind is None or not isinstance(options, kind | None):
         raise ValueError(
-            "The rotated pipeline chooses its channels before the rotation; explicit allocation maps "
-            "go with pipeline='rtn'."
+            f"options: {type(options).__name__} belongs to another pipeline than {pipeline}; the "
+            "rotated pipeline takes RotatedOptions, omniquant takes OmniQuantOptions, rtn none."
         )
-    options = options or RotatedOptions()
-    check_shared_steps(source, spike)
-    spike = rotated.rotated_config(spike, options)
-    generator = torch.Generator().manual_seed(seed)
-    basis = find_basis(source, spike, windows, device)
-    moved = rotate_source(source, basis, generator if options.rotate else None)
-    blocks = rotated.convert_blocks(moved, basis, spike, windows, generator, device, options)
-    return moved, spike, blocks
-
-
-def _check_rtn(spike: SpikeConfig, options: RotatedOptions | None) -> None:
-    """Refuse what only the rotated pipeline fills; left at its initial values it would be wrong."""
-    fields = {
-        "rotation": spike.rotation is not Rotation.NONE,
-        "input_offset": spike.input_offset,
-        "query_groups": spike.query_groups,
-        "options": options is not None,
-    }
-    wrong = [name for name, given in fields.items() if given]
-    if wrong:
-        raise ValueError(
-            f"{', '.join(wrong)}: only the rotated pipeline makes use of this; "
-            "convert with pipeline='rotated'."
-        )
-
-
-def _stored(name: str, tensor: Tensor, source: Source) -> Tensor:
-    """Norms and biases in the model's dtype; integers, scales, offsets and rotations as they are."""
-    if not tensor.is_floating_point() or name.rpartition(".")[2].startswith(FLOAT32_BUFFERS):
-        return tensor
-    return tensor.to(source.tensor("model.norm.weight").dtype)
+    made: Options = kind() if options is None else options
+    return made
 
 
 def _finite(source: Source, name: str) -> dict[str, Tensor]:
@@ -233,9 +277,18 @@ def _finite(source: Source, name: str) -> dict[str, Tensor]:
     return {name: tensor}
 
 
-def _converted_weights(block: nn.Module) -> int:
-    modules = [m for _, m in spiking_modules(block) if isinstance(m, SpikingLinear)]
-    return sum(m.in_features * m.out_features for m in modules if hasattr(m, "weight_codes"))
+def spiking_names(state: Mapping[str, Tensor]) -> set[str]:
+    """Paths of the spiking modules of a block, from the names of its tensors."""
+    encoders = {name.removesuffix(".channel_group") for name in state if "channel_group" in name}
+    return {path.rpartition(".")[0] for path in encoders}
+
+
+def converted_weights(state: Mapping[str, Tensor]) -> int:
+    """Number of weights of a block that are integer levels."""
+    paths = [n.removesuffix(".weight_codes") for n in state if n.endswith(".weight_codes")]
+    return sum(
+        len(state[f"{p}.weight_codes"]) * state[f"{p}.encoder.channel_group"].numel() for p in paths
+    )
 
 
 def _finish(
@@ -315,62 +368,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "source tree"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a conversion will need, before it is started.
-
-    Attributes:
-        seconds: Estimated wall time on this machine.
-        memory_mib: Estimated peak resident memory, MiB.
-        disk_mib: Estimated size of the checkpoint, MiB.
-    """
-
-    seconds: float
-    memory_mib: float
-    disk_mib: float
-
-
-def estimate(
-    source: Source,
-    spike: SpikeConfig,
-    windows: int,
-    window: int,
-    pipeline: Pipeline | str = Pipeline.RTN,
-) -> Estimate:
-    """Estimate time, memory and disk of `convert` from shapes and a short timing of a matmul.
-
-    Passes over every block (two for `rtn`, eight for `rotated`, which rounds the weights six times
-    besides), the second moments of its inputs, and float attention; measured against a float32 matmul
-    on this machine. Expect a factor of two.
-    """
-    c = source.config
-    hidden, inner, tokens = c.hidden_size, c.intermediate_size, windows * window
-    head_dim = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
-    heads = head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    weights = 2 * hidden * heads + 3 * hidden * inner
-    moments = 3 * hidden**2 + inner**2
-    attention = 6 * hidden * window
-    rotates = Pipeline(pipeline) is Pipeline.ROTATED
-    passes, rounding = (8, 12 * weights * hidden) if rotates else (2, 0)
-    forward = tokens * (passes * weights + moments + min(passes, 4) / 2 * attention)
-    flops = (forward + rounding) * c.num_hidden_layers * 2
-    probe = torch.randn(512, hidden)
-    square = torch.randn(hidden, hidden)
-    probe @ square
-    start = time.perf_counter()
-    for _ in range(4):
-        probe @ square
-    rate = 4 * 2.0 * 512 * hidden * hidden / (time.perf_counter() - start)
-    element = source.tensor("model.norm.weight").element_size()
-    tables = 1 if c.tie_word_embeddings and not rotates else 2  # a rotated head is its own table
-    table = c.vocab_size * hidden * element * tables
-    bits = spike.weight_bits if spike.weight_bits != FLOAT_BITS else 8 * element
-    disk = table + weights * bits / 8 * c.num_hidden_layers
-    resident = weights * 4 * 3 + moments * 4 + 3 * tokens * hidden * 4 + table + min(disk, 1 << 30)
-    loaded = disk * 8 if isinstance(source, ModelSource) else 0.0
-    return Estimate(flops / rate, peak_mib() + (resident + loaded) / 2**20, disk / 2**20)
 
 
 def write_report(report: ConversionReport, path: Path) -> None:

@@ -56,6 +56,11 @@ class InputStatistics:
         return self._moment / self.tokens
 
     @property
+    def mean(self) -> Tensor:
+        """Mean of `x` over the tokens, float32 `[C]`."""
+        return self._sum / max(1, self.tokens)
+
+    @property
     def covariance(self) -> Tensor:
         """Mean of `(x - mean) (x - mean)^T` over the tokens, float32 `[C, C]`."""
         mean = (self._sum / max(1, self.tokens)).double()

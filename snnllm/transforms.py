@@ -150,7 +150,9 @@ class OnlineRotation(nn.Module):
             left = self.get_buffer(f"left_{number}").float()
             size = group.shape[-1] // left.shape[0]
             part = group.reshape(*group.shape[:-1], left.shape[0], size) @ _hadamard(size, x.device)
-            parts.append((left.T @ part).flatten(-2))
+            # A single factor is +-1: no matmul, which counters of spikes would take for one of events.
+            mixed = part * left if len(left) == 1 else left.T @ part
+            parts.append(mixed.flatten(-2))
         return torch.cat(parts, dim=-1)
 
     @property

@@ -16,6 +16,7 @@ from snnllm.cli.options import (
     checked_device,
     progress,
     spike_config,
+    training_options,
     window_length,
 )
 from snnllm.conversion import ConversionReport, convert, estimate, write_report
@@ -37,6 +38,17 @@ def add_parser(commands: Any) -> None:
     add_spike_options(parser)
     parser.add_argument("--device", default="cpu", help="where a block runs (default: cpu)")
     parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="discard OUTPUT.work, where an interrupted conversion would resume by itself",
+    )
+    parser.add_argument(
+        "--max-memory",
+        type=float,
+        metavar="MIB",
+        help="keep activations in a file beside the output when memory would exceed this",
+    )
+    parser.add_argument(
         "--eval", metavar="TEXT", help="measure perplexity before and after on this"
     )
     parser.add_argument("--limit", type=int, default=8, help="windows of --eval (default: 8)")
@@ -50,7 +62,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, report, and write the model card."""
-    spike = spike_config(args)
+    spike, options = spike_config(args), training_options(args)
     checkpoint.check_output(args.output)
     device = checked_device(args.device)
     source = open_source(args.model)
@@ -61,18 +73,22 @@ def run(args: argparse.Namespace) -> int:
         length = window_length(None, windows.shape[1], source.config)
         text_windows = token_windows(ids, length, args.limit)
     blocks = source.config.num_hidden_layers
+    epochs = 0 if options is None else options.epochs
+    count, length = windows.shape
+    need = estimate(source, spike, count, length, args.pipeline, epochs, args.max_memory)
     if args.dry_run:
-        count, length = windows.shape
-        need = estimate(source, spike, count, length, args.pipeline)
         print(f"{source.name}: {blocks} blocks, {spike.label}, {len(windows)} calibration windows")
         print(f"estimated time    {need.seconds / 60:.1f} min on this CPU (within a factor of two)")
         print(f"estimated memory  {need.memory_mib:.0f} MiB")
+        where = "in a file" if need.spills else "in memory"
+        print(f"activations       {need.activations_mib:.0f} MiB, {where}")
         print(f"estimated disk    {need.disk_mib:.0f} MiB at {args.output}")
         return 0
     with tqdm(total=blocks, desc="convert", unit="block") as bar:
 
         def on_block(block: Any) -> None:
-            bar.set_postfix_str(f"SQNR {block.sqnr_db:.1f} dB")
+            loss = f"loss {block.loss_after:.3g}, " if block.loss_after is not None else ""
+            bar.set_postfix_str(f"{loss}SQNR {block.sqnr_db:.1f} dB")
             bar.update()
 
         report = convert(
@@ -83,9 +99,13 @@ def run(args: argparse.Namespace) -> int:
             pipeline=args.pipeline,
             seed=args.seed,
             device=device,
+            options=options,
             on_block=on_block,
+            restart=args.restart,
+            max_memory_mib=args.max_memory,
         )
     measured = summary(report)
+    measured["peak memory"] += f" (estimated {need.memory_mib:.0f} MiB)"
     if text_windows is not None:
         for label, model in (("dense", dense_model(source)), ("spiking", load(args.output))):
             result = token_perplexity(model.to(device), text_windows, progress=progress(label))
@@ -102,6 +122,10 @@ def run(args: argparse.Namespace) -> int:
 def summary(report: ConversionReport) -> dict[str, str]:
     """The figures of a conversion, by name."""
     sqnr = [b.sqnr_db for b in report.blocks]
+    steps = [b.step_ms for b in report.blocks if b.step_ms is not None]
+    trained = {"time of a training step": f"{sum(steps) / len(steps):.1f} ms"} if steps else {}
+    device = report.blocks[-1].device_mib
+    accelerator = {"peak memory of the device": f"{device:.0f} MiB"} if device else {}
     return {
         "spiking modules": str(report.spiking_modules),
         "weights on disk": f"{report.weight_bytes / 2**20:.1f} MiB",
@@ -110,4 +134,6 @@ def summary(report: ConversionReport) -> dict[str, str]:
         "spike rate, mean of blocks": f"{sum(b.spike_rate for b in report.blocks) / len(sqnr):.4f}",
         "conversion time": f"{report.seconds:.1f} s",
         "peak memory": f"{report.peak_mib:.0f} MiB",
+        **trained,
+        **accelerator,
     }

@@ -25,6 +25,7 @@ from snnllm.cli.options import (
     open_model,
     progress,
     spike_config,
+    training_options,
     window_length,
 )
 from snnllm.cli.simulate import simulate
@@ -190,6 +191,7 @@ def _convert(
             spike,
             calibration_windows(args, source),
             pipeline=args.pipeline,
+            options=training_options(args),
             seed=args.seed,
             on_block=lambda _: bar.update(),
         )

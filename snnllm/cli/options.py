@@ -27,6 +27,12 @@ from snnllm.evaluate import trained_context
 from snnllm.execution import View, set_view, spiking_modules
 from snnllm.modeling import load
 from snnllm.pipelines import Pipeline
+from snnllm.pipelines.omniquant_options import (
+    Execution,
+    OmniQuantOptions,
+    Recipe,
+    recipe_config,
+)
 from snnllm.sources import Source, dense_model, open_source
 
 CALIBRATION_WINDOW = 512
@@ -53,8 +59,10 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
         choices=[*Pipeline],
         default=Pipeline.RTN,
         help="rtn: saliency masks and rounding; rotated: rotation inside the saliency groups and "
-        "GPTQ, much closer to full precision, about twice the time (default: %(default)s)",
+        "GPTQ, much closer to full precision, about twice the time; omniquant: transformation and "
+        "clipping trained block by block (default: %(default)s)",
     )
+    _add_training_options(parser)
     spike = parser.add_argument_group("what is computed")
     spike.add_argument(
         "--preset",
@@ -91,6 +99,51 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     _add_calibration_options(parser)
 
 
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    training = parser.add_argument_group("what is learned (pipeline omniquant)")
+    training.add_argument(
+        "--recipe",
+        choices=[*Recipe],
+        help="default, or paper: shared range, min/max weights, plain MSE, as published",
+    )
+    training.add_argument(
+        "--no-rotate",
+        dest="rotate",
+        action="store_false",
+        default=None,
+        help="keep the channels instead of rotating inside the saliency groups",
+    )
+    training.add_argument("--epochs", type=int, help="passes over the calibration windows")
+    training.add_argument("--batch", type=int, help="windows of a training step")
+    training.add_argument(
+        "--second-loss", type=float, help="weight of a loss on the converted stream (default: 0)"
+    )
+    training.add_argument(
+        "--execution",
+        choices=[*Execution],
+        help="how a training step runs; graph: recorded once a block (CUDA only)",
+    )
+
+
+def training_options(args: argparse.Namespace) -> OmniQuantOptions | None:
+    """The options of the omniquant pipeline; None for another pipeline.
+
+    Raises:
+        ValueError: Options of training for a pipeline that does not train, or out of range.
+    """
+    given = {
+        name: getattr(args, name)
+        for name in ("rotate", "epochs", "batch", "second_loss", "execution")
+        if getattr(args, name) is not None
+    }
+    if args.pipeline != Pipeline.OMNIQUANT:
+        if given or args.recipe is not None:
+            names = ", ".join(given) or "recipe"
+            raise ValueError(f"{names}: nothing is trained by the pipeline {args.pipeline}.")
+        return None
+    return OmniQuantOptions.recipe(args.recipe or Recipe.DEFAULT, **given)
+
+
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("calibration")
     data.add_argument(
@@ -112,7 +165,8 @@ def spike_config(args: argparse.Namespace) -> SpikeConfig:
     given = {field: getattr(args, option) for option, field in _OVERRIDES.items()}
     if args.modules_to_not_convert is not None:
         given["modules_to_not_convert"] = ("lm_head", *args.modules_to_not_convert)
-    return SpikeConfig.preset(args.preset, **{k: v for k, v in given.items() if v is not None})
+    given = {k: v for k, v in given.items() if v is not None}
+    return recipe_config(args.recipe or Recipe.DEFAULT, args.preset, **given)
 
 
 def calibration_windows(args: argparse.Namespace, source: Source) -> Tensor:

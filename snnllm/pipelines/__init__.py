@@ -9,7 +9,9 @@ class Pipeline(StrEnum):
     Attributes:
         RTN: Saliency masks, weights rounded to nearest (method.md sections 2 to 4).
         ROTATED: Rotation inside the saliency groups, GPTQ weights.
+        OMNIQUANT: Learned transformation and clipping, trained block by block (section 5).
     """
 
     RTN = "rtn"
     ROTATED = "rotated"
+    OMNIQUANT = "omniquant"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from snnllm.config import Score, SpikeConfig
-from snnllm.pipelines.streaming import BlockStatistics, BlockStream, load_block
+from snnllm.pipelines.streaming import BlockStatistics, BlockStream, Run, load_block
 from snnllm.saliency import first_channels, linear_score
 from snnllm.sources import Source
 from snnllm.transforms import RotatedSource, group_rotation, salient_count, sorted_groups
@@ -41,28 +41,28 @@ class Basis:
         return sorted_groups(self.residual)
 
 
-def find_basis(source: Source, spike: SpikeConfig, windows: Tensor, device: torch.device) -> Basis:
+def find_basis(source: Source, spike: SpikeConfig, run: Run) -> Basis:
     """Score the channels on the float model.
 
     The residual score of a channel is its variance after RMSNorm times the squared column norms of
     the linears behind (Gauss-Newton), averaged over all norms; K, V and the down_proj input use the
     configured score. Variances, because the mean is taken off as an offset.
     """
-    stream = BlockStream(source, windows, device)
+    stream, device = BlockStream(source, run), run.device
     residual = torch.zeros(source.config.hidden_size, device=device)
     keys, values, down = [], [], []
-    generator = torch.Generator().manual_seed(0)
     ratio = spike.salient_ratio
     for index in range(source.config.num_hidden_layers):
         block = load_block(source, index, device)
         statistics = BlockStatistics(block, source.config, spike)
         with statistics.observing():
-            stream.hidden = list(stream.run(block))
+            stream.advance(block)
         for group in (0, 2):
             weight = torch.cat(list(statistics.weights(group)))
             covariance = statistics.inputs[group].covariance
             score = covariance.diagonal() * weight.square().sum(0)
             residual += score / score.sum()
+        generator = run.generator(index, 1)
         key, value = statistics.kv.scores(generator)
         count = salient_count(key.shape[1], ratio)
         keys.append(first_channels(key, count))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,10 @@ class BlockReport:
         spike_rate: Signed events per neuron and possible event, `mean |q - z| / qmax`, in [0, 1].
         seconds: Wall time of the block.
         peak_mib: Peak resident memory of the process so far, MiB.
+        device_mib: Peak memory of the accelerator so far, MiB; 0 on the CPU.
+        loss_before: Calibration loss before training; None where nothing is trained.
+        loss_after: The same after it.
+        step_ms: Mean time of a training step, ms.
     """
 
     index: int
@@ -33,6 +37,21 @@ class BlockReport:
     spike_rate: float
     seconds: float
     peak_mib: float
+    device_mib: float = 0.0
+    loss_before: float | None = None
+    loss_after: float | None = None
+    step_ms: float | None = None
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        loss = ""
+        if self.loss_before is not None and self.loss_after is not None:
+            loss = f"loss {self.loss_before:.4g} -> {self.loss_after:.4g}, {self.step_ms:.1f} ms a step, "
+        device = f", device {self.device_mib:.0f} MiB" if self.device_mib else ""
+        return (
+            f"block {self.index}: {loss}SQNR {self.sqnr_db:.2f} dB, spike rate "
+            f"{self.spike_rate:.4f}, {self.seconds:.1f} s, peak {self.peak_mib:.0f} MiB{device}"
+        )
 
 
 class SpikeRateMeter:
@@ -65,13 +84,12 @@ class SpikeRateMeter:
         self._possible += float(capacity) * rows.shape[0]
 
 
-def sqnr_db(target: list[Tensor], actual: list[Tensor]) -> float:
+def sqnr_db(target: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
     """`10 log10(sum target^2 / sum (target - actual)^2)` in dB over all windows."""
-    signal = sum(float(t.double().square().sum()) for t in target)
-    noise = sum(
-        float((t - a.to(t.device)).double().square().sum())
-        for t, a in zip(target, actual, strict=True)
-    )
+    signal = noise = 0.0
+    for t, a in zip(target, actual, strict=True):
+        signal += float(t.double().square().sum())
+        noise += float((t - a.to(t.device)).double().square().sum())
     return float("inf") if noise == 0 else 10.0 * float(torch.log10(torch.tensor(signal / noise)))
 
 
@@ -79,3 +97,10 @@ def peak_mib() -> float:
     """Peak resident memory of this process, MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024.0**2 if sys.platform == "darwin" else 1024.0)
+
+
+def device_mib(device: torch.device) -> float:
+    """Peak memory of an accelerator in this process, MiB; 0 for the CPU."""
+    if device.type != "cuda":
+        return 0.0
+    return torch.cuda.max_memory_allocated(device) / 2**20

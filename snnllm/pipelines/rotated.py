@@ -23,21 +23,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from snnllm.checks import check_shared_steps
 from snnllm.config import FLOAT_BITS, MaskScope, Rotation, SpikeConfig, WeightRange
 from snnllm.execution import choose_views
 from snnllm.gptq import gptq
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import spiking_linear
-from snnllm.pipelines.basis import Basis
+from snnllm.pipelines.basis import Basis, find_basis, rotate_source
+from snnllm.pipelines.batches import Batches
 from snnllm.pipelines.fitting import SAMPLE_ROWS, Moments, clip_ratios, weighted_mean
-from snnllm.pipelines.report import BlockReport, SpikeRateMeter, peak_mib, sqnr_db
+from snnllm.pipelines.report import (
+    BlockReport,
+    SpikeRateMeter,
+    device_mib,
+    peak_mib,
+    sqnr_db,
+)
 from snnllm.pipelines.stages import StagedBlock
 from snnllm.pipelines.streaming import (
     INPUT_GROUPS,
     BlockStream,
+    Run,
     linear_of,
     load_block,
     make_spiking,
+    restore_block,
+    round_to_storage,
 )
 from snnllm.sources import Source
 from snnllm.transforms import group_rotation, sorted_groups
@@ -92,6 +103,17 @@ def rotated_config(spike: SpikeConfig, options: RotatedOptions) -> SpikeConfig:
     )
 
 
+def start(
+    source: Source, spike: SpikeConfig, run: Run, options: RotatedOptions
+) -> tuple[Source, SpikeConfig, Iterator[tuple[nn.Module, BlockReport]]]:
+    """The rotated model, its configuration, and its blocks as they are converted."""
+    check_shared_steps(source, spike)
+    spike = rotated_config(spike, options)
+    basis = find_basis(source, spike, run)
+    moved = rotate_source(source, basis, run.generator() if options.rotate else None)
+    return moved, spike, convert_blocks(moved, basis, spike, run, options)
+
+
 @dataclass(frozen=True)
 class _Job:
     """What all blocks of one conversion share."""
@@ -100,17 +122,15 @@ class _Job:
     basis: Basis
     spike: SpikeConfig
     options: RotatedOptions
-    generator: torch.Generator
+    run: Run
+
+    def rotations(self, index: int) -> torch.Generator | None:
+        """Source of the online rotations of a block; None for none."""
+        return self.run.generator(index) if self.options.rotate else None
 
 
 def convert_blocks(
-    source: Source,
-    basis: Basis,
-    spike: SpikeConfig,
-    windows: Tensor,
-    generator: torch.Generator,
-    device: torch.device,
-    options: RotatedOptions,
+    source: Source, basis: Basis, spike: SpikeConfig, run: Run, options: RotatedOptions
 ) -> Iterator[tuple[nn.Module, BlockReport]]:
     """Convert block by block.
 
@@ -118,40 +138,51 @@ def convert_blocks(
         source: The rotated model (`rotate_source`).
         basis: The masks behind the rotation.
         spike: The configuration (`rotated_config`).
-        windows: Calibration token ids `[n, S]`.
-        generator: Source of the online rotations.
-        device: Where a block runs.
+        run: Windows, seed, device; and what an earlier run has finished.
         options: Parts of the pipeline.
 
     Yields:
         The spiking block and its report, in order; its SQNR is that of the hidden states behind it,
         against the float model.
     """
-    job = _Job(source, basis, spike, options, generator)
-    stream, target = BlockStream(source, windows, device), BlockStream(source, windows, device)
+    job = _Job(source, basis, spike, options, run)
+    device = run.device
+    stream, target = BlockStream(source, run), BlockStream(source, run)
     for index in range(source.config.num_hidden_layers):
-        start = time.perf_counter()
-        block, dense = load_block(source, index, device), load_block(source, index, device)
+        saved, start = run.saved(index), time.perf_counter()
+        dense = load_block(source, index, device)
+        if saved is not None:
+            block: nn.Module = restore_block(source, index, spike, saved.state, device)
+            stream.advance(block)
+            target.advance(dense)
+            yield block, saved.report
+            continue
+        block = load_block(source, index, device)
         spiking, floating = StagedBlock(block, stream), StagedBlock(dense, target)
-        _spike_attention(block, index, job)
+        generator = job.rotations(index)
+        _spike_attention(block, index, job, generator)
         block.to(device)
         for paths in INPUT_GROUPS:
-            _convert_input(spiking, floating, index, paths, job)
+            _convert_input(spiking, floating, index, paths, job, generator)
+        round_to_storage(block, source.tensor("model.norm.weight").dtype)
         with SpikeRateMeter(block) as rate:
-            stream.run_one(block, 0)
-        stream.hidden, target.hidden = spiking.residual, floating.residual
+            stream.advance(block)
+        target.advance(dense)
         report = BlockReport(
             index,
             sqnr_db(target.hidden, stream.hidden),
             rate(),
             time.perf_counter() - start,
             peak_mib(),
+            device_mib(device),
         )
         _log.info("%s", report)
         yield block, report
 
 
-def _spike_attention(block: nn.Module, index: int, job: _Job) -> None:
+def _spike_attention(
+    block: nn.Module, index: int, job: _Job, generator: torch.Generator | None
+) -> None:
     """Replace the attention of a dense block; its linears stay dense."""
     linears = tuple(p for paths in INPUT_GROUPS for p in paths)
     kept = (*job.spike.modules_to_not_convert, *linears)
@@ -160,7 +191,6 @@ def _spike_attention(block: nn.Module, index: int, job: _Job) -> None:
     if attention is None:
         return
     keys, values = job.basis.keys[index], job.basis.values[index]
-    generator = job.generator if job.options.rotate else None
     attention.get_buffer("qk_rotation").copy_(
         torch.stack([group_rotation(head, generator) for head in keys])
     )
@@ -181,7 +211,7 @@ class _Data:
         outputs: Wanted outputs `[b S, N]` of a batch.
     """
 
-    inputs: list[Tensor]
+    inputs: Batches
     weights: list[Tensor]
     outputs: Callable[[int], Tensor]
 
@@ -206,7 +236,12 @@ class _Data:
 
 
 def _convert_input(
-    spiking: StagedBlock, floating: StagedBlock, index: int, paths: tuple[str, ...], job: _Job
+    spiking: StagedBlock,
+    floating: StagedBlock,
+    index: int,
+    paths: tuple[str, ...],
+    job: _Job,
+    generator: torch.Generator | None,
 ) -> None:
     """Convert the linears that share one input, and move both streams on where they write."""
     writes = paths[0] in WRITERS
@@ -230,12 +265,20 @@ def _convert_input(
     if converted:
         device = dense[0].weight.device
         weights = [token_weights(paths[0], r).to(device) for r in before]
-        _fit_input(spiking.block, index, converted, _Data(inputs, weights, outputs), job)
+        data = _Data(inputs, weights, outputs)
+        _fit_input(spiking.block, index, converted, data, job, generator)
     if writes:
         spiking.write(paths[0], inputs)
 
 
-def _fit_input(block: nn.Module, index: int, paths: list[str], data: _Data, job: _Job) -> None:
+def _fit_input(
+    block: nn.Module,
+    index: int,
+    paths: list[str],
+    data: _Data,
+    job: _Job,
+    generator: torch.Generator | None,
+) -> None:
     """Fit and store the linears at `paths`, which share an input."""
     dense = [linear_of(block, p) for p in paths]
     device = dense[0].weight.device
@@ -246,7 +289,6 @@ def _fit_input(block: nn.Module, index: int, paths: list[str], data: _Data, job:
     weight = torch.cat([linear.weight.detach().float() for linear in dense])
     first, options = modules[0], job.options
     if first.rotation is not None:
-        generator = job.generator if options.rotate else None
         first.rotation.randomise(job.basis.down[index].to(device), generator)
         weight = weight @ first.rotation.matrix()
     groups = job.basis.groups(paths[0], first.in_features, index).to(device)

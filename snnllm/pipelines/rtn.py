@@ -21,9 +21,11 @@ from snnllm.pipelines.streaming import (
     INPUT_GROUPS,
     BlockStatistics,
     BlockStream,
+    Run,
     linear_of,
     load_block,
     make_spiking,
+    restore_block,
 )
 from snnllm.saliency import allocate, allocate_map
 from snnllm.sources import Source
@@ -33,47 +35,41 @@ _log = logging.getLogger(__name__)
 
 
 def convert_blocks(
-    source: Source,
-    spike: SpikeConfig,
-    windows: Tensor,
-    seed: int,
-    device: torch.device,
-    allocation: Mapping[str, Tensor] | None = None,
+    source: Source, spike: SpikeConfig, run: Run, allocation: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[nn.Module, BlockReport]]:
     """Convert a model block by block.
 
     Args:
         source: The dense LLaMA.
         spike: The spiking configuration (with `group_steps` for every module in `allocation`).
-        windows: Calibration token ids `[n, S]`.
-        seed: Seed of the `random` score.
-        device: Where a block runs.
+        run: Windows, seed, device; and what an earlier run has finished.
         allocation: Explicit maps channel -> T, `[K]` integers per full module name; scores decide
             for every module that is not named.
 
     Yields:
         The spiking block and its report, in order.
     """
-    generator = torch.Generator().manual_seed(seed)
-    stream = BlockStream(source, windows, device)
+    stream = BlockStream(source, run)
     for index in range(source.config.num_hidden_layers):
+        saved = run.saved(index)
+        if saved is not None:
+            block = restore_block(source, index, spike, saved.state, run.device)
+            stream.advance(block)
+            yield block, saved.report
+            continue
         start = time.perf_counter()
-        block = load_block(source, index, device)
-        statistics = BlockStatistics(block, source.config, spike)
+        dense = load_block(source, index, run.device)
+        statistics = BlockStatistics(dense, source.config, spike)
         with statistics.observing():
-            target = list(stream.run(block))
-        fill_block(block, index, source, spike, statistics, generator, allocation or {})
-        with SpikeRateMeter(block) as rate:
-            converted = list(stream.run(block))
-        stream.hidden = converted
+            target = stream.keep(stream.run(dense))
+        fill_block(dense, index, source, spike, statistics, run.generator(index), allocation or {})
+        with SpikeRateMeter(dense) as rate:
+            stream.advance(dense)
         report = BlockReport(
-            index, sqnr_db(target, converted), rate(), time.perf_counter() - start, peak_mib()
+            index, sqnr_db(target, stream.hidden), rate(), time.perf_counter() - start, peak_mib()
         )
-        _log.info(
-            "block %d: SQNR %.2f dB, spike rate %.4f, %.1f s, peak %.0f MiB",
-            *(report.index, report.sqnr_db, report.spike_rate, report.seconds, report.peak_mib),
-        )
-        yield block, report
+        _log.info("%s", report)
+        yield dense, report
 
 
 def fill_block(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnllm.pipelines.batches import Batches
 from snnllm.pipelines.streaming import BlockStream
 
 
@@ -36,7 +37,7 @@ class StagedBlock:
         self.residual = stream.hidden
         self._stream = stream
 
-    def inputs(self, path: str) -> list[Tensor]:
+    def inputs(self, path: str) -> Batches:
         """Inputs of the linear at `path`, float32 `[b, S, K]` per batch.
 
         Call in the order of execution, with `write` for the linears that write to the stream.
@@ -61,20 +62,18 @@ class StagedBlock:
             return self._map(mlp)
         return self._map(block.post_attention_layernorm)
 
-    def write(self, path: str, inputs: list[Tensor]) -> None:
+    def write(self, path: str, inputs: Batches) -> None:
         """Add the output of the linear at `path` to the residual stream."""
         linear = self.block.get_submodule(path)
         with torch.no_grad():
-            self.residual = [
-                (r.to(self._stream.device) + linear(x.to(self._stream.device))).to(r.device)
+            self.residual = self._stream.keep(
+                r.to(self._stream.device) + linear(x.to(self._stream.device))
                 for r, x in zip(self.residual, inputs, strict=True)
-            ]
+            )
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batches:
         with torch.no_grad():
-            return [
-                function(r.to(self._stream.device)).to(self._stream.store) for r in self.residual
-            ]
+            return self._stream.keep(function(r.to(self._stream.device)) for r in self.residual)
 
 
 def _input_of(linear: nn.Module, run: Callable[[], Any]) -> Tensor:

@@ -6,11 +6,14 @@ every saliency score and every report is taken on what the spiking model will re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -23,7 +26,11 @@ from snnllm.attention import (
     register_attention,
 )
 from snnllm.config import SpikeConfig
+from snnllm.execution import choose_views
 from snnllm.modeling import spike_block
+from snnllm.pipelines.batches import Batches, DiskBatches
+from snnllm.pipelines.report import BlockReport
+from snnllm.precision import FLOAT32_BUFFERS
 from snnllm.saliency import InputStatistics, KeyValueStatistics
 from snnllm.sources import Source
 
@@ -37,6 +44,44 @@ INPUT_GROUPS: tuple[tuple[str, ...], ...] = (
 _SCORE_BYTES = 1 << 30
 """Attention scores of a batch of calibration windows on a GPU."""
 _BATCH_TOKENS = 1 << 14
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class SavedBlock:
+    """A block that an earlier run has finished.
+
+    Attributes:
+        state: Its tensors as stored, names relative to the block.
+        report: What was reported of it.
+    """
+
+    state: dict[str, Tensor]
+    report: BlockReport
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the pipelines need besides the model and its configuration.
+
+    Attributes:
+        windows: Calibration token ids `[n, S]`.
+        seed: Seed of everything random.
+        device: Where a block runs.
+        spill: Folder for activations that do not fit into memory; None keeps them there.
+        saved: The finished block of an index, or None if it is still to be converted.
+    """
+
+    windows: Tensor
+    seed: int = 0
+    device: torch.device = _CPU
+    spill: Path | None = None
+    saved: Callable[[int], SavedBlock | None] = lambda index: None
+
+    def generator(self, *where: int) -> torch.Generator:
+        """Random numbers of one place (a block, say): the same ones after an interruption."""
+        state = np.random.SeedSequence([self.seed, *where]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
 class BlockStream:
@@ -44,29 +89,42 @@ class BlockStream:
 
     Args:
         source: The dense model; gives the embedding.
-        windows: Token ids `[n, S]`.
-        device: Where blocks run.
+        run: Windows, device, and where activations go that do not fit.
 
     Attributes:
         hidden: One float32 tensor `[b, S, hidden]` per batch of windows, kept on `store`.
         store: Where hidden states wait: the device if they fit there easily, else the CPU.
     """
 
-    def __init__(self, source: Source, windows: Tensor, device: torch.device) -> None:
+    def __init__(self, source: Source, run: Run) -> None:
         register_attention()
-        self.config, self.device = source.config, device
+        device, windows = run.device, run.windows
+        self.config, self.device, self._spill = source.config, device, run.spill
         table = source.tensor("model.embed_tokens.weight")
         length = windows.shape[1]
-        self.store = _store(device, windows.numel(), self.config)
-        self.hidden = [
-            nn.functional.embedding(batch, table).float().to(self.store)
+        self.store = torch.device("cpu")
+        if run.spill is None:
+            self.store = _store(device, windows.numel(), self.config)
+        self.hidden = self.keep(
+            nn.functional.embedding(batch, table).float()
             for batch in windows.split(_batch_size(device, length, self.config))
-        ]
+        )
         position = torch.arange(length, device=device).unsqueeze(0)
         rotary = LlamaRotaryEmbedding(self.config).to(device)
         self._rope = rotary(self.hidden[0].to(device), position)
         blocked = torch.full((length, length), torch.finfo(torch.float32).min, device=device)
         self._mask = blocked.triu(1).view(1, 1, length, length)
+
+    def keep(self, tensors: Iterable[Tensor]) -> Batches:
+        """Hold activations, one tensor per batch, until they are needed: in memory or in a file."""
+        if self._spill is not None:
+            return DiskBatches(self._spill, tensors)
+        return [tensor.to(self.store) for tensor in tensors]
+
+    def advance(self, block: nn.Module) -> None:
+        """Move behind `block`, a batch at a time."""
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self.run_one(block, batch)
 
     def run(self, block: nn.Module) -> Iterator[Tensor]:
         """Outputs of `block` for each batch, `[b, S, hidden]` on `store`; `hidden` stays."""
@@ -126,6 +184,39 @@ def load_block(source: Source, index: int, device: torch.device) -> LlamaDecoder
             f"Block {index} of {source.name} does not fit its config: {error}"
         ) from error
     return block.to(device).eval()
+
+
+def round_to_storage(block: nn.Module, dtype: torch.dtype) -> None:
+    """Round what a checkpoint stores in the dtype of the model, in place, before the block runs."""
+    if dtype == torch.float32:  # nothing to round; the tensors may be those of the source
+        return
+    for name, tensor in block.state_dict().items():
+        tensor.copy_(stored(name, tensor, dtype))
+
+
+def stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norms and biases in the model's dtype; integers, scales, offsets and rotations as they are."""
+    if not tensor.is_floating_point() or name.rpartition(".")[2].startswith(FLOAT32_BUFFERS):
+        return tensor
+    return tensor.to(dtype)
+
+
+def restore_block(
+    source: Source, index: int, spike: SpikeConfig, state: dict[str, Tensor], device: torch.device
+) -> nn.Module:
+    """The spiking block that `state` was saved from; it computes the same bits.
+
+    Raises:
+        RuntimeError: The state belongs to another configuration.
+    """
+    block: nn.Module = load_block(source, index, _CPU)
+    make_spiking(block, index, source.config, spike)
+    # Assigned, not copied: what is there now may be the tensors of the source.
+    values = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    block.load_state_dict(values, assign=True)
+    choose_views(block)
+    block.to(device).eval()
+    return block
 
 
 def make_spiking(

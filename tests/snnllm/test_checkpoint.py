@@ -21,6 +21,7 @@ from snnllm.checkpoint import MANIFEST, CheckpointError, published, read_manifes
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.modeling import SpikingLlamaForCausalLM, load
+from snnllm.pipelines import rtn
 from snnllm.writer import ShardWriter
 
 
@@ -200,7 +201,9 @@ def test_a_file_in_the_path_of_the_output(make_llama, token_ids, tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["shard", "manifest"])
-def test_a_full_disk_leaves_nothing(make_llama, token_ids, tmp_path, monkeypatch, failing):
+def test_a_full_disk_at_the_end_loses_nothing(
+    make_llama, token_ids, tmp_path, monkeypatch, failing
+):
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -213,16 +216,20 @@ def test_a_full_disk_leaves_nothing(make_llama, token_ids, tmp_path, monkeypatch
         monkeypatch.setattr(checkpoint, "file_digest", full)
     with pytest.raises(OSError, match="No space left on device"):
         convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids[:1])
-    assert contents(tmp_path) == []
+    assert contents(tmp_path) == ["out.work"]
+    monkeypatch.undo()
+    seen: list[int] = []
+    monkeypatch.setattr(rtn, "fill_block", lambda *_: seen.append(1))  # no block is converted again
+    convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids[:1])
+    assert contents(tmp_path) == ["out"]
+    assert not seen
 
 
 KILLED = """
 import os, signal, sys, torch
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
-from snnllm.writer import ShardWriter
 from transformers import LlamaForCausalLM
-ShardWriter.__init__.__defaults__ = (1,)  # a shard a block, so that something is there
 model = LlamaForCausalLM.from_pretrained(sys.argv[1])
 def die(report):
     if report.index == 1:
@@ -244,16 +251,18 @@ def test_a_killed_conversion_leaves_nothing_that_loads(
     )
     assert run.returncode == -signal.SIGKILL, run.stderr[-2000:]
     assert not output.exists()
-    (partial,) = tmp_path.glob("out.partial-*/out")
-    assert any(partial.glob("*.safetensors"))
+    work = tmp_path / "out.work"
+    assert sorted(p.name for p in work.glob("block*")) == [
+        "block-00000.safetensors",
+        "block-00001.safetensors",
+    ]
     # Not even with the config, the last file before the manifest, beside it.
-    shutil.copy(tiny_checkpoint / "config.json", partial)
+    shutil.copy(tiny_checkpoint / "config.json", work)
     with pytest.raises(CheckpointError, match="not a finished spiking checkpoint"):
-        load(partial)
-    shutil.rmtree(tmp_path / "dense")
-    shutil.rmtree(partial.parent)
+        load(work)
+    shutil.rmtree(work)
     convert(make_llama(), output, SpikeConfig(), token_ids[:1])  # the next try succeeds
-    assert contents(tmp_path) == ["out"]
+    assert contents(tmp_path) == ["dense", "out"]
     load(output)
 
 

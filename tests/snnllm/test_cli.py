@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +17,13 @@ import torch
 import snnllm
 from snnllm import checkpoint
 from snnllm.cli import build_parser, main
+from snnllm.cli import convert as cli_convert
 from snnllm.cli import options as cli_options
 from snnllm.cli.demo import recorded_layers
 from snnllm.cli.generate import prompt_ids
 from snnllm.config import SpikeConfig
 from snnllm.data import load_text
+from snnllm.pipelines.omniquant_options import OmniQuantOptions
 
 COMMANDS = ["convert", "eval", "generate", "simulate", "inspect", "demo"]
 CALIBRATION = ["--nsamples", "2", "--seqlen", "48"]
@@ -145,11 +149,65 @@ def test_a_dry_run_writes_nothing(stories_dir, text_file, tmp_path, capsys):
     )
     text = capsys.readouterr().out
     assert all(f"estimated {what}" in text for what in ("time", "memory", "disk"))
+    assert re.search(r"activations +\d+ MiB, in memory", text)
     assert not list(tmp_path.iterdir())
+
+
+def test_convert_trains_and_says_so(stories_dir, text_file, tmp_path, capsys):
+    output = tmp_path / "out"
+    common = ["--calibration", text_file, *CALIBRATION, "--pipeline", "omniquant"]
+    training = ["--recipe", "paper", "--epochs", "1", "--batch", "2", "--second-loss", "0.5"]
+    run("convert", stories_dir, output, *common, *training, "--max-memory", "100000")
+    text = capsys.readouterr().out
+    assert "time of a training step" in text
+    assert re.search(r"peak memory +\d+ MiB \(estimated \d+ MiB\)", text)
+    values = json.loads((output / "conversion.json").read_text())
+    assert values["spike"]["value_range"] == "shared"
+    options = values["provenance"]["options"]
+    assert (options["epochs"], options["batch"], options["second_loss"]) == (1, 2, 0.5)
+    assert all(b["loss_after"] > 0 and b["step_ms"] > 0 for b in values["blocks"])
+
+
+def test_the_recipe_may_be_changed_in_single_fields():
+    given = ["convert", "in", "out", "--pipeline", "omniquant", "--recipe", "paper"]
+    args = build_parser().parse_args([*given, "--range", "split", "--execution", "compiled"])
+    spike, options = cli_options.spike_config(args), cli_options.training_options(args)
+    assert (spike.value_range, spike.weight_range) == ("split", "minmax")
+    assert options == OmniQuantOptions.recipe("paper", execution="compiled")
+
+
+def test_an_interrupted_conversion_resumes_or_restarts(
+    stories_dir, text_file, tmp_path, monkeypatch, capsys, caplog
+):
+    common = ["--calibration", text_file, *CALIBRATION]
+    blocks = cli_convert.tqdm.update
+
+    def interrupt(bar, count=1):
+        blocks(bar, count)
+        if bar.n == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_convert.tqdm, "update", interrupt)
+    arguments = ["convert", stories_dir, tmp_path / "out", *common]
+    assert main([str(a) for a in arguments]) == 130
+    monkeypatch.undo()
+    assert main([str(a) for a in [*arguments, "--seed", "1"]]) == 2
+    assert "seed was 0 and is now 1" in capsys.readouterr().err
+    run(*arguments)
+    assert "resuming in" in caplog.text
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(cli_convert.tqdm, "update", interrupt)
+    assert main([str(a) for a in arguments]) == 130
+    monkeypatch.undo()
+    run(*arguments, "--seed", "1", "--restart")
 
 
 CONVERT_ERRORS = {
     "unknown_preset": (["--preset", "int4"], "Unknown preset 'int4'. Presets look like W<bits>"),
+    "training": (["--epochs", "3"], "epochs: nothing is trained by the pipeline rtn"),
+    "recipe": (["--recipe", "paper"], "recipe: nothing is trained by the pipeline rtn"),
+    "memory": (["--max-memory", "5"], "max_memory is 5 MiB, but about"),
     "no_steps": (["--preset", "W4A4T0"], "T (salient steps) must be in 1..64, got 0"),
     "ratio": (["--ratio", "1.5"], "salient_ratio is a fraction of the channels in [0, 1], got 1.5"),
     "dense_preset": (["--preset", "W16A16"], "leaves the model dense"),

@@ -20,6 +20,7 @@ from snnllm.inspection import matmuls, table
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
 from snnllm.pipelines import Pipeline
+from snnllm.pipelines.omniquant_options import OmniQuantOptions
 from snnllm.pipelines.report import sqnr_db
 from snnllm.pipelines.rotated import RotatedOptions
 from snnllm.pipelines.rtn import fill_linear
@@ -161,19 +162,25 @@ def test_counts_beyond_eight_bits_convert_and_run_unrolled(
 
 
 @pytest.mark.parametrize(
-    ("fields", "options"),
-    [
-        ({"rotation": "groups"}, None),
-        ({"input_offset": True}, None),
-        ({"query_groups": True}, None),
-        ({}, RotatedOptions()),
-    ],
+    "fields", [{"rotation": "groups"}, {"input_offset": True}, {"query_groups": True}]
 )
-def test_rtn_refuses_what_only_the_rotated_pipeline_fills(
-    make_llama, token_ids, tmp_path, fields, options
-):
+def test_rtn_refuses_what_only_the_rotated_pipeline_fills(make_llama, token_ids, tmp_path, fields):
     with pytest.raises(ValueError, match="only the rotated pipeline makes use of this"):
-        convert(make_llama(), tmp_path / "out", SpikeConfig(**fields), token_ids, options=options)
+        convert(make_llama(), tmp_path / "out", SpikeConfig(**fields), token_ids)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "options"),
+    [("rtn", RotatedOptions()), ("omniquant", RotatedOptions()), ("rotated", OmniQuantOptions())],
+)
+def test_options_go_with_their_pipeline(make_llama, token_ids, tmp_path, pipeline, options):
+    with pytest.raises(ValueError, match=f"belongs to another pipeline than {pipeline}"):
+        convert(
+            *(make_llama(), tmp_path / "out", SpikeConfig(), token_ids),
+            pipeline=pipeline,
+            options=options,
+        )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

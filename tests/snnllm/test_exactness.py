@@ -23,7 +23,7 @@ from snnllm.execution import View, spiking_modules, use_view
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
 from snnllm.pipelines.rtn import convert_blocks
-from snnllm.pipelines.streaming import BlockStream
+from snnllm.pipelines.streaming import BlockStream, Run
 from snnllm.sources import ModelSource
 
 
@@ -113,12 +113,11 @@ def test_a_block_of_smollm2(smollm2_model, smollm2_tokenizer, monkeypatch):
     ids = tokenize(load_text("pydoc:test")[:20_000], smollm2_tokenizer)
     windows = random_windows(ids, 256, 2, seed=0)
     source = ModelSource(smollm2_model, "SmolLM2")
-    device = torch.device("cpu")
-    block, report = next(convert_blocks(source, SpikeConfig.preset("W4A4T2"), windows, 0, device))
+    block, report = next(convert_blocks(source, SpikeConfig.preset("W4A4T2"), Run(windows)))
     assert report.sqnr_db > 5
     records, outputs = {}, {}
     for view in View:
-        stream = BlockStream(source, windows[:1], device)
+        stream = BlockStream(source, Run(windows[:1]))
         with use_view(block, view), recorded(block, monkeypatch) as records[view]:
             outputs[view] = next(stream.run(block))
     assert len(records[View.BINARY]) == 7 + 1

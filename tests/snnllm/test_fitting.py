@@ -17,7 +17,7 @@ from snnllm.modeling import load
 from snnllm.pipelines.fitting import CLIP_RATIOS, Moments, clip_ratios, weighted_mean
 from snnllm.pipelines.rotated import RotatedOptions
 from snnllm.pipelines.stages import StagedBlock
-from snnllm.pipelines.streaming import INPUT_GROUPS, BlockStream, load_block
+from snnllm.pipelines.streaming import INPUT_GROUPS, BlockStream, Run, load_block
 from snnllm.sources import ModelSource
 
 
@@ -78,7 +78,7 @@ def test_clip_ratios_are_the_best_of_the_grid(value_range: str) -> None:
 
 def test_stages_are_the_block(make_llama: Any, token_ids: Tensor) -> None:
     source = ModelSource(make_llama(attention_bias=True, mlp_bias=True), "tiny")
-    stream = BlockStream(source, token_ids, torch.device("cpu"))
+    stream = BlockStream(source, Run(token_ids))
     block = load_block(source, 0, torch.device("cpu"))
     expected = list(stream.run(block))
     staged = StagedBlock(block, stream)

@@ -262,7 +262,7 @@ def test_weights_that_are_not_finite_are_named(folder, token_ids, tmp_path, name
         ValueError, match=f"{name} holds NaN or infinite values; the source is broken"
     ):
         convert(folder, tmp_path / "out", SpikeConfig(), token_ids[:1])
-    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_a_tokenizer(folder):
