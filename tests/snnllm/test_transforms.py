@@ -108,3 +108,26 @@ def test_stories_rotated_is_the_same_function(stories_dir: Any) -> None:
         expected = dense_model(source)(ids).logits
         logits = dense_model(RotatedSource(source, residual))(ids).logits
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.slow  # SmolLM2 is read from its GGUF file
+def test_smollm2_with_all_transforms_is_the_same_function(smollm2_gguf: Any) -> None:
+    source = open_source(str(smollm2_gguf))
+    config, rng = source.config, generator()
+    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    residual = group_rotation((torch.arange(config.hidden_size) % 9 == 0).byte(), rng)
+    values = [
+        torch.stack([group_rotation((torch.arange(dim) % 8 == 3).byte(), rng)] * heads)
+        for _ in range(config.num_hidden_layers)
+    ]
+    ids = torch.randint(3, config.vocab_size, (1, 48), generator=generator())
+    rotated = dense_model(RotatedSource(source, residual, values))
+    for layer in rotated.model.layers:
+        down = layer.mlp.down_proj
+        online = OnlineRotation((config.intermediate_size - 128, 128))
+        online.randomise(torch.arange(config.intermediate_size) % 12 == 5, rng)
+        down.weight.data = down.weight @ online.matrix()
+        down.register_forward_pre_hook(lambda _, args, online=online: (online(args[0]),))
+    with torch.no_grad():
+        logits, expected = rotated(ids).logits, dense_model(source)(ids).logits
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
