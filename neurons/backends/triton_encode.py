@@ -1,0 +1,386 @@
+"""Encode rows in Triton: from activations to spike counts in the order of a packed weight.
+
+One launch. A program owns a row; for each channel group it reads the charges once for their range
+and once more, from the cache, for the counts, so that HBM sees every input byte once and every
+output byte once. Loops run over the encoded positions of a group, so a row of any length and any
+number of groups cost no padding beyond the last block of each.
+
+The integers are those of :func:`neurons.thresholds.encode_parameters` and
+:meth:`neurons.SpikeEncoder.encode`, bit for bit: float32, IEEE division, no fused multiply-add.
+"""
+# No `from __future__ import annotations`: torch reads the annotations of operators as types.
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from neurons.backends.spec import DTYPES
+
+__all__ = ["ALIGNMENT", "EncodedRows", "encode_rows", "stable_layout"]
+
+ALIGNMENT = 64
+"""Starts and stops of segments are multiples of it."""
+_MAX_GROUPS = 64
+_MAX_CAPACITY = 255
+
+
+class EncodedRows(NamedTuple):
+    """Spike counts in encoded order, with what decodes them and what an integer matmul needs.
+
+    Attributes:
+        count: q, uint8 ``[M, P]``, 0 at padding.
+        threshold: s, float32 ``[M, G]``, in units of the activation.
+        zero_point: z, int32 ``[M, G]``, in thresholds.
+        count_sum: sum of the counts of every segment, int32 ``[M, S]``.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    threshold: Tensor
+    zero_point: Tensor
+    count_sum: Tensor
+
+
+def encode_rows(
+    x: Tensor,
+    order: Tensor | None,
+    segments: Tensor | Sequence[Sequence[int]],
+    capacities: Tensor,
+    clip: Tensor,
+    shared: bool,
+    offset: Tensor | None = None,
+) -> EncodedRows:
+    """Encode rows into counts in encoded order: the equations of :mod:`neurons.encoder`.
+
+    Nothing waits for the device and nothing is checked there: a row with NaN or infinity has a
+    threshold that is not finite, in the groups where the reference has it; its counts and zero
+    points mean nothing. For ``torch.compile`` and CUDA graphs give the segments as a tensor.
+
+    Args:
+        x: activations ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
+        order: original channel of every encoded position, int32 ``[P]``; -1: padding. None: the
+            original order, K padded to a multiple of `ALIGNMENT`.
+        segments: ``(start, stop, group)`` of runs of encoded positions, int32 ``[S, 3]`` or a tuple
+            of triples. They cover ``0..P`` without gaps, start and stop at multiples of
+            `ALIGNMENT`, and their groups ascend; a group may have several or none.
+        capacities: qmax of each group, float32 ``[G]``, integers in 1..255, G at most 64.
+        clip: factors on the range of each group, float32 ``[G]`` in (0, 1].
+        shared: one range for all groups, over all channels in the order.
+        offset: float32 ``[K]`` in original channel order, taken off x in float32 first. None: none.
+
+    Returns:
+        Counts, thresholds, zero points and the sum of the counts of every segment.
+
+    Raises:
+        TypeError: if a tensor has the wrong dtype.
+        ValueError: if a shape or a stride does not fit.
+
+    Source: SpikeLLM (arXiv 2407.04752), saliency-based spiking of LLM activations.
+    """
+    table = segments if isinstance(segments, Tensor) else _table(segments, x.device)
+    positions = padded(x.shape[-1]) if order is None else order.shape[0]
+    check_rows(x)
+    check_layout(order, table, capacities, clip, offset, x.shape[1])
+    return EncodedRows(
+        *torch.ops.neurons.encode_rows(
+            x.detach(), order, table, capacities, clip, shared, offset, positions
+        )
+    )
+
+
+def stable_layout(channel_group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Order and segments that bring the channels of a group together, each in its original order.
+
+    Args:
+        channel_group: group of each channel, integers ``[K]`` in ``0..G-1``.
+        groups: G.
+
+    Returns:
+        For :func:`encode_rows`: order ``[P]`` with every group padded to a multiple of `ALIGNMENT`,
+        and segments ``[S, 3]``, one for each group that has channels; on the device of the groups.
+    """
+    pieces, rows, stop = [], [], 0
+    for group in range(groups):
+        channels = torch.nonzero(channel_group == group).flatten().to(torch.int32)
+        start, stop = stop, stop + padded(len(channels))
+        if stop > start:
+            pieces.append(
+                torch.nn.functional.pad(channels, (0, stop - start - len(channels)), value=-1)
+            )
+            rows.append((start, stop, group))
+    return torch.cat(pieces), torch.tensor(rows, dtype=torch.int32, device=channel_group.device)
+
+
+def padded(channels: int) -> int:
+    """K rounded up to a multiple of `ALIGNMENT`."""
+    return -(-channels // ALIGNMENT) * ALIGNMENT
+
+
+def check_rows(x: Tensor) -> None:
+    """Refuse what is not ``[M, K]`` of a float dtype with stride 1 along K."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be one of {[str(t) for t in DTYPES]}, got {x.dtype}.")
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"x must be [M, K] with K >= 1, got {tuple(x.shape)}.")
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        raise ValueError(f"x must have stride 1 along K, got {x.stride()}; make it contiguous.")
+
+
+def check_layout(
+    order: Tensor | None,
+    table: Tensor,
+    capacities: Tensor,
+    clip: Tensor,
+    offset: Tensor | None,
+    channels: int,
+) -> None:
+    """Refuse dtypes and shapes that the kernels cannot index; arguments of :func:`encode_rows`."""
+    groups = capacities.numel()
+    expected = {
+        "order": (order, torch.int32, None),
+        "segments": (table, torch.int32, (table.shape[0], 3)),
+        "capacities": (capacities, torch.float32, (groups,)),
+        "clip": (clip, torch.float32, (groups,)),
+        "offset": (offset, torch.float32, (channels,)),
+    }
+    for name, (tensor, dtype, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}.")
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}.")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}.")
+    if not 1 <= groups <= _MAX_GROUPS:
+        raise ValueError(f"capacities must hold 1 to {_MAX_GROUPS} groups, got {groups}.")
+    if table.shape[0] == 0:
+        raise ValueError("segments must hold at least one (start, stop, group).")
+    if order is not None and (order.dim() != 1 or order.shape[0] % ALIGNMENT):
+        raise ValueError(
+            f"order must be [P] with P a multiple of {ALIGNMENT}, got {tuple(order.shape)}."
+        )
+
+
+def _table(segments: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    rows = tuple(tuple(int(value) for value in row) for row in segments)
+    groups = [row[2] for row in rows]
+    starts, stops = [row[0] for row in rows], [row[1] for row in rows]
+    if starts != [0, *stops[:-1]] or groups != sorted(groups) or any(s % ALIGNMENT for s in stops):
+        raise ValueError(
+            f"segments must cover the positions from 0 without gaps, start and stop at multiples "
+            f"of {ALIGNMENT} and ascend in their groups, got {rows}."
+        )
+    return _on_device(rows, device)
+
+
+@lru_cache(maxsize=1024)
+def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def outputs(x: Tensor, positions: int, groups: int, segments: int) -> tuple[Tensor, ...]:
+    """Allocate counts, thresholds, zero points and sums."""
+    rows = x.shape[0]
+    return (
+        x.new_empty((rows, positions), dtype=torch.uint8),
+        x.new_empty((rows, groups), dtype=torch.float32),
+        x.new_empty((rows, groups), dtype=torch.int32),
+        x.new_empty((rows, segments), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("neurons::encode_rows", mutates_args=())
+def _encode_rows_op(
+    x: Tensor,
+    order: Tensor | None,
+    segments: Tensor,
+    capacities: Tensor,
+    clip: Tensor,
+    shared: bool,
+    offset: Tensor | None,
+    positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and results of :func:`encode_rows`, segments as a tensor, P given."""
+    count, threshold, zero_point, count_sum = outputs(
+        x, positions, capacities.shape[0], segments.shape[0]
+    )
+    if x.shape[0]:
+        block, warps = _shape_of_programs(x.shape[0], positions)
+        launch: Any = _encode_rows[(x.shape[0],)]
+        with on(x.device):
+            launch(
+                *(x, x if order is None else order, segments, capacities, clip),
+                *(x if offset is None else offset, count, threshold, zero_point, count_sum),
+                *(x.stride(0), x.shape[1], positions, segments.shape[0], capacities.shape[0]),
+                SHARED=shared,
+                GATHER=order is not None,
+                HAS_OFFSET=offset is not None,
+                SEGMENTS=triton.next_power_of_2(segments.shape[0]),
+                BLOCK=block,
+                num_warps=warps,
+                enable_fp_fusion=False,
+            )
+    return count, threshold, zero_point, count_sum
+
+
+@_encode_rows_op.register_fake
+def _(
+    x: Tensor,
+    order: Tensor | None,
+    segments: Tensor,
+    capacities: Tensor,
+    clip: Tensor,
+    shared: bool,
+    offset: Tensor | None,
+    positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count, threshold, zero_point, count_sum = outputs(
+        x, positions, capacities.shape[0], segments.shape[0]
+    )
+    return count, threshold, zero_point, count_sum
+
+
+def _shape_of_programs(rows: int, positions: int) -> tuple[int, int]:
+    """Positions a program handles at a time, and its warps."""
+    # Few rows leave the device idle: a row then goes through as wide a program as it can fill.
+    widest = 4096 if rows < 256 else 1024
+    block = min(widest, max(128, triton.next_power_of_2(positions)))
+    return block, max(1, block // 256)
+
+
+def on(device: torch.device) -> Any:
+    """Context that launches on a device: Triton takes the current one; -1 changes nothing."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+@triton.jit
+def wider(lo, hi, lo_, hi_):  # type: ignore[no-untyped-def]
+    """The union of two ranges; NaN stays NaN."""
+    lo = tl.minimum(lo, lo_, propagate_nan=tl.PropagateNan.ALL)
+    return lo, tl.maximum(hi, hi_, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def spike_parameters(lo, hi, capacity, clip):  # type: ignore[no-untyped-def]
+    """``s`` and ``z`` (float32) of a range, as :func:`neurons.thresholds.threshold_of`."""
+    lo, hi = lo * clip, hi * clip
+    threshold = tl.maximum(tl.div_rn(hi - lo, capacity), 1e-5, propagate_nan=tl.PropagateNan.ALL)
+    # Adding 3 * 2**22 rounds half to even; -lo / s is at most the capacity, up to rounding.
+    zero = (tl.div_rn(-lo, threshold) + 12582912.0) - 12582912.0
+    return threshold, tl.minimum(tl.maximum(zero, 0.0), capacity)
+
+
+@triton.jit
+def spike_count(x, threshold, bias, capacity):  # type: ignore[no-untyped-def]
+    """``q = clip(floor(x / s + bias), 0, qmax)`` as int32."""
+    # Clipped first, the floor is the truncation of the conversion: the same integer.
+    charged = tl.div_rn(x, threshold) + bias
+    return tl.minimum(tl.maximum(charged, 0.0), capacity).to(tl.int32)
+
+
+@triton.jit
+def _charge(  # type: ignore[no-untyped-def]
+    x_ptr, order_ptr, offset_ptr, at, stop, channels, GATHER: tl.constexpr, HAS_OFFSET: tl.constexpr
+):
+    """Activations at encoded positions, float32, 0 at padding; and where there is a channel."""
+    channel, inside = at, at < stop
+    if GATHER:
+        channel = tl.load(order_ptr + at, mask=inside, other=-1)
+        inside = channel >= 0
+    else:
+        inside = inside & (at < channels)
+    x = tl.load(x_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    if HAS_OFFSET:
+        x -= tl.load(offset_ptr + channel, mask=inside, other=0.0)
+    return x, inside
+
+
+@triton.jit
+def _range(  # type: ignore[no-untyped-def]
+    x_ptr,
+    order_ptr,
+    offset_ptr,
+    start,
+    stop,
+    channels,
+    GATHER: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``min(0, min x)`` and ``max(0, max x)`` over encoded positions; NaN if one is NaN."""
+    lo = tl.zeros([BLOCK], tl.float32)
+    hi = tl.zeros([BLOCK], tl.float32)
+    for first in range(start, stop, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x, _ = _charge(x_ptr, order_ptr, offset_ptr, at, stop, channels, GATHER, HAS_OFFSET)
+        lo, hi = wider(lo, hi, x, x)
+    return tl.reduce((lo, hi), 0, wider)
+
+
+@triton.jit
+def _encode_rows(  # type: ignore[no-untyped-def]
+    x_ptr,
+    order_ptr,
+    segment_ptr,
+    capacity_ptr,
+    clip_ptr,
+    offset_ptr,
+    count_ptr,
+    threshold_ptr,
+    zero_ptr,
+    sum_ptr,
+    stride,
+    channels,
+    positions,
+    segments,
+    groups,
+    SHARED: tl.constexpr,
+    GATHER: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride
+    count_ptr += row * positions
+    place = tl.arange(0, SEGMENTS)
+    group_of = tl.load(segment_ptr + 3 * place + 2, mask=place < segments, other=groups)
+    if SHARED:
+        lo, hi = _range(
+            x_ptr, order_ptr, offset_ptr, 0, positions, channels, GATHER, HAS_OFFSET, BLOCK
+        )
+    for group in range(groups):
+        # The segments first..last-1 are those of the group.
+        first = tl.sum((group_of < group).to(tl.int32), 0)
+        last = tl.sum((group_of <= group).to(tl.int32), 0)
+        if not SHARED:
+            start = tl.load(segment_ptr + 3 * tl.minimum(first, segments - 1))
+            stop = tl.load(segment_ptr + 3 * tl.maximum(last, 1) - 2)
+            # Without segments the range is empty: lo = hi = 0.
+            stop = tl.multiple_of(tl.where(last > first, stop, start), 64)
+            start = tl.multiple_of(start, 64)
+            lo, hi = _range(
+                x_ptr, order_ptr, offset_ptr, start, stop, channels, GATHER, HAS_OFFSET, BLOCK
+            )
+        capacity = tl.load(capacity_ptr + group)
+        threshold, zero = spike_parameters(lo, hi, capacity, tl.load(clip_ptr + group))
+        tl.store(threshold_ptr + row * groups + group, threshold)
+        tl.store(zero_ptr + row * groups + group, zero.to(tl.int32))
+        for segment in range(first, last):
+            begin = tl.multiple_of(tl.load(segment_ptr + 3 * segment), 64)
+            end = tl.multiple_of(tl.load(segment_ptr + 3 * segment + 1), 64)
+            total = tl.zeros([BLOCK], tl.int32)
+            for at_ in range(begin, end, BLOCK):
+                at = at_ + tl.arange(0, BLOCK)
+                x, inside = _charge(
+                    x_ptr, order_ptr, offset_ptr, at, end, channels, GATHER, HAS_OFFSET
+                )
+                count = tl.where(inside, spike_count(x, threshold, zero + 0.5, capacity), 0)
+                tl.store(count_ptr + at, count.to(tl.uint8), mask=at < end)
+                total += count
+            tl.store(sum_ptr + row * segments + segment, tl.sum(total, 0))
