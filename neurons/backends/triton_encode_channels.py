@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neurons.backends.triton_encode import on, spike_count, spike_parameters, wider
+from neurons.backends.triton_encode import on
+from neurons.backends.triton_encode_row import spike_count, spike_parameters, wider
 
 __all__ = ["encode"]
 
