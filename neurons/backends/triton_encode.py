@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neurons.backends.spec import DTYPES
+from neurons.backends.triton_encode_row import encode_row
 
 __all__ = ["ALIGNMENT", "EncodedRows", "encode_rows", "stable_layout"]
 
@@ -210,7 +211,7 @@ def _encode_rows_op(
         x, positions, capacities.shape[0], segments.shape[0]
     )
     if x.shape[0]:
-        block, warps = _shape_of_programs(x.shape[0], positions)
+        block, warps = shape_of_programs(x.shape[0], positions)
         launch: Any = _encode_rows[(x.shape[0],)]
         with on(x.device):
             launch(
@@ -245,7 +246,7 @@ def _(
     return count, threshold, zero_point, count_sum
 
 
-def _shape_of_programs(rows: int, positions: int) -> tuple[int, int]:
+def shape_of_programs(rows: int, positions: int) -> tuple[int, int]:
     """Positions a program handles at a time, and its warps."""
     # Few rows leave the device idle: a row then goes through as wide a program as it can fill.
     widest = 4096 if rows < 256 else 1024
@@ -256,70 +257,6 @@ def _shape_of_programs(rows: int, positions: int) -> tuple[int, int]:
 def on(device: torch.device) -> Any:
     """Context that launches on a device: Triton takes the current one; -1 changes nothing."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
-
-
-@triton.jit
-def wider(lo, hi, lo_, hi_):  # type: ignore[no-untyped-def]
-    """The union of two ranges; NaN stays NaN."""
-    lo = tl.minimum(lo, lo_, propagate_nan=tl.PropagateNan.ALL)
-    return lo, tl.maximum(hi, hi_, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def spike_parameters(lo, hi, capacity, clip):  # type: ignore[no-untyped-def]
-    """``s`` and ``z`` (float32) of a range, as :func:`neurons.thresholds.threshold_of`."""
-    lo, hi = lo * clip, hi * clip
-    threshold = tl.maximum(tl.div_rn(hi - lo, capacity), 1e-5, propagate_nan=tl.PropagateNan.ALL)
-    # Adding 3 * 2**22 rounds half to even; -lo / s is at most the capacity, up to rounding.
-    zero = (tl.div_rn(-lo, threshold) + 12582912.0) - 12582912.0
-    return threshold, tl.minimum(tl.maximum(zero, 0.0), capacity)
-
-
-@triton.jit
-def spike_count(x, threshold, bias, capacity):  # type: ignore[no-untyped-def]
-    """``q = clip(floor(x / s + bias), 0, qmax)`` as int32."""
-    # Clipped first, the floor is the truncation of the conversion: the same integer.
-    charged = tl.div_rn(x, threshold) + bias
-    return tl.minimum(tl.maximum(charged, 0.0), capacity).to(tl.int32)
-
-
-@triton.jit
-def _charge(  # type: ignore[no-untyped-def]
-    x_ptr, order_ptr, offset_ptr, at, stop, channels, GATHER: tl.constexpr, HAS_OFFSET: tl.constexpr
-):
-    """Activations at encoded positions, float32, 0 at padding; and where there is a channel."""
-    channel, inside = at, at < stop
-    if GATHER:
-        channel = tl.load(order_ptr + at, mask=inside, other=-1)
-        inside = channel >= 0
-    else:
-        inside = inside & (at < channels)
-    x = tl.load(x_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    if HAS_OFFSET:
-        x -= tl.load(offset_ptr + channel, mask=inside, other=0.0)
-    return x, inside
-
-
-@triton.jit
-def _range(  # type: ignore[no-untyped-def]
-    x_ptr,
-    order_ptr,
-    offset_ptr,
-    start,
-    stop,
-    channels,
-    GATHER: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``min(0, min x)`` and ``max(0, max x)`` over encoded positions; NaN if one is NaN."""
-    lo = tl.zeros([BLOCK], tl.float32)
-    hi = tl.zeros([BLOCK], tl.float32)
-    for first in range(start, stop, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        x, _ = _charge(x_ptr, order_ptr, offset_ptr, at, stop, channels, GATHER, HAS_OFFSET)
-        lo, hi = wider(lo, hi, x, x)
-    return tl.reduce((lo, hi), 0, wider)
 
 
 @triton.jit
@@ -346,41 +283,28 @@ def _encode_rows(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * stride
-    count_ptr += row * positions
-    place = tl.arange(0, SEGMENTS)
-    group_of = tl.load(segment_ptr + 3 * place + 2, mask=place < segments, other=groups)
-    if SHARED:
-        lo, hi = _range(
-            x_ptr, order_ptr, offset_ptr, 0, positions, channels, GATHER, HAS_OFFSET, BLOCK
-        )
-    for group in range(groups):
-        # The segments first..last-1 are those of the group.
-        first = tl.sum((group_of < group).to(tl.int32), 0)
-        last = tl.sum((group_of <= group).to(tl.int32), 0)
-        if not SHARED:
-            start = tl.load(segment_ptr + 3 * tl.minimum(first, segments - 1))
-            stop = tl.load(segment_ptr + 3 * tl.maximum(last, 1) - 2)
-            # Without segments the range is empty: lo = hi = 0.
-            stop = tl.multiple_of(tl.where(last > first, stop, start), 64)
-            start = tl.multiple_of(start, 64)
-            lo, hi = _range(
-                x_ptr, order_ptr, offset_ptr, start, stop, channels, GATHER, HAS_OFFSET, BLOCK
-            )
-        capacity = tl.load(capacity_ptr + group)
-        threshold, zero = spike_parameters(lo, hi, capacity, tl.load(clip_ptr + group))
-        tl.store(threshold_ptr + row * groups + group, threshold)
-        tl.store(zero_ptr + row * groups + group, zero.to(tl.int32))
-        for segment in range(first, last):
-            begin = tl.multiple_of(tl.load(segment_ptr + 3 * segment), 64)
-            end = tl.multiple_of(tl.load(segment_ptr + 3 * segment + 1), 64)
-            total = tl.zeros([BLOCK], tl.int32)
-            for at_ in range(begin, end, BLOCK):
-                at = at_ + tl.arange(0, BLOCK)
-                x, inside = _charge(
-                    x_ptr, order_ptr, offset_ptr, at, end, channels, GATHER, HAS_OFFSET
-                )
-                count = tl.where(inside, spike_count(x, threshold, zero + 0.5, capacity), 0)
-                tl.store(count_ptr + at, count.to(tl.uint8), mask=at < end)
-                total += count
-            tl.store(sum_ptr + row * segments + segment, tl.sum(total, 0))
+    encode_row(
+        x_ptr + row * stride,
+        x_ptr,
+        1.0,
+        order_ptr,
+        segment_ptr,
+        capacity_ptr,
+        clip_ptr,
+        offset_ptr,
+        count_ptr + row * positions,
+        threshold_ptr + row * groups,
+        zero_ptr + row * groups,
+        sum_ptr + row * segments,
+        channels,
+        positions,
+        segments,
+        groups,
+        SHARED,
+        GATHER,
+        HAS_OFFSET,
+        False,
+        False,
+        SEGMENTS,
+        BLOCK,
+    )
