@@ -12,10 +12,12 @@ compared with those of the reference backend.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,22 +29,23 @@ from snnllm.kernels.triton_backend import TritonBackend, TritonLinear
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 ROWS = (1, 16, 256, 4096)
 REPLAYS = 15
-CANDIDATES = {
-    1: [(0, bn, kw, w) for bn in (4, 8, 16) for kw in (64, 128, 256) for w in (2, 4)],
-    16: [(16, bn, w, s) for bn in (16, 32, 64) for w in (2, 4) for s in (4, 6)]
-    + [(0, 8, 128, 4), (0, 4, 128, 4)],
-    256: [(bm, bn, 4, s) for bm in (64, 128) for bn in (64, 128) for s in (3, 4)]
-    + [(128, 128, 8, 3), (256, 64, 8, 3), (256, 128, 8, 3)],
+CANDIDATES: dict[int, list[tuple[int, ...]]] = {
+    1: [(0, bn, kw, w) for bn in (4, 8, 16) for kw in (64, 256) for w in (2, 4)],
+    16: [(16, bn, w, s, 0) for bn in (16, 32, 64) for w in (2, 4) for s in (6, 8, 12)],
+    256: [
+        *((64, 128, 4, s, r) for s in (3, 4, 6) for r in (0, 128, 168)),
+        *((128, 64, 4, s, r) for s in (3, 4) for r in (0, 168)),
+        *((64, 64, 4, s, 0) for s in (4, 6)),
+        *((128, 128, 8, s, r) for s in (3, 4) for r in (0, 128)),
+    ],
     4096: [
-        (128, 128, 8, 3),
-        (128, 128, 8, 4),
-        (128, 128, 4, 3),
-        (128, 64, 4, 4),
-        (256, 64, 8, 3),
-        (256, 64, 4, 3),
-        (256, 128, 8, 3),
-        (256, 128, 8, 4),
-        (128, 256, 8, 3),
+        *((128, 128, 8, s, r) for s in (3, 4) for r in (0, 128)),
+        *((64, 128, 4, s, r) for s in (3, 4) for r in (0, 128, 168)),
+        *((128, 64, 4, s, r) for s in (3, 4) for r in (0, 128, 168)),
+        *((128, 128, 4, 3, r) for r in (0,)),
+        *((256, 64, 8, 3, r) for r in (0, 128)),
+        *((256, 128, 8, 3, r) for r in (0,)),
+        *((128, 256, 8, 3, r) for r in (0,)),
     ],
 }
 
@@ -70,7 +73,7 @@ def random_linear(n: int, k: int, salient: float, steps: int, bits: int) -> Line
     )
 
 
-def graph_of(calls: list[Callable[[], Any]]) -> Any:
+def graph_of(calls: Sequence[Callable[[], Any]]) -> Any:
     """A CUDA graph of some calls."""
     for call in calls[:2]:
         call()
@@ -134,9 +137,11 @@ def ours(x: Tensor, spec: LinearSpec, encoded: bool = False) -> tuple[Any, int]:
     layers = rotated(backend.prepare(spec))
     if encoded:
         rows = triton_backend.encode_plan(x, layers[0].plan)
-        calls = [lambda l=l: triton_backend.multiply(rows, l, x.dtype) for l in layers]
+        calls: list[Callable[[], Any]] = [
+            partial(triton_backend.multiply, rows, layer, x.dtype) for layer in layers
+        ]
     else:
-        calls = [lambda l=l: backend.linear(x, l) for l in layers]
+        calls = [partial(backend.linear, x, layer) for layer in layers]
     return graph_of(calls), len(calls)
 
 
@@ -146,7 +151,7 @@ def dense(x: Tensor, n: int) -> tuple[Any, int]:
         torch.randn(n, x.shape[1], device="cuda", dtype=torch.bfloat16)
         for _ in range(copies_of(2 * n * x.shape[1]))
     ]
-    return graph_of([lambda w=w: torch.nn.functional.linear(x, w) for w in weights]), len(weights)
+    return graph_of([partial(torch.nn.functional.linear, x, w) for w in weights]), len(weights)
 
 
 def humming(x: Tensor, n: int) -> tuple[Any, int] | None:
@@ -155,19 +160,17 @@ def humming(x: Tensor, n: int) -> tuple[Any, int] | None:
         layer_type = importlib.import_module("humming.layer").HummingLayer
     except ImportError:
         return None
-    layers = []
-    for _ in range(copies_of(n * x.shape[1] // 2)):
-        layer = layer_type(
-            shape_n=n,
-            shape_k=x.shape[1],
-            weight_config={"dtype": "int4", "group_size": 0},
-            input_config={"dtype": "int8"},
-            torch_dtype=torch.bfloat16,
-        ).cuda()
-        layer.load_from_unquantized(torch.randn(n, x.shape[1], device="cuda", dtype=torch.bfloat16))
-        layer.transform()
-        layers.append(layer)
-    return graph_of([lambda l=l: l(inputs=x) for l in layers]), len(layers)
+    layer = layer_type(
+        shape_n=n,
+        shape_k=x.shape[1],
+        weight_config={"dtype": "int4", "group_size": 0},
+        input_config={"dtype": "int8"},
+        torch_dtype=torch.bfloat16,
+    ).cuda()
+    layer.load_from_unquantized(torch.randn(n, x.shape[1], device="cuda", dtype=torch.bfloat16))
+    layer.transform()
+    layers = [layer] + [copy.deepcopy(layer) for _ in range(copies_of(n * x.shape[1] // 2) - 1)]
+    return graph_of([partial(layer, inputs=x) for layer in layers]), len(layers)
 
 
 def table(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:

@@ -22,10 +22,12 @@ from torch import Tensor
 from neurons.backends.spec import DTYPES
 from neurons.backends.triton_encode_row import encode_row
 
-__all__ = ["ALIGNMENT", "EncodedRows", "encode_rows", "stable_layout"]
+__all__ = ["ALIGNMENT", "EARLY_ROWS", "EncodedRows", "early_launch", "encode_rows", "stable_layout"]
 
 ALIGNMENT = 64
 """Starts and stops of segments are multiples of it."""
+EARLY_ROWS = 64
+"""With at most so many rows the kernel behind may start early (programmatic dependent launch)."""
 _MAX_GROUPS = 64
 _MAX_CAPACITY = 255
 
@@ -221,6 +223,7 @@ def _encode_rows_op(
                 SHARED=shared,
                 GATHER=order is not None,
                 HAS_OFFSET=offset is not None,
+                EARLY=x.shape[0] <= EARLY_ROWS and early_launch(x.device),
                 SEGMENTS=triton.next_power_of_2(segments.shape[0]),
                 BLOCK=block,
                 num_warps=warps,
@@ -254,6 +257,12 @@ def shape_of_programs(rows: int, positions: int) -> tuple[int, int]:
     return block, max(1, block // 256)
 
 
+@lru_cache(maxsize=64)
+def early_launch(device: torch.device) -> bool:
+    """Whether kernels on a device may start before the one in front ends: capability 9.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def on(device: torch.device) -> Any:
     """Context that launches on a device: Triton takes the current one; -1 changes nothing."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
@@ -279,9 +288,12 @@ def _encode_rows(  # type: ignore[no-untyped-def]
     SHARED: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    EARLY: tl.constexpr,
     SEGMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     encode_row(
         x_ptr + row * stride,

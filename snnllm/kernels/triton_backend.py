@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class TritonLinear(PreparedLinear):
     in_features: int
     out_features: int
     plan: EncodePlan
-    arguments: tuple[Tensor | None, ...]
+    arguments: tuple[Any, ...]
     bits: int
     shifted: bool
 
@@ -249,11 +249,12 @@ def multiply(
     dtype: torch.dtype,
 ) -> Tensor:
     """Outputs `[M, N]`, or int32 accumulators `[S, M, N]`."""
+    from neurons.backends.triton_encode import EARLY_ROWS, early_launch
     from snnllm.kernels.triton_linear import launch
 
     count, threshold, zero_point, count_sum = encoded
     rows = len(count)
-    shape = (rows, layer.out_features)
+    shape: tuple[int, ...] = (rows, layer.out_features)
     if dtype == torch.int32:
         shape = (len(layer.plan.segments), *shape)
     out = torch.empty(shape, dtype=dtype, device=count.device)
@@ -262,11 +263,15 @@ def multiply(
     if layer.shifted:
         count = count ^ 128
     launch(
-        *(count.view(torch.int8), threshold, zero_point, count_sum),
+        count.view(torch.int8),
+        threshold,
+        zero_point,
+        count_sum,
         *layer.arguments,
-        out,
-        layer.bits,
-        choose_config(rows, layer.out_features),
+        out=out,
+        bits=layer.bits,
+        config=choose_config(rows, layer.out_features),
+        early=rows <= EARLY_ROWS and early_launch(count.device),
     )
     return out
 
@@ -274,14 +279,14 @@ def multiply(
 def choose_config(rows: int, columns: int) -> tuple[int, ...]:
     """Tile sizes of `triton_linear.launch` for a product of M rows and N columns."""
     if rows <= 4:
-        return (0, 8, 128, 4)
+        return (0, 4, 256, 2) if columns <= 4096 else (0, 8, 64, 4)
     if rows <= 16:
-        return (16, 32, 4, 4)
+        return (16, 32, 2, 6, 0)
     if rows <= 32:
-        return (32, 64, 4, 4)
-    if rows <= 128:
-        return (64, 64, 4, 4)
-    return (128, 128, 8, 3)
+        return (32, 64, 4, 4, 0)
+    if rows <= 256:
+        return (64, 128, 4, 4, 0)
+    return (128, 128, 8, 3, 128)
 
 
 def _triton(prepared: PreparedLinear) -> TritonLinear:

@@ -46,6 +46,7 @@ def launch(
     out: Tensor,
     bits: int,
     config: tuple[int, ...],
+    early: bool = False,
 ) -> None:
     """Write `y` of encoded rows, or their centred accumulators when `out` is int32.
 
@@ -63,7 +64,10 @@ def launch(
         bias: float32 `[N]` or None.
         out: `[M, N]` in a float type, or int32 `[S, M, N]`.
         bits: 2, 4 or 8.
-        config: `(0, BN)` for the dp4a kernel, or `(BM, BN, warps, stages)` for tensor cores.
+        config: `(0, BN, KW, warps)` for the dp4a kernel, KW the words of weights of a step; or
+            `(BM, BN, warps, stages, registers)` for tensor cores, registers 0 for no limit.
+        early: start while the kernel in front still runs, to prefetch weights (programmatic dependent
+            launch, compute capability 9.0); for few rows.
     """
     rows, width = count.shape
     columns = len(weight)
@@ -72,14 +76,17 @@ def launch(
         *(count if shift is None else shift, threshold if bias is None else bias, out),
         *(rows, columns, width, threshold.shape[1], scale.shape[1], segments.shape[0]),
     )
-    flags = {
+    flags: dict[str, Any] = {
         "BITS": bits,
         "SHIFT": shift is not None,
         "HAS_BIAS": bias is not None,
         "ACCUMULATORS": out.dtype == torch.int32,
         "ASM": not _INTERPRETED,
+        "EARLY": early,
         "enable_fp_fusion": False,
     }
+    if early:
+        flags["launch_pdl"] = True
     kernel: Any
     with torch.cuda.device(count.device if count.is_cuda else -1):
         if config[0] == 0:
@@ -94,7 +101,9 @@ def launch(
                 **flags,
             )
             return
-        bm, bn, warps, stages = config
+        bm, bn, warps, stages, registers = config
+        if registers:
+            flags["maxnreg"] = registers
         tiles = triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
         kernel = _matmul[(tiles,)]
         kernel(
@@ -157,6 +166,24 @@ def _plane(packed, SHIFT: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr): 
             4,
         )
     return ((packed >> SHIFT) & ((1 << BITS) - 1)).to(tl.int8)
+
+
+@triton.jit
+def _early(weight_at, nbytes):  # type: ignore[no-untyped-def]
+    """Start as soon as the encoder runs: bring weights to the L2 cache, then wait for its results.
+
+    Needs compute capability 9.0. One thread asks for `nbytes` (a multiple of 16) from `weight_at` on.
+    """
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }""",
+        "=r,l,r",
+        [weight_at.to(tl.int64), nbytes],
+        tl.int32,
+        False,
+        1,
+    )
+    tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -271,6 +298,7 @@ def _matmul(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     ASM: tl.constexpr,
+    EARLY: tl.constexpr,
     UNROLL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -292,6 +320,9 @@ def _matmul(  # type: ignore[no-untyped-def]
     count_at = count_ptr + (m * width)[None, :] + byte[:, None]
     pitch = tl.multiple_of(width // (8 // BITS), 16)
     weight_at = weight_ptr + (n * pitch)[:, None] + byte[None, :]
+    if EARLY:
+        first_n = (tile_n * BN).to(tl.int64)
+        _early(weight_ptr + first_n * pitch, min(BN, columns - tile_n * BN) * pitch)
     total = tl.zeros([BN, BM], tl.float32)
     if ACCUMULATORS:
         for s in range(segments):
@@ -325,7 +356,7 @@ def _matmul(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dp4a(acc, codes, counts, SIGNED: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc + the products of four codes and four signed counts in int32 words."""
+    """Acc + the products of four codes and four signed counts in int32 words."""
     if ASM:
         if SIGNED:
             return tl.inline_asm_elementwise(
@@ -365,6 +396,7 @@ def _dot_product(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     ASM: tl.constexpr,
+    EARLY: tl.constexpr,
     BN: tl.constexpr,
     KW: tl.constexpr,
 ):
@@ -379,7 +411,12 @@ def _dot_product(  # type: ignore[no-untyped-def]
     word = tl.arange(0, KW)
     # A word of weights meets PLANES words of counts, WORDS apart.
     count_at = count_ptr + m * (width // 4) + word // WORDS * 32 + word % WORDS
-    weight_at = weight_ptr + (n * (width // (4 * PLANES)))[:, None] + word[None, :]
+    pitch = tl.multiple_of(width // (4 * PLANES), 4)
+    weight_at = weight_ptr + (n * pitch)[:, None] + word[None, :]
+    if EARLY:
+        first_n = (tl.program_id(0) * BN).to(tl.int64)
+        words = min(BN, columns - tl.program_id(0) * BN) * pitch
+        _early(weight_ptr + first_n * pitch, words * 4)
     total = tl.zeros([BN], tl.float32)
     for s in range(segments):
         start = tl.multiple_of(tl.load(segment_ptr + 4 * s), 128)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton kernels: {RE
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # The interpreter truncates to bfloat16, where devices round.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-CONFIGS = [(0, 8, 64, 4), (16, 32, 4, 2), (32, 16, 4, 2)]
+CONFIGS = [(0, 8, 64, 4), (16, 32, 4, 2, 0), (32, 16, 4, 2, 0)]
 
 
 def make_spec(
