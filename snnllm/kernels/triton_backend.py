@@ -263,15 +263,12 @@ def multiply(
     if layer.shifted:
         count = count ^ 128
     launch(
-        count.view(torch.int8),
-        threshold,
-        zero_point,
-        count_sum,
-        *layer.arguments,
-        out=out,
-        bits=layer.bits,
-        config=choose_config(rows, layer.out_features),
-        early=rows <= EARLY_ROWS and early_launch(count.device),
+        (count.view(torch.int8), threshold, zero_point, count_sum),
+        layer.arguments,
+        out,
+        layer.bits,
+        choose_config(rows, layer.out_features),
+        rows <= EARLY_ROWS and early_launch(count.device),
     )
     return out
 
@@ -285,8 +282,8 @@ def choose_config(rows: int, columns: int) -> tuple[int, ...]:
     if rows <= 32:
         return (32, 64, 4, 4, 0)
     if rows <= 256:
-        return (64, 128, 4, 4, 0)
-    return (128, 128, 8, 3, 128)
+        return (64, 128, 4, 3, 168)
+    return (-128, 128, 8, 3, 0)
 
 
 def _triton(prepared: PreparedLinear) -> TritonLinear:

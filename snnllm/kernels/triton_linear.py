@@ -32,17 +32,8 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def launch(
-    count: Tensor,
-    threshold: Tensor,
-    zero_point: Tensor,
-    count_sum: Tensor,
-    weight: Tensor,
-    segments: Tensor,
-    scale: Tensor,
-    weight_zero: Tensor,
-    row_sum: Tensor,
-    shift: Tensor | None,
-    bias: Tensor | None,
+    encoded: tuple[Tensor, Tensor, Tensor, Tensor],
+    layer: tuple[Any, ...],
     out: Tensor,
     bits: int,
     config: tuple[int, ...],
@@ -51,26 +42,24 @@ def launch(
     """Write `y` of encoded rows, or their centred accumulators when `out` is int32.
 
     Args:
-        count: int8 counts (minus 128 if `shift` is given), `[M, P]` in padded encoded order.
-        threshold: float32 `[M, G]`.
-        zero_point: int32 `[M, G]`.
-        count_sum: sums of the true counts per segment, int32 `[M, S]`.
-        weight: packed codes, uint8 `[N, P * bits / 8]`; signed levels if `bits` is 8.
-        segments: the segment table, int32 `[S, 4]` (`WORDS`).
-        scale: float32 `[N, J]`.
-        weight_zero: zero points of the codes, int32 `[N, J]`.
-        row_sum: `sum_k u - zu K` per segment, int32 `[N, S]`.
-        shift: `128 sum_k u` per segment, int32 `[N, S]`, when the counts are shifted; or None.
-        bias: float32 `[N]` or None.
+        encoded: counts int8 `[M, P]` (minus 128 if the layer is shifted) in padded encoded order,
+            thresholds float32 `[M, G]`, zero points int32 `[M, G]`, sums of the true counts per
+            segment int32 `[M, S]`.
+        layer: packed codes uint8 `[N, P * bits / 8]` (signed levels if `bits` is 8); the segment
+            table int32 `[S, 4]` (`WORDS`); scales float32 `[N, J]`; zero points of the codes int32
+            `[N, J]`; `sum_k u - zu K` per segment int32 `[N, S]`; `128 sum_k u` per segment if the
+            counts are shifted, or None; bias float32 `[N]` or None.
         out: `[M, N]` in a float type, or int32 `[S, M, N]`.
         bits: 2, 4 or 8.
         config: `(0, BN, KW, warps)` for the dp4a kernel, KW the words of weights of a step; or
-            `(BM, BN, warps, stages, registers)` for tensor cores, registers 0 for no limit.
+            `(BM, BN, warps, stages, registers)` for tensor cores, registers 0 for no limit. A BM < 0
+            is the kernel of two tiles of BN that share a tile of -BM rows.
         early: start while the kernel in front still runs, to prefetch weights (programmatic dependent
             launch, compute capability 9.0); for few rows.
     """
-    rows, width = count.shape
-    columns = len(weight)
+    count, threshold, zero_point, count_sum = encoded
+    weight, segments, scale, weight_zero, row_sum, shift, bias = layer
+    (rows, width), columns = count.shape, len(weight)
     arguments = (
         *(threshold, zero_point, count_sum, segments, scale, weight_zero, row_sum),
         *(count if shift is None else shift, threshold if bias is None else bias, out),
@@ -80,41 +69,48 @@ def launch(
         "BITS": bits,
         "SHIFT": shift is not None,
         "HAS_BIAS": bias is not None,
-        "ACCUMULATORS": out.dtype == torch.int32,
         "ASM": not _INTERPRETED,
-        "EARLY": early,
         "enable_fp_fusion": False,
     }
-    if early:
-        flags["launch_pdl"] = True
-    kernel: Any
+    accumulators = out.dtype == torch.int32
     with torch.cuda.device(count.device if count.is_cuda else -1):
+        kernel: Any
         if config[0] == 0:
-            kernel = _dot_product[(triton.cdiv(columns, config[1]), rows)]
+            _, bn, words, warps = config
+            kernel = _dot_product[(triton.cdiv(columns, bn), rows)]
             kernel(
-                count.view(torch.int32),
-                weight.view(torch.int32),
-                *arguments,
-                BN=config[1],
-                KW=config[2],
-                num_warps=config[3],
+                *(count.view(torch.int32), weight.view(torch.int32), *arguments),
+                ACCUMULATORS=accumulators,
+                **_early_flags(early),
+                BN=bn,
+                KW=words,
+                num_warps=warps,
                 **flags,
             )
             return
         bm, bn, warps, stages, registers = config
+        flags |= {"num_warps": warps, "num_stages": stages}
         if registers:
             flags["maxnreg"] = registers
-        tiles = triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
-        kernel = _matmul[(tiles,)]
+        if bm < 0 and segments.shape[0] <= 2 and not accumulators:
+            kernel = _wide_matmul[(triton.cdiv(rows, -bm) * triton.cdiv(columns, 2 * bn),)]
+            kernel(*(count, weight, *arguments), TWO=len(segments) == 2, BM=-bm, BN=bn, **flags)
+            return
+        bm = abs(bm)
+        kernel = _matmul[(triton.cdiv(rows, bm) * triton.cdiv(columns, bn),)]
         kernel(
             *(count, weight, *arguments),
+            ACCUMULATORS=accumulators,
+            **_early_flags(early),
             UNROLL=segments.shape[0] if segments.shape[0] <= 2 else 0,
             BM=bm,
             BN=bn,
-            num_warps=warps,
-            num_stages=stages,
             **flags,
         )
+
+
+def _early_flags(early: bool) -> dict[str, bool]:
+    return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
 
 
 @triton.jit
@@ -228,12 +224,11 @@ def _block_product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _segment(  # type: ignore[no-untyped-def]
+def _finish(  # type: ignore[no-untyped-def]
+    acc,
     s,
     m,
     n,
-    count_at,
-    weight_at,
     threshold_ptr,
     zero_point_ptr,
     count_sum_ptr,
@@ -245,19 +240,10 @@ def _segment(  # type: ignore[no-untyped-def]
     groups,
     weight_groups,
     segments,
-    BITS: tl.constexpr,
     SHIFT: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
-    ASM: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
 ):
-    """Centred accumulators A of segment s, int32 [BN, BM]; or `(s A) sw`, float32."""
-    start = tl.multiple_of(tl.load(segment_ptr + 4 * s), 128)
-    stop = tl.multiple_of(tl.load(segment_ptr + 4 * s + 1), 128)
-    acc = tl.zeros([BN, BM], tl.int32)
-    for k in range(start, stop, 128):
-        acc = _block_product(acc, count_at, weight_at, tl.multiple_of(k, 128), BITS, ASM)
+    """Centred accumulators A of the raw sums of segment s, int32 [BN, BM]; or `(s A) sw`, float32."""
     group, weight_group = tl.load(segment_ptr + 4 * s + 2), tl.load(segment_ptr + 4 * s + 3)
     threshold, z, q = _rows_of(
         s, m, group, threshold_ptr, zero_point_ptr, count_sum_ptr, groups, segments
@@ -268,9 +254,45 @@ def _segment(  # type: ignore[no-untyped-def]
     if SHIFT:
         acc += tl.load(shift_ptr + n * segments + s)[:, None]
     if ACCUMULATORS:
-        return acc
-    scale = tl.load(scale_ptr + n * weight_groups + weight_group)
-    return (threshold[None, :] * acc.to(tl.float32)) * scale[:, None]
+        out = acc
+    else:
+        scale = tl.load(scale_ptr + n * weight_groups + weight_group)
+        out = (threshold[None, :] * acc.to(tl.float32)) * scale[:, None]
+    return out
+
+
+@triton.jit
+def _sums(  # type: ignore[no-untyped-def]
+    s,
+    count_at,
+    weight_at,
+    segment_ptr,
+    BITS: tl.constexpr,
+    ASM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Raw sums of segment s, int32 [BN, BM]."""
+    start = tl.multiple_of(tl.load(segment_ptr + 4 * s), 128)
+    stop = tl.multiple_of(tl.load(segment_ptr + 4 * s + 1), 128)
+    acc = tl.zeros([BN, BM], tl.int32)
+    for k in range(start, stop, 128):
+        acc = _block_product(acc, count_at, weight_at, tl.multiple_of(k, 128), BITS, ASM)
+    return acc
+
+
+@triton.jit
+def _tile(rows, columns, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First row and column of this program's tile.
+
+    Rasters of 8 tiles along the rows: what is in flight at a time shares operands in the L2 cache.
+    """
+    tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
+    tile = tl.program_id(0)
+    first = tile // (8 * tiles_n) * 8
+    height = min(tiles_m - first, 8)
+    tile_m, tile_n = first + tile % (8 * tiles_n) % height, tile % (8 * tiles_n) // height
+    return tile_m * BM, tile_n * BN
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -303,13 +325,8 @@ def _matmul(  # type: ignore[no-untyped-def]
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    # Rasters of 8 row tiles: what is in flight at a time shares operands in the L2 cache.
-    tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
-    tile = tl.program_id(0)
-    first = tile // (8 * tiles_n) * 8
-    height = min(tiles_m - first, 8)
-    tile_m, tile_n = first + tile % (8 * tiles_n) % height, tile % (8 * tiles_n) // height
-    out_m, out_n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
+    first_m, first_n = _tile(rows, columns, BM, BN)
+    out_m, out_n = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN)
     # Transposed, neighbours in memory are neighbours in the tile.
     out_at = out_ptr + (out_m.to(tl.int64) * columns)[:, None] + out_n[None, :]
     inside = (out_m < rows)[:, None] & (out_n < columns)[None, :]
@@ -321,37 +338,140 @@ def _matmul(  # type: ignore[no-untyped-def]
     pitch = tl.multiple_of(width // (8 // BITS), 16)
     weight_at = weight_ptr + (n * pitch)[:, None] + byte[None, :]
     if EARLY:
-        first_n = (tile_n * BN).to(tl.int64)
-        _early(weight_ptr + first_n * pitch, min(BN, columns - tile_n * BN) * pitch)
+        _early(weight_ptr + first_n.to(tl.int64) * pitch, min(BN, columns - first_n) * pitch)
     total = tl.zeros([BN, BM], tl.float32)
     if ACCUMULATORS:
         for s in range(segments):
-            acc = _segment(
-                *(s, m, n, count_at, weight_at, threshold_ptr, zero_point_ptr, count_sum_ptr),
-                *(segment_ptr, scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
-                *(groups, weight_groups, segments, BITS, SHIFT, ACCUMULATORS, ASM, BM, BN),
+            acc = _sums(s, count_at, weight_at, segment_ptr, BITS, ASM, BM, BN)
+            acc = _finish(
+                *(acc, s, m, n, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
+                *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
+                *(groups, weight_groups, segments, SHIFT, ACCUMULATORS),
             )
             tl.store(out_at + s * rows.to(tl.int64) * columns, tl.trans(acc), mask=inside)
     elif UNROLL > 0:
         # Few segments: the float sum takes no registers while the first one is multiplied.
         for s in tl.static_range(UNROLL):
-            term = _segment(
-                *(s, m, n, count_at, weight_at, threshold_ptr, zero_point_ptr, count_sum_ptr),
-                *(segment_ptr, scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
-                *(groups, weight_groups, segments, BITS, SHIFT, ACCUMULATORS, ASM, BM, BN),
+            acc = _sums(s, count_at, weight_at, segment_ptr, BITS, ASM, BM, BN)
+            term = _finish(
+                *(acc, s, m, n, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
+                *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
+                *(groups, weight_groups, segments, SHIFT, ACCUMULATORS),
             )
             total = term if s == 0 else total + term
     else:
         for s in range(segments):
-            total += _segment(
-                *(s, m, n, count_at, weight_at, threshold_ptr, zero_point_ptr, count_sum_ptr),
-                *(segment_ptr, scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
-                *(groups, weight_groups, segments, BITS, SHIFT, ACCUMULATORS, ASM, BM, BN),
+            acc = _sums(s, count_at, weight_at, segment_ptr, BITS, ASM, BM, BN)
+            total += _finish(
+                *(acc, s, m, n, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
+                *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
+                *(groups, weight_groups, segments, SHIFT, ACCUMULATORS),
             )
     if not ACCUMULATORS:
         if HAS_BIAS:
             total += tl.load(bias_ptr + n)[:, None]
         tl.store(out_at, tl.trans(total).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _wide_matmul(  # type: ignore[no-untyped-def]
+    count_ptr,
+    weight_ptr,
+    threshold_ptr,
+    zero_point_ptr,
+    count_sum_ptr,
+    segment_ptr,
+    scale_ptr,
+    weight_zero_ptr,
+    row_sum_ptr,
+    shift_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    columns,
+    width,
+    groups,
+    weight_groups,
+    segments,
+    BITS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+    TWO: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Two tiles of outputs that share a tile of rows, for one or two segments.
+
+    The L2 cache limits large products: a wide tile asks it for fewer bytes. Its accumulators fill the
+    registers, so the second (short, salient) segment goes through one half after the other.
+    """
+    first_m, first_n = _tile(rows, columns, BM, 2 * BN)
+    out_m = first_m + tl.arange(0, BM)
+    m = tl.minimum(out_m, rows - 1).to(tl.int64)
+    out_0 = first_n + tl.arange(0, BN)
+    out_1 = out_0 + BN
+    n_0 = tl.minimum(out_0, columns - 1).to(tl.int64)
+    n_1 = tl.minimum(out_1, columns - 1).to(tl.int64)
+    KB: tl.constexpr = 64 if BITS == 8 else 16 * BITS
+    byte = tl.arange(0, KB)
+    count_at = count_ptr + (m * width)[None, :] + byte[:, None]
+    pitch = tl.multiple_of(width // (8 // BITS), 16)
+    at_0 = weight_ptr + (n_0 * pitch)[:, None] + byte[None, :]
+    at_1 = weight_ptr + (n_1 * pitch)[:, None] + byte[None, :]
+    start = tl.multiple_of(tl.load(segment_ptr), 128)
+    stop = tl.multiple_of(tl.load(segment_ptr + 1), 128)
+    acc_0 = tl.zeros([BN, BM], tl.int32)
+    acc_1 = tl.zeros([BN, BM], tl.int32)
+    for start_k in range(start, stop, 128):
+        k = tl.multiple_of(start_k, 128)
+        if BITS == 8:
+            for half in tl.static_range(2):
+                c = tl.load(count_at + (k + half * 64))
+                w = tl.load(at_0 + (k + half * 64)).to(tl.int8, bitcast=True)
+                acc_0 = tl.dot(w, c, acc_0, out_dtype=tl.int32)
+                w = tl.load(at_1 + (k + half * 64)).to(tl.int8, bitcast=True)
+                acc_1 = tl.dot(w, c, acc_1, out_dtype=tl.int32)
+        else:
+            packed_0 = tl.load(at_0 + k // (8 // BITS))
+            packed_1 = tl.load(at_1 + k // (8 // BITS))
+            for plane in tl.static_range(8 // BITS):
+                c = tl.load(count_at + (k + plane * 16 * BITS))
+                w = _plane(packed_0, plane * BITS, BITS, ASM)
+                acc_0 = tl.dot(w, c, acc_0, out_dtype=tl.int32)
+                w = _plane(packed_1, plane * BITS, BITS, ASM)
+                acc_1 = tl.dot(w, c, acc_1, out_dtype=tl.int32)
+    total_0 = _finish(
+        *(acc_0, 0, m, n_0, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
+        *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
+        *(groups, weight_groups, segments, SHIFT, False),
+    )
+    total_1 = _finish(
+        *(acc_1, 0, m, n_1, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
+        *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
+        *(groups, weight_groups, segments, SHIFT, False),
+    )
+    if TWO:
+        acc = _sums(1, count_at, at_0, segment_ptr, BITS, ASM, BM, BN)
+        total_0 += _finish(
+            *(acc, 1, m, n_0, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
+            *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
+            *(groups, weight_groups, segments, SHIFT, False),
+        )
+        acc = _sums(1, count_at, at_1, segment_ptr, BITS, ASM, BM, BN)
+        total_1 += _finish(
+            *(acc, 1, m, n_1, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
+            *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
+            *(groups, weight_groups, segments, SHIFT, False),
+        )
+    if HAS_BIAS:
+        total_0 += tl.load(bias_ptr + n_0)[:, None]
+        total_1 += tl.load(bias_ptr + n_1)[:, None]
+    out_at = out_ptr + (out_m.to(tl.int64) * columns)[:, None] + out_0[None, :]
+    dtype = out_ptr.dtype.element_ty
+    inside = (out_m < rows)[:, None]
+    tl.store(out_at, tl.trans(total_0).to(dtype), mask=inside & (out_0 < columns)[None, :])
+    tl.store(out_at + BN, tl.trans(total_1).to(dtype), mask=inside & (out_1 < columns)[None, :])
 
 
 @triton.jit
