@@ -5,10 +5,25 @@ The integers are those of :func:`neurons.thresholds.encode_parameters` and
 kernel that calls these functions is launched with ``enable_fp_fusion=False``.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
-__all__ = ["encode_row", "normalized", "spike_count", "spike_parameters", "wider"]
+__all__ = ["encode_row", "normalized", "rounded", "spike_count", "spike_parameters", "wider"]
+
+# Triton's interpreter truncates to bfloat16 where the device rounds to nearest.
+_TRUNCATES = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A float32 rounded to dtype, ties to even."""
+    if _TRUNCATES and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -73,9 +88,9 @@ def _charge(  # type: ignore[no-untyped-def]
 @triton.jit
 def normalized(x, gain, scale, HAS_GAIN: tl.constexpr):  # type: ignore[no-untyped-def]
     """``gain * (x * scale)``, rounded to the dtype of x after each product, as LLaMA's RMSNorm."""
-    y = (x.to(tl.float32) * scale).to(x.dtype)
+    y = rounded(x.to(tl.float32) * scale, x.dtype)
     if HAS_GAIN:
-        y = (y.to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
+        y = rounded(y.to(tl.float32) * gain.to(tl.float32), x.dtype)
     return y
 
 
