@@ -10,7 +10,15 @@ import os
 import triton
 import triton.language as tl
 
-__all__ = ["encode_row", "normalized", "rounded", "spike_count", "spike_parameters", "wider"]
+__all__ = [
+    "encode_row",
+    "normalized",
+    "quotient",
+    "rounded",
+    "spike_count",
+    "spike_parameters",
+    "wider",
+]
 
 # Triton's interpreter truncates to bfloat16 where the device rounds to nearest.
 _TRUNCATES = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -46,9 +54,39 @@ def spike_parameters(lo, hi, capacity, clip):  # type: ignore[no-untyped-def]
 @triton.jit
 def spike_count(x, threshold, bias, capacity):  # type: ignore[no-untyped-def]
     """``q = clip(floor(x / s + bias), 0, qmax)`` as int32."""
+    return _clipped(tl.div_rn(x, threshold) + bias, capacity)
+
+
+@triton.jit
+def _clipped(charged, capacity):  # type: ignore[no-untyped-def]
     # Clipped first, the floor is the truncation of the conversion: the same integer.
-    charged = tl.div_rn(x, threshold) + bias
     return tl.minimum(tl.maximum(charged, 0.0), capacity).to(tl.int32)
+
+
+@triton.jit
+def quotient(x, divisor, inverse):  # type: ignore[no-untyped-def]
+    """``x / divisor``, correctly rounded, with the rounded inverse at hand: half of a division.
+
+    For a divisor in 2**-100 .. 2**100 and a quotient below 2**100: two Newton steps on the exact
+    remainder (Markstein 1990: a faithful quotient and a correctly rounded inverse give a correctly
+    rounded quotient). Where the remainder would be subnormal, ``|x| < 2**-100``, it may be off.
+    """
+    first = x * inverse
+    second = tl.fma(tl.fma(-first, divisor, x), inverse, first)
+    return tl.fma(tl.fma(-second, divisor, x), inverse, second)
+
+
+@triton.jit
+def _count_by_inverse(x, threshold, inverse, bias, capacity):  # type: ignore[no-untyped-def]
+    """:func:`spike_count` for a scalar threshold; the inverse is ``1 / s``, rounded."""
+    # Thresholds start at 1e-5, and where x is so small that its quotient may be off, the bias of at
+    # least 1/2 absorbs it. Ranges near the end of float32 take the plain division.
+    if threshold < 1e30:
+        zeros = tl.zeros_like(x)
+        charged = quotient(x, zeros + threshold, zeros + inverse) + bias
+    else:
+        charged = tl.div_rn(x, threshold) + bias
+    return _clipped(charged, capacity)
 
 
 @triton.jit
@@ -208,6 +246,7 @@ def encode_row(  # type: ignore[no-untyped-def]
             )
         capacity = tl.load(capacity_ptr + group)
         threshold, zero = spike_parameters(lo, hi, capacity, tl.load(clip_ptr + group))
+        inverse = tl.div_rn(tl.full([], 1.0, tl.float32), threshold)
         tl.store(threshold_ptr + group, threshold)
         tl.store(zero_ptr + group, zero.to(tl.int32))
         for segment in range(first, last):
@@ -230,7 +269,8 @@ def encode_row(  # type: ignore[no-untyped-def]
                     SCALED,
                     HAS_GAIN,
                 )
-                count = tl.where(inside, spike_count(x, threshold, zero + 0.5, capacity), 0)
+                count = _count_by_inverse(x, threshold, inverse, zero + 0.5, capacity)
+                count = tl.where(inside, count, 0)
                 tl.store(count_ptr + at, count.to(tl.uint8), mask=at < end)
                 total += count
             tl.store(sum_ptr + segment, tl.sum(total, 0))

@@ -20,6 +20,7 @@ def _product(gate, up):  # type: ignore[no-untyped-def]
 def silu_mul_kernel(  # type: ignore[no-untyped-def]
     gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, channels, BLOCK: tl.constexpr
 ):
+    """A block of one row of ``silu(gate) * up``."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < channels
@@ -137,6 +138,10 @@ def process_rows(  # type: ignore[no-untyped-def]
     SEGMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Rows one after the other: product, rotation of up to two groups (P, M), and the encoder.
+
+    Without ENCODE the rows of gate are rotated as they are and written to ``rotated_ptr``.
+    """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     blocks_ptr = scratch_ptr + program.to(tl.int64) * width

@@ -31,10 +31,10 @@ from snnllm.transforms import RotationTables, power_of_two_factor
 
 __all__ = ["rotate", "silu_mul", "silu_mul_encode"]
 
-_TILE = 4096  # elements of the butterflies of a program
+_TILE = 2048  # elements of the butterflies of a program
 _MIXED = 8  # blocks that a program mixes at a time
 _WARPS = 8
-_PROGRAMS = 4  # on a multiprocessor
+_PROGRAMS, _ROTATING = 4, 2  # on a multiprocessor, and with the registers that butterflies need
 _ELEMENTS = 1024
 
 
@@ -251,7 +251,8 @@ def _launch(
     has_offset: bool,
 ) -> None:
     rows, channels = gate.shape
-    programs = min(rows, _PROGRAMS * _multiprocessors(gate.device))
+    per_processor = _ROTATING if sizes else _PROGRAMS
+    programs = min(rows, per_processor * _multiprocessors(gate.device))
     width = padded(channels)
     scratch = gate.new_empty((2, programs, width), dtype=torch.float32)
     powers = [power_of_two_factor(size) for size in sizes] + [1, 1]
