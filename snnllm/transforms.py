@@ -133,7 +133,8 @@ def hadamard_transform(x: Tensor) -> Tensor:
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
         h *= 2
-    return x * p**-0.5
+    scaled: Tensor = x * p**-0.5
+    return scaled
 
 
 def mix_blocks(left: Tensor, x: Tensor) -> Tensor:
