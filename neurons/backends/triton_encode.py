@@ -10,6 +10,7 @@ The integers are those of :func:`neurons.thresholds.encode_parameters` and
 """
 # No `from __future__ import annotations`: torch reads the annotations of operators as types.
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -28,8 +29,9 @@ ALIGNMENT = 64
 """Starts and stops of segments are multiples of it."""
 EARLY_ROWS = 64
 """With at most so many rows the kernel behind may start early (programmatic dependent launch)."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton interprets, which reduces element by element: programs are small then."""
 _MAX_GROUPS = 64
-_MAX_CAPACITY = 255
 
 
 class EncodedRows(NamedTuple):
@@ -251,6 +253,8 @@ def _(
 
 def shape_of_programs(rows: int, positions: int) -> tuple[int, int]:
     """Positions a program handles at a time, and its warps."""
+    if INTERPRETED:
+        return ALIGNMENT, 1
     # Few rows leave the device idle: a row then goes through as wide a program as it can fill.
     widest = 4096 if rows < 256 else 1024
     block = min(widest, max(128, triton.next_power_of_2(positions)))

@@ -22,7 +22,7 @@ from neurons.backends.triton_encode import (
     padded,
     shape_of_programs,
 )
-from neurons.backends.triton_encode_row import encode_row, normalized
+from neurons.backends.triton_encode_row import encode_row, normalized, rounded
 from snnllm.norm import LANES, check_gain
 
 __all__ = ["NormEncoded", "rms_norm", "rms_norm_encode"]
@@ -303,7 +303,7 @@ def _norm(  # type: ignore[no-untyped-def]
         x = tl.load(x_ptr + channel, mask=inside, other=0.0)
         if HAS_RESIDUAL:
             added = tl.load(residual_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-            x = (x.to(tl.float32) + added).to(x.dtype)
+            x = rounded(x.to(tl.float32) + added, x.dtype)
             tl.store(stream_ptr + row * channels + channel, x, mask=inside)
         squares += x.to(tl.float32) * x.to(tl.float32)
     # In neighbours, whatever the layout: a sum of two has one order.
