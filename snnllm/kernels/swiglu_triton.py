@@ -27,12 +27,11 @@ from neurons.backends.triton_encode import (
     shape_of_programs,
 )
 from snnllm.kernels.swiglu_rows_triton import process_rows, silu_mul_kernel
-from snnllm.transforms import RotationTables, power_of_two_factor
+from snnllm.transforms import LEFT_ALIGNMENT, RotationTables, power_of_two_factor
 
 __all__ = ["rotate", "silu_mul", "silu_mul_encode"]
 
 _TILE = 2048  # elements of the butterflies of a program
-_MIXED = 8  # blocks that a program mixes at a time
 _WARPS = 8
 _PROGRAMS, _ROTATING = 4, 2  # on a multiprocessor, and with the registers that butterflies need
 _ELEMENTS = 1024
@@ -145,6 +144,19 @@ def _check_rotation(rotation: RotationTables, channels: int) -> None:
             f"the rotation must have one or two groups of {channels} channels together, got "
             f"{rotation.sizes}."
         )
+    blocks = [size // power_of_two_factor(size) for size in rotation.sizes]
+    factors = sum(m * (m + -m % LEFT_ALIGNMENT) for m in blocks)
+    expected = {
+        "order": (rotation.order, torch.int32, channels),
+        "signs": (rotation.signs, torch.int8, channels),
+        "left": (rotation.left, torch.float32, factors),
+    }
+    for name, (tensor, dtype, size) in expected.items():
+        if tensor.dtype != dtype or tuple(tensor.shape) != (size,):
+            raise ValueError(
+                f"{name} of the rotation must be {dtype} [{size}], got {tensor.dtype} "
+                f"{tuple(tensor.shape)}; use OnlineRotation.tables()."
+            )
 
 
 @torch.library.custom_op("snnllm::silu_mul", mutates_args=())
@@ -271,7 +283,6 @@ def _launch(
             P1=powers[1],
             M1=blocks[1],
             TILE=_TILE,
-            MIXED=_MIXED,
             ROTATED=bool(sizes),
             ENCODE=rotated is None,
             SHARED=shared,
