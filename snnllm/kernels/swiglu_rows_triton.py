@@ -31,14 +31,14 @@ def silu_mul_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _butterflies(x, ROWS: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``x H_p`` of ``[ROWS, P]``, in the order of :func:`snnllm.transforms.hadamard_transform`."""
+    """``x H_p`` of ROWS blocks of P, ``[ROWS * P]``, in the order of :func:`snnllm.transforms.hadamard_transform`."""
     # Sizes below 2**24: the stages are those with 2**stage < P.
     for stage in tl.static_range(24):
         if 2**stage < P:
             y = tl.reshape(x, [ROWS * (P // (2 * 2**stage)), 2, 2**stage])
             a, b = tl.split(tl.permute(y, (0, 2, 1)))
             y = tl.permute(tl.join(a + b, a - b), (0, 2, 1))
-            x = tl.reshape(y, [ROWS, P])
+            x = tl.reshape(y, [ROWS * P])
     return x
 
 
@@ -57,11 +57,12 @@ def _transform(  # type: ignore[no-untyped-def]
 ):
     """Product (where rows are encoded), signs and butterflies of a group of M blocks of P channels."""
     ROWS: tl.constexpr = TILE // P if TILE > P else 1
-    for first in range(0, M, ROWS):
-        block = first + tl.arange(0, ROWS)
-        at = block[:, None] * P + tl.arange(0, P)[None, :]
-        inside = (block < M)[:, None]
-        channel = tl.load(order_ptr + at, mask=inside, other=0)
+    for first in range(0, M * P, ROWS * P):
+        # One axis: of two, the gather would choose the wrong one for its neighbours.
+        at = first + tl.arange(0, ROWS * P)
+        inside = at < M * P
+        # A hint for the layout of the gather, as in the encoder.
+        channel = tl.load(order_ptr + tl.max_contiguous(at, 2), mask=inside, other=0)
         x = tl.load(gate_ptr + channel, mask=inside, other=0.0)
         if ENCODE:
             x = _product(x, tl.load(up_ptr + channel, mask=inside, other=0.0))
@@ -86,7 +87,7 @@ def _mix(  # type: ignore[no-untyped-def]
         for start in range(0, P, WIDTH):
             at = start + tl.arange(0, WIDTH)
             mixed = tl.zeros([MIXED, WIDTH], tl.float32)
-            for other in range(M):
+            for other in tl.range(0, M, loop_unroll_factor=4):
                 x = tl.load(in_ptr + other * P + at)
                 left = tl.load(left_ptr + other * PADDED + block, mask=block < PADDED, other=0.0)
                 mixed += left[:, None] * x[None, :]

@@ -31,14 +31,15 @@ from snnllm.transforms import LEFT_ALIGNMENT, RotationTables, power_of_two_facto
 
 __all__ = ["rotate", "silu_mul", "silu_mul_encode"]
 
-_TILE = 2048  # elements of the butterflies of a program
-_WARPS = 8
-_PROGRAMS, _ROTATING = 4, 2  # on a multiprocessor, and with the registers that butterflies need
+_PROGRAMS, _ROTATING = 4, 3  # on a multiprocessor, and with the registers that butterflies need
+_FEW_ROWS = 256
 _ELEMENTS = 1024
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up``, rounded to the dtype after SiLU and after the product, as LLaMA's MLP.
+
+    Carries no gradient.
 
     Args:
         gate: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
@@ -57,7 +58,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: RotationTables) -> Tensor:
-    """Rotate rows: the bits of :meth:`snnllm.transforms.OnlineRotation.forward`.
+    """Rotate rows: the bits of :meth:`snnllm.transforms.OnlineRotation.forward`, without gradients.
 
     Args:
         x: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
@@ -92,8 +93,8 @@ def silu_mul_encode(
     """Encode ``silu(gate) * up``, rotated if asked, in one kernel.
 
     As :func:`silu_mul`, :func:`rotate` and :func:`neurons.backends.triton_encode.encode_rows` after
-    each other, bit for bit. Nothing is checked on the device: a row with NaN or infinity has
-    thresholds that are not finite.
+    each other, bit for bit. Carries no gradient. Nothing is checked on the device: a row with NaN or
+    infinity has thresholds that are not finite.
 
     Args:
         gate: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
@@ -271,6 +272,7 @@ def _launch(
     blocks = [size // p for size, p in zip(sizes, powers, strict=False)] + [0, 0]
     # One block goes straight to the row; mixed blocks wait in the first scratch row.
     block, _ = shape_of_programs(rows, max(positions, 64))
+    warps = 16 if rows < _FEW_ROWS else 8  # few rows: more threads for each
     launch: Any = process_rows[(programs,)]
     with on(gate.device):
         launch(
@@ -282,7 +284,7 @@ def _launch(
             M0=blocks[0],
             P1=powers[1],
             M1=blocks[1],
-            TILE=_TILE,
+            TILE=256 * warps,
             ROTATED=bool(sizes),
             ENCODE=rotated is None,
             SHARED=shared,
@@ -290,7 +292,7 @@ def _launch(
             HAS_OFFSET=has_offset,
             SEGMENTS=triton.next_power_of_2(segments),
             BLOCK=block,
-            num_warps=_WARPS,
+            num_warps=warps,
             enable_fp_fusion=False,
         )
 

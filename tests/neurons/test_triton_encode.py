@@ -15,6 +15,7 @@ import itertools
 import triton
 import triton.language as tl
 
+from neurons.backends import triton_encode
 from neurons.backends.triton_encode import (
     ALIGNMENT,
     EncodedRows,
@@ -281,6 +282,13 @@ def test_cuda_graphs_replay_it():
     assert_same(got, case.expected())
 
 
+def test_a_cpu_tensor_without_the_interpreter_is_refused(monkeypatch):
+    case = Case("normal", 2, 70, (1,), 4, "split", torch.float32, 0)
+    monkeypatch.setattr(triton_encode, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="need CUDA tensors, got one on cpu"):
+        case.encoded(case.x.cpu())
+
+
 ONE = torch.ones(1)
 
 
@@ -302,7 +310,8 @@ ONE = torch.ones(1)
         ({"segments": ((0, 64, 1), (64, 128, 0))}, ValueError, "ascend in their groups"),
     ],
 )
-def test_bad_arguments(change, error, match):
+def test_bad_arguments(monkeypatch, change, error, match):
+    monkeypatch.setattr(triton_encode, "INTERPRETED", True)  # so that CPU tensors come this far
     arguments = {
         "x": torch.zeros(2, 70),
         "order": None,
