@@ -73,6 +73,7 @@ class Case:
         clips = torch.rand(len(steps), generator=generator) * 0.5 + 0.5
         clip = [1.0 if seed % 3 else float(c) for c in clips]
         self.encoder = SpikeEncoder(group, steps, bits, value_range, clip=clip).to(DEVICE)
+        self.capacities = torch.tensor(self.encoder.capacities, dtype=torch.float32, device=DEVICE)
         self.offset = None
         if seed % 2:
             self.offset = torch.randn(channels, generator=generator).to(DEVICE)
@@ -90,7 +91,7 @@ class Case:
             self.x if x is None else x,
             self.order,
             self.segments,
-            torch.tensor(self.encoder.capacities, dtype=torch.float32, device=DEVICE),
+            self.capacities,
             self.encoder.clip,
             self.encoder.value_range == "shared",
             self.offset,
@@ -250,8 +251,7 @@ def test_thresholds_tell_of_nan_and_infinity(value_range, clip):
 
 def test_opcheck():
     case = Case("normal", 3, 130, (1, 2), 4, "split", torch.float32, 1)
-    capacities = torch.tensor(case.encoder.capacities, dtype=torch.float32, device=DEVICE)
-    arguments = (case.x, case.order, case.segments, capacities, case.encoder.clip, False)
+    arguments = (case.x, case.order, case.segments, case.capacities, case.encoder.clip, False)
     positions = case.order.shape[0]
     for offset in (None, case.offset):
         torch.library.opcheck(
