@@ -241,7 +241,7 @@ def print_results(many: list[dict], few: list[dict]) -> None:
             "us",
             "GB",
             "share of copy",
-            "torch, us",
+            "torch eager, us",
             "ratio",
             "integers equal",
         ),

@@ -99,13 +99,17 @@ def sorted_groups(group: Tensor) -> Tensor:
     return group.sort().values.to(torch.uint8)
 
 
+LEFT_ALIGNMENT = 8
+
+
 class RotationTables(NamedTuple):
     """An :class:`OnlineRotation` as the tensors that a kernel reads.
 
     Attributes:
         order: original channel of every new position, int32 `[K]`.
         signs: +-1 of every new position, int8 `[K]`.
-        left: left factors of all groups, one after the other, row by row, float32.
+        left: left factors of all groups, one after the other, row by row, float32; the rows of a
+            factor `[m, m]` are padded with zeros to a multiple of `LEFT_ALIGNMENT`.
         sizes: channels of the groups.
     """
 
@@ -213,8 +217,12 @@ class OnlineRotation(nn.Module):
 
     def tables(self) -> RotationTables:
         """The rotation for a kernel."""
-        left = [self._left(number).flatten() for number in range(len(self.sizes))]
-        return RotationTables(self.order, self.signs, torch.cat(left), self.sizes)
+        left = [self._left(number) for number in range(len(self.sizes))]
+        padded = [
+            nn.functional.pad(factor, (0, -len(factor) % LEFT_ALIGNMENT)).flatten()
+            for factor in left
+        ]
+        return RotationTables(self.order, self.signs, torch.cat(padded), self.sizes)
 
     @property
     def macs(self) -> int:

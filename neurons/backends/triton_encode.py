@@ -61,7 +61,7 @@ def encode_rows(
 ) -> EncodedRows:
     """Encode rows into counts in encoded order: the equations of :mod:`neurons.encoder`.
 
-    Nothing waits for the device and nothing is checked there: a row with NaN or infinity has a
+    Carries no gradient. Nothing waits for the device and nothing is checked there: a row with NaN or infinity has a
     threshold that is not finite, in the groups where the reference has it; its counts and zero
     points mean nothing. For ``torch.compile`` and CUDA graphs give the segments as a tensor.
 
@@ -126,7 +126,9 @@ def padded(channels: int) -> int:
 
 
 def check_rows(x: Tensor) -> None:
-    """Refuse what is not ``[M, K]`` of a float dtype with stride 1 along K."""
+    """Refuse what is not ``[M, K]`` of a float dtype on a GPU with stride 1 along K."""
+    if not (x.is_cuda or INTERPRETED):
+        raise ValueError(f"the kernels need CUDA tensors, got one on {x.device}; move the input.")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be one of {[str(t) for t in DTYPES]}, got {x.dtype}.")
     if x.dim() != 2 or x.shape[1] == 0:

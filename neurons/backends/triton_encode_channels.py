@@ -135,7 +135,7 @@ def _encode(  # type: ignore[no-untyped-def]
             for first in range(0, channels, COLUMNS):
                 column = first + tl.arange(0, COLUMNS)
                 inside = inside_row[:, None] & (column < channels)[None, :]
-                at = x_row[:, None] + column[None, :] * channel_stride
+                at = x_row[:, None] + column[None, :].to(tl.int64) * channel_stride
                 x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
                 if GROUPS > 1 and not SHARED:
                     groups = tl.load(group_row[:, None] + column[None, :], mask=inside, other=0)
@@ -153,7 +153,7 @@ def _encode(  # type: ignore[no-untyped-def]
     for first in range(0, channels, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = inside_row[:, None] & (column < channels)[None, :]
-        at = x_row[:, None] + column[None, :] * channel_stride
+        at = x_row[:, None] + column[None, :].to(tl.int64) * channel_stride
         x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         divisor = tl.zeros([ROWS, COLUMNS], tl.float32) + _of(thresholds, number, 0)
         bias = tl.zeros([ROWS, COLUMNS], tl.float32) + _of(zeros, number, 0)

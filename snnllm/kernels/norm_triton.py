@@ -51,7 +51,7 @@ class NormEncoded(NamedTuple):
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalise rows in one kernel: the bits of :func:`snnllm.norm.rms_norm`.
+    """Normalise rows in one kernel: the bits of :func:`snnllm.norm.rms_norm`, without gradients.
 
     Args:
         x: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
@@ -87,7 +87,8 @@ def rms_norm_encode(
     """Add the residual, normalise and encode in one kernel.
 
     As :func:`rms_norm` followed by :func:`neurons.backends.triton_encode.encode_rows`, bit for bit.
-    Nothing is checked on the device: a row with NaN or infinity has thresholds that are not finite.
+    Carries no gradient. Nothing is checked on the device: a row with NaN or infinity has thresholds
+    that are not finite.
 
     Args:
         x: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.

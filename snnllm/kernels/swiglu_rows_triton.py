@@ -31,14 +31,14 @@ def silu_mul_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _butterflies(x, ROWS: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``x H_p`` of ``[ROWS, P]``, in the order of :func:`snnllm.transforms.hadamard_transform`."""
+    """``x H_p`` of ROWS blocks of P, ``[ROWS * P]``, in the order of :func:`snnllm.transforms.hadamard_transform`."""
     # Sizes below 2**24: the stages are those with 2**stage < P.
     for stage in tl.static_range(24):
         if 2**stage < P:
             y = tl.reshape(x, [ROWS * (P // (2 * 2**stage)), 2, 2**stage])
             a, b = tl.split(tl.permute(y, (0, 2, 1)))
             y = tl.permute(tl.join(a + b, a - b), (0, 2, 1))
-            x = tl.reshape(y, [ROWS, P])
+            x = tl.reshape(y, [ROWS * P])
     return x
 
 
@@ -57,11 +57,12 @@ def _transform(  # type: ignore[no-untyped-def]
 ):
     """Product (where rows are encoded), signs and butterflies of a group of M blocks of P channels."""
     ROWS: tl.constexpr = TILE // P if TILE > P else 1
-    for first in range(0, M, ROWS):
-        block = first + tl.arange(0, ROWS)
-        at = block[:, None] * P + tl.arange(0, P)[None, :]
-        inside = (block < M)[:, None]
-        channel = tl.load(order_ptr + at, mask=inside, other=0)
+    for first in range(0, M * P, ROWS * P):
+        # One axis: of two, the gather would choose the wrong one for its neighbours.
+        at = first + tl.arange(0, ROWS * P)
+        inside = at < M * P
+        # A hint for the layout of the gather, as in the encoder.
+        channel = tl.load(order_ptr + tl.max_contiguous(at, 2), mask=inside, other=0)
         x = tl.load(gate_ptr + channel, mask=inside, other=0.0)
         if ENCODE:
             x = _product(x, tl.load(up_ptr + channel, mask=inside, other=0.0))
@@ -74,28 +75,24 @@ def _transform(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _mix(  # type: ignore[no-untyped-def]
-    in_ptr,
-    out_ptr,
-    left_ptr,
-    P: tl.constexpr,
-    M: tl.constexpr,
-    TILE: tl.constexpr,
-    MIXED: tl.constexpr,
+    in_ptr, out_ptr, left_ptr, P: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr
 ):
     """``left^T x`` of M blocks of P channels, the sum in the order of the blocks."""
-    WIDTH: tl.constexpr = P if P < TILE // MIXED else TILE // MIXED
+    WIDTH: tl.constexpr = P if P < TILE // 8 else TILE // 8
+    MIXED: tl.constexpr = TILE // P if P < TILE // 8 else 8
+    # Rows of the factor are padded, so that a thread reads its factors in one access.
+    PADDED: tl.constexpr = (M + 7) // 8 * 8
     for first in range(0, M, MIXED):
         block = first + tl.arange(0, MIXED)
-        inside = block < M
         for start in range(0, P, WIDTH):
             at = start + tl.arange(0, WIDTH)
             mixed = tl.zeros([MIXED, WIDTH], tl.float32)
-            for other in range(M):
+            for other in tl.range(0, M, loop_unroll_factor=4):
                 x = tl.load(in_ptr + other * P + at)
-                left = tl.load(left_ptr + other * M + block, mask=inside, other=0.0)
+                left = tl.load(left_ptr + other * PADDED + block, mask=block < PADDED, other=0.0)
                 mixed += left[:, None] * x[None, :]
             out = out_ptr + block[:, None] * P + at[None, :]
-            tl.store(out, mixed, mask=inside[:, None])
+            tl.store(out, mixed, mask=(block < M)[:, None])
 
 
 @triton.jit
@@ -129,7 +126,6 @@ def process_rows(  # type: ignore[no-untyped-def]
     P1: tl.constexpr,
     M1: tl.constexpr,
     TILE: tl.constexpr,
-    MIXED: tl.constexpr,
     ROTATED: tl.constexpr,
     ENCODE: tl.constexpr,
     SHARED: tl.constexpr,
@@ -147,6 +143,7 @@ def process_rows(  # type: ignore[no-untyped-def]
     blocks_ptr = scratch_ptr + program.to(tl.int64) * width
     own_ptr = blocks_ptr + programs.to(tl.int64) * width
     second: tl.constexpr = M0 * P0
+    left_of_second: tl.constexpr = M0 * ((M0 + 7) // 8 * 8)
     for number in range(program, rows, programs):
         row = tl.full([], 0, tl.int64) + number
         gate_row = gate_ptr + row * gate_stride
@@ -176,7 +173,7 @@ def process_rows(  # type: ignore[no-untyped-def]
                     (row_ptr if M1 == 1 else blocks_ptr) + second,
                     rotation_order_ptr + second,
                     sign_ptr + second,
-                    left_ptr + M0 * M0,
+                    left_ptr + left_of_second,
                     ENCODE,
                     P1,
                     M1,
@@ -184,16 +181,15 @@ def process_rows(  # type: ignore[no-untyped-def]
                 )
             tl.debug_barrier()
             if M0 > 1:
-                _mix(blocks_ptr, row_ptr, left_ptr, P0, M0, TILE, MIXED)
+                _mix(blocks_ptr, row_ptr, left_ptr, P0, M0, TILE)
             if M1 > 1:
                 _mix(
                     blocks_ptr + second,
                     row_ptr + second,
-                    left_ptr + M0 * M0,
+                    left_ptr + left_of_second,
                     P1,
                     M1,
                     TILE,
-                    MIXED,
                 )
         else:
             for first in range(0, channels, BLOCK):

@@ -27,19 +27,19 @@ from neurons.backends.triton_encode import (
     shape_of_programs,
 )
 from snnllm.kernels.swiglu_rows_triton import process_rows, silu_mul_kernel
-from snnllm.transforms import RotationTables, power_of_two_factor
+from snnllm.transforms import LEFT_ALIGNMENT, RotationTables, power_of_two_factor
 
 __all__ = ["rotate", "silu_mul", "silu_mul_encode"]
 
-_TILE = 2048  # elements of the butterflies of a program
-_MIXED = 8  # blocks that a program mixes at a time
-_WARPS = 8
-_PROGRAMS, _ROTATING = 4, 2  # on a multiprocessor, and with the registers that butterflies need
+_PROGRAMS, _ROTATING = 4, 3  # on a multiprocessor, and with the registers that butterflies need
+_FEW_ROWS = 256
 _ELEMENTS = 1024
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up``, rounded to the dtype after SiLU and after the product, as LLaMA's MLP.
+
+    Carries no gradient.
 
     Args:
         gate: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
@@ -58,7 +58,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: RotationTables) -> Tensor:
-    """Rotate rows: the bits of :meth:`snnllm.transforms.OnlineRotation.forward`.
+    """Rotate rows: the bits of :meth:`snnllm.transforms.OnlineRotation.forward`, without gradients.
 
     Args:
         x: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
@@ -93,8 +93,8 @@ def silu_mul_encode(
     """Encode ``silu(gate) * up``, rotated if asked, in one kernel.
 
     As :func:`silu_mul`, :func:`rotate` and :func:`neurons.backends.triton_encode.encode_rows` after
-    each other, bit for bit. Nothing is checked on the device: a row with NaN or infinity has
-    thresholds that are not finite.
+    each other, bit for bit. Carries no gradient. Nothing is checked on the device: a row with NaN or
+    infinity has thresholds that are not finite.
 
     Args:
         gate: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
@@ -145,6 +145,19 @@ def _check_rotation(rotation: RotationTables, channels: int) -> None:
             f"the rotation must have one or two groups of {channels} channels together, got "
             f"{rotation.sizes}."
         )
+    blocks = [size // power_of_two_factor(size) for size in rotation.sizes]
+    factors = sum(m * (m + -m % LEFT_ALIGNMENT) for m in blocks)
+    expected = {
+        "order": (rotation.order, torch.int32, channels),
+        "signs": (rotation.signs, torch.int8, channels),
+        "left": (rotation.left, torch.float32, factors),
+    }
+    for name, (tensor, dtype, size) in expected.items():
+        if tensor.dtype != dtype or tuple(tensor.shape) != (size,):
+            raise ValueError(
+                f"{name} of the rotation must be {dtype} [{size}], got {tensor.dtype} "
+                f"{tuple(tensor.shape)}; use OnlineRotation.tables()."
+            )
 
 
 @torch.library.custom_op("snnllm::silu_mul", mutates_args=())
@@ -259,6 +272,7 @@ def _launch(
     blocks = [size // p for size, p in zip(sizes, powers, strict=False)] + [0, 0]
     # One block goes straight to the row; mixed blocks wait in the first scratch row.
     block, _ = shape_of_programs(rows, max(positions, 64))
+    warps = 16 if rows < _FEW_ROWS else 8  # few rows: more threads for each
     launch: Any = process_rows[(programs,)]
     with on(gate.device):
         launch(
@@ -270,8 +284,7 @@ def _launch(
             M0=blocks[0],
             P1=powers[1],
             M1=blocks[1],
-            TILE=_TILE,
-            MIXED=_MIXED,
+            TILE=256 * warps,
             ROTATED=bool(sizes),
             ENCODE=rotated is None,
             SHARED=shared,
@@ -279,7 +292,7 @@ def _launch(
             HAS_OFFSET=has_offset,
             SEGMENTS=triton.next_power_of_2(segments),
             BLOCK=block,
-            num_warps=_WARPS,
+            num_warps=warps,
             enable_fp_fusion=False,
         )
 

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 
 class _Opened(Exception):
@@ -63,6 +64,22 @@ def test_the_speed_of_a_model(
     assert ("W8A8" if converted else "W4A4T2") in text
     assert "| prefill 8 |" in text
     assert "| decode after 4 |" in text
+
+
+def test_the_speed_of_encoding(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))  # it shares the clock of another
+    module = benchmark(repository, "encode_speed")
+    if not torch.cuda.is_available():
+        assert module.main([]) == module.SKIPPED
+        assert "found no CUDA device" in capsys.readouterr().err
+        return
+    monkeypatch.setattr(module, "SHAPES", ((64, 384),))
+    monkeypatch.setattr(module, "ROTATED_BYTES", 1)
+    assert module.main(["--rounds", "2", "--json", str(tmp_path / "out.json")]) == 0
+    assert "NO" not in capsys.readouterr().out
+    assert (tmp_path / "out.json").is_file()
 
 
 def test_the_speed_of_neurons(repository: Path, tmp_path: Path, capsys: Any) -> None:

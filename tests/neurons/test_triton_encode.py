@@ -15,6 +15,7 @@ import itertools
 import triton
 import triton.language as tl
 
+from neurons.backends import triton_encode
 from neurons.backends.triton_encode import (
     ALIGNMENT,
     EncodedRows,
@@ -72,6 +73,7 @@ class Case:
         clips = torch.rand(len(steps), generator=generator) * 0.5 + 0.5
         clip = [1.0 if seed % 3 else float(c) for c in clips]
         self.encoder = SpikeEncoder(group, steps, bits, value_range, clip=clip).to(DEVICE)
+        self.capacities = torch.tensor(self.encoder.capacities, dtype=torch.float32, device=DEVICE)
         self.offset = None
         if seed % 2:
             self.offset = torch.randn(channels, generator=generator).to(DEVICE)
@@ -89,7 +91,7 @@ class Case:
             self.x if x is None else x,
             self.order,
             self.segments,
-            torch.tensor(self.encoder.capacities, dtype=torch.float32, device=DEVICE),
+            self.capacities,
             self.encoder.clip,
             self.encoder.value_range == "shared",
             self.offset,
@@ -249,8 +251,7 @@ def test_thresholds_tell_of_nan_and_infinity(value_range, clip):
 
 def test_opcheck():
     case = Case("normal", 3, 130, (1, 2), 4, "split", torch.float32, 1)
-    capacities = torch.tensor(case.encoder.capacities, dtype=torch.float32, device=DEVICE)
-    arguments = (case.x, case.order, case.segments, capacities, case.encoder.clip, False)
+    arguments = (case.x, case.order, case.segments, case.capacities, case.encoder.clip, False)
     positions = case.order.shape[0]
     for offset in (None, case.offset):
         torch.library.opcheck(
@@ -281,6 +282,13 @@ def test_cuda_graphs_replay_it():
     assert_same(got, case.expected())
 
 
+def test_a_cpu_tensor_without_the_interpreter_is_refused(monkeypatch):
+    case = Case("normal", 2, 70, (1,), 4, "split", torch.float32, 0)
+    monkeypatch.setattr(triton_encode, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="need CUDA tensors, got one on cpu"):
+        case.encoded(case.x.cpu())
+
+
 ONE = torch.ones(1)
 
 
@@ -302,7 +310,8 @@ ONE = torch.ones(1)
         ({"segments": ((0, 64, 1), (64, 128, 0))}, ValueError, "ascend in their groups"),
     ],
 )
-def test_bad_arguments(change, error, match):
+def test_bad_arguments(monkeypatch, change, error, match):
+    monkeypatch.setattr(triton_encode, "INTERPRETED", True)  # so that CPU tensors come this far
     arguments = {
         "x": torch.zeros(2, 70),
         "order": None,

@@ -66,7 +66,7 @@ def test_silu_mul_is_that_of_torch(dtype):
     torch.testing.assert_close(silu_mul(gate, up), expected, rtol=tolerance, atol=1e-30)
 
 
-SIZES = [(16,), (12,), (56, 8), (24, 16), (11, 4), (120, 10)]
+SIZES = [(16,), (12,), (56, 8), (24, 16), (11, 4), (120, 10), (768,)]
 
 
 @settings(max_examples=24, deadline=None, derandomize=True)
@@ -160,3 +160,8 @@ def test_refusals():
         rotate(x, rotation_of((16, 4), 0).tables())
     with pytest.raises(ValueError, match="one or two groups of 24 channels"):
         rotate(x, OnlineRotation((8, 8, 8)).to(DEVICE).tables())
+    tables = rotation_of((16, 8), 0).tables()
+    with pytest.raises(ValueError, match=r"left of the rotation must be torch\.float32 \[16\]"):
+        rotate(x, tables._replace(left=tables.left[:2]))
+    with pytest.raises(ValueError, match=r"signs of the rotation must be torch\.int8 \[24\]"):
+        rotate(x, tables._replace(signs=tables.order))
