@@ -29,7 +29,7 @@ WORDS = ("start", "stop", "group", "weight_group")
 @triton.jit
 def _plane(packed, PLANE: tl.constexpr, BITS: tl.constexpr, UNPACK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes of one plane of bits of packed bytes, as int8."""
-    if UNPACK == ():
+    if UNPACK is None:
         return ((packed >> (PLANE * BITS)) & ((1 << BITS) - 1)).to(tl.int8)
     # Four bytes in a register: Triton would unpack int8 tensors one by one.
     return tl.inline_asm_elementwise(UNPACK[PLANE], "=r,r", [packed], tl.int8, True, 4)

@@ -112,7 +112,7 @@ def encoded_linear(
             *(count, weight, *arguments),
             ACCUMULATORS=accumulators,
             **_early_flags(starts_early),
-            UNPACK=() if INTERPRETED else _unpacking(bits),
+            UNPACK=None if INTERPRETED else _unpacking(bits),
             UNROLL=segments.shape[0] if segments.shape[0] <= 2 else 0,
             BM=bm,
             BN=bn,
