@@ -2,7 +2,7 @@
 
 Frantar et al., GPTQ (arXiv 2210.17323). What a column is rounded to is decided by a `BlockCoder`, which
 sees the compensated weights of a block before its first column is rounded: ternary spikes
-(`snnllm.ternary`), binary weights (`snnllm.binary`) and uniform levels run in the same loop.
+(`snnllm.ternary`), binary weights (`snnllm.baselines`) and uniform levels run in the same loop.
 """
 
 from __future__ import annotations

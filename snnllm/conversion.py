@@ -243,6 +243,11 @@ def start_pipeline(
     """
     if isinstance(options, GptqOptions):
         return source, spike, gptq.start(source, spike, run, options, allocation)
+    if spike.mean_steps is not None:
+        raise ValueError(
+            f"mean_steps: the pipeline {pipeline} makes integer levels; ternary weights go with "
+            "pipeline='gptq'."
+        )
     if isinstance(options, OmniQuantOptions):
         return omniquant.start(source, spike, run, options, allocation)
     if isinstance(options, RotatedOptions):

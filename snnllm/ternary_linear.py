@@ -68,7 +68,7 @@ class TernaryLinear(SpikingLinear):
 
     # -- content -----------------------------------------------------------------------------------
 
-    def set_weight(  # type: ignore[override]
+    def set_weight(
         self, quantized: TernaryWeight | QuantizedWeight, bias: Tensor | None = None
     ) -> None:
         """Store ternary spike trains.
@@ -208,7 +208,7 @@ class TernaryLinear(SpikingLinear):
             sum(ordered[:, s.start : s.stop].double() @ t[:, s.start : s.stop].T for t in trains)
             for s in spec.segments
         ]
-        return torch.stack(sums).to(torch.int64), unit  # type: ignore[arg-type]
+        return torch.stack(sums).to(torch.int64), unit
 
     def _trains(self, levels: Tensor) -> Tensor:
         """Weight spikes of every step, int8 `[T, N, K]`."""

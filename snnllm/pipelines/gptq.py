@@ -165,7 +165,7 @@ def convert_blocks(
         options: How the weights are encoded.
         allocation: Explicit maps channel -> T of activations, per full module name.
         encode: What becomes of a linear; None for ternary spike trains. Other quantisers run in the
-            same loop (`snnllm.binary`), for comparison.
+            same loop (`snnllm.baselines`), for comparison.
 
     Yields:
         The converted block and its report, in order; its SQNR is that of the hidden states behind it,

@@ -94,7 +94,7 @@ def test_convert_reports_and_writes_a_card(stories_dir, text_file, tmp_path, cap
     options = ["--calibration", text_file, *CALIBRATION, "--preset", "W4A4T2", "--ratio", "0.2"]
     run("convert", stories_dir, output, *options, "--eval", text_file, "--limit", "3")
     text = capsys.readouterr().out
-    for what in ("spiking modules", "bytes per converted weight", "block SQNR", "peak memory"):
+    for what in ("spiking modules", "bits per converted weight", "block SQNR", "peak memory"):
         assert what in text
     assert "perplexity, dense" in text
     assert "perplexity, spiking (token_ppl@48" in text
