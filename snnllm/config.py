@@ -315,9 +315,9 @@ class SpikeConfig:
             "salient_steps": steps,
             "salient_ratio": _RATIO_OF_STEPS.get(steps, 0.10),
         }
-        if mean is not None:
+        if mean is not None or (weight is None and overrides.get("mean_steps") is not None):
             ternary = {"weight_bits": _TERNARY_BITS, "weight_group_size": _TERNARY_GROUP}
-            values |= {**ternary, "mean_steps": float(mean)}
+            values |= {**ternary, "mean_steps": float(mean or 1.0)}
         return cls(**{**values, **overrides})
 
     @property
