@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snnllm.additive import AdditiveWork, additive_sums, fixed_point
 from snnllm.execution import View, use_view
+from snnllm.kernels import ReferenceBackend, TritonBackend
 from snnllm.layout import LinearLayout
 from snnllm.linear import SpikingLinear
 from snnllm.step_allocation import StepClass, classes_of
@@ -241,3 +243,36 @@ def test_it_is_a_spiking_linear_with_its_classes() -> None:
     assert isinstance(module, SpikingLinear)
     assert classes_of(torch.tensor([5, 5, 1])) == (StepClass(1, 1), StepClass(5, 2))
     assert module.layout.classes == trains.classes
+
+
+@pytest.mark.parametrize("weight_steps", [(1,), (1, 2, 5)])
+def test_the_triton_kernels_serve_ternary_weights(weight_steps: tuple[int, ...]) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    reason = TritonBackend().available()
+    if reason is not None:
+        pytest.skip(f"triton kernels: {reason}")
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    module, _ = ternary(140, 9, bits=4, steps=(1, 2), weight_steps=weight_steps, group_size=64)
+    module = module.to(device)
+    x = torch.randn(2, 140, generator=torch.Generator().manual_seed(0)).to(device)
+    reference, kernels = ReferenceBackend(), TritonBackend()
+    expected, prepared = reference.prepare(module.spec()), kernels.prepare(module.spec())
+    assert torch.equal(kernels.accumulate(x, prepared), reference.accumulate(x, expected))
+    assert torch.equal(kernels.linear(x, prepared), reference.linear(x, expected))
+    assert prepared.bits == (2 if weight_steps == (1,) else 4)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_computes_the_same() -> None:
+    for bits, steps in ((16, (1,)), (4, (1, 2))):
+        module, _ = ternary(200, 64, bits=bits, steps=steps, group_size=128)
+        x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
+        here = {view: module_sums(module, view, x) for view in View}
+        module = module.to("cuda")
+        for view in View:
+            assert torch.equal(module_sums(module, view, x.cuda()).cpu(), here[view])
+
+
+def module_sums(module: TernaryLinear, view: View, x: Tensor) -> Tensor:
+    with use_view(module, view):
+        return module.accumulators(x).long()
