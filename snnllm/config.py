@@ -13,7 +13,7 @@ from typing import Any
 from neurons import Capacity as Capacity
 from neurons import ValueRange as ValueRange
 from snnllm.kernels.spec import MAX_GROUPS
-from snnllm.step_allocation import MAX_STEPS
+from snnllm.step_allocation import GROUP_SIZE, MAX_STEPS
 
 SCHEMA_VERSION = 2
 FLOAT_BITS = 16
@@ -21,7 +21,7 @@ FLOAT_BITS = 16
 
 _PRESET = re.compile(r"^(?:W(?P<w>\d+)|TW(?P<m>\d+(?:\.\d+)?))?A(?P<a>\d+)(?:T(?P<t>\d+))?$")
 _RATIO_OF_STEPS = {1: 0.0, 2: 0.10, 4: 0.05}
-_TERNARY_BITS, _TERNARY_GROUP = 2, 128
+_TERNARY_BITS = 2
 PRESETS = (
     "W4A4T2",
     "W4A4T4",
@@ -316,7 +316,7 @@ class SpikeConfig:
             "salient_ratio": _RATIO_OF_STEPS.get(steps, 0.10),
         }
         if mean is not None or (weight is None and overrides.get("mean_steps") is not None):
-            ternary = {"weight_bits": _TERNARY_BITS, "weight_group_size": _TERNARY_GROUP}
+            ternary = {"weight_bits": _TERNARY_BITS, "weight_group_size": GROUP_SIZE}
             values |= {**ternary, "mean_steps": float(mean or 1.0)}
         return cls(**{**values, **overrides})
 

@@ -277,9 +277,8 @@ def options_of(pipeline: Pipeline, options: Options | None) -> Options | None:
         return None
     if kind is None or not isinstance(options, kind | None):
         raise ValueError(
-            f"options: {type(options).__name__} belongs to another pipeline than {pipeline}; the "
-            "rotated pipeline takes RotatedOptions, omniquant OmniQuantOptions, gptq GptqOptions, rtn "
-            "none."
+            f"options: {type(options).__name__} belongs to another pipeline than {pipeline}; rotated "
+            "takes RotatedOptions, omniquant OmniQuantOptions, gptq GptqOptions, rtn none."
         )
     made: Options = kind() if options is None else options
     return made

@@ -19,10 +19,8 @@ from torch import Tensor
 from neurons.functional import signed_events, signed_gif_count
 from snnllm.column_sweep import column_sweep
 from snnllm.gptq import DAMPING, ROWS, inverse_factor
-from snnllm.step_allocation import StepClass, classes_of, column_steps, threshold_runs
+from snnllm.step_allocation import GROUP_SIZE, StepClass, classes_of, column_steps, threshold_runs
 
-GROUP_SIZE = 128
-"""Columns that share a threshold."""
 _RATIOS = tuple(0.2 + 0.05 * i for i in range(17))
 _SMALLEST, _LARGEST = 2.0**-14, 65504.0  # normal float16
 

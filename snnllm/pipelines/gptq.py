@@ -23,7 +23,7 @@ from snnllm.config import Score, SpikeConfig
 from snnllm.execution import choose_views
 from snnllm.modeling import spiking_linear
 from snnllm.pipelines.fitting import Moments
-from snnllm.pipelines.inputs import InputData, each_input
+from snnllm.pipelines.inputs import InputData, bias_of, each_input
 from snnllm.pipelines.report import (
     BlockReport,
     SpikeRateMeter,
@@ -77,7 +77,7 @@ class GptqOptions:
     damping: float = 0.05
     refinements: int = 2
     compensate: bool = True
-    ridge: float = 3.0
+    ridge: float = 1.0
     steps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -114,6 +114,11 @@ def start(
     """
     check_ternary(source, spike, options)
     check_unfilled(spike, "rotated")
+    if allocation and not spike.encodes_activations:
+        raise ValueError(
+            "allocation gives steps to the channels of activations, which are float here; steps of "
+            "weight columns go into GptqOptions(steps=...)."
+        )
     return convert_blocks(source, spike, run, options, allocation)
 
 
@@ -267,12 +272,10 @@ def _convert_input(
     start = 0
     for members in [list(paths)] if together else [[p] for p in paths]:
         linears = [linear_of(block, p) for p in members]
-        size = sum(linear.out_features for linear in linears)
-        weight = torch.cat([linear.weight.detach().float() for linear in linears])
         group = groups.get(members[0])
-        name = f"model.layers.{index}.{members[0]}"
-        moments = _moments(name, linears[0], weight, data, slice(start, start + size), group, job)
-        start += size
+        moments = _moments(f"model.layers.{index}.{members[0]}", linears, data, start, group, job)
+        weight = moments.weight
+        start += len(weight)
         if job.options.compensate:
             weight = moments.least_squares(job.options.ridge, centred=False)
         rows = weight.split([linear.out_features for linear in linears])
@@ -288,25 +291,29 @@ def _convert_input(
 
 def _moments(
     name: str,
-    linear: nn.Linear,
-    weight: Tensor,
+    linears: Sequence[nn.Linear],
     data: InputData,
-    columns: slice,
+    start: int,
     group: Tensor | None,
     job: _Job,
 ) -> Moments:
-    """Statistics of an input, encoded if it is, and of the outputs `columns` that are wanted."""
-    probe = None
+    """Statistics of an input, encoded if it is, and of the outputs from `start` on that are wanted.
+
+    Biases stay as they are, so they are no part of what the weights should give.
+    """
+    weight = torch.cat([linear.weight.detach().float() for linear in linears])
+    bias = torch.cat([bias_of(linear) for linear in linears])
+    columns, probe = slice(start, start + len(weight)), None
     if group is not None:  # its encoder, with the weight left in float
         floating = dataclasses.replace(
             job.spike, mean_steps=None, weight_columns={}, weight_bits=16
         )
-        probe = spiking_linear(linear, floating, name).to(weight.device)
+        probe = spiking_linear(linears[0], floating, name).to(weight.device)
         probe.set_channel_group(group)
     moments = Moments(weight)
     for batch, (x, token_weight) in enumerate(data.rows()):
         encoded = x if probe is None else probe.encoder.decode(probe.encoder.encode(x))
-        moments.update(encoded, data.outputs(batch)[:, columns], token_weight)
+        moments.update(encoded, data.outputs(batch)[:, columns] - bias, token_weight)
     return moments
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snnllm.config import SpikeConfig
 from snnllm.linear import SpikingLinear
@@ -85,7 +85,7 @@ def each_input(
 
             def outputs(
                 batch: int,
-                dense: list[torch.nn.Linear] = dense,
+                dense: list[nn.Linear] = dense,
                 wanted: Batches | None = floating.residual if writes else None,
                 before: Batches = before,
                 targets: Batches = targets,
@@ -101,6 +101,14 @@ def each_input(
             yield converted, InputData(inputs, weights, outputs)
         if writes:
             spiking.write(paths[0], inputs)
+
+
+def bias_of(linear: nn.Linear) -> Tensor:
+    """Bias of a dense linear in float32, `[N]`; zeros if it has none."""
+    bias: Tensor | None = linear.bias
+    if bias is None:
+        return linear.weight.new_zeros(linear.out_features)
+    return bias.detach().float()
 
 
 def token_weights(path: str, hidden: Tensor) -> Tensor:

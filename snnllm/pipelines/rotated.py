@@ -31,7 +31,7 @@ from snnllm.linear import SpikingLinear
 from snnllm.modeling import spiking_linear
 from snnllm.pipelines.basis import Basis, find_basis, rotate_source
 from snnllm.pipelines.fitting import Moments, clip_ratios, weighted_mean
-from snnllm.pipelines.inputs import InputData, each_input
+from snnllm.pipelines.inputs import InputData, bias_of, each_input
 from snnllm.pipelines.report import (
     BlockReport,
     SpikeRateMeter,
@@ -236,7 +236,9 @@ def _fit_input(
         taken = first.get_buffer("offset_input").clone()
         given = weight @ taken
         if options.compensate:
-            given = moments.output_offset(rounded) - torch.cat([_bias(linear) for linear in dense])
+            given = moments.output_offset(rounded) - torch.cat(
+                [bias_of(linear) for linear in dense]
+            )
         for module, part in zip(
             modules, given.split([m.out_features for m in modules]), strict=True
         ):
@@ -267,13 +269,6 @@ def _store(
         choose_views(module)
         parent, _, name = path.rpartition(".")
         setattr(block.get_submodule(parent), name, module)
-
-
-def _bias(linear: nn.Linear) -> Tensor:
-    bias: Tensor | None = linear.bias
-    if bias is None:
-        return linear.weight.new_zeros(linear.out_features)
-    return bias.detach().float()
 
 
 def _quantize(

@@ -124,9 +124,19 @@ def test_linears_may_stay_dense(tiny) -> None:
 
 def test_biases_are_kept(make_llama, token_ids, tmp_path) -> None:
     dense = make_llama(attention_bias=True)
-    convert(dense, tmp_path / "out", SpikeConfig.preset("TW7A16"), token_ids, pipeline="gptq")
-    module = load(tmp_path / "out").model.layers[0].self_attn.q_proj
-    assert torch.equal(module.bias, dense.model.layers[0].self_attn.q_proj.bias)
+    options = GptqOptions(ridge=0.01)
+    for layer in dense.model.layers:  # large ones, which the weights must not take over
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            layer.self_attn.get_submodule(name).bias.data.mul_(50.0)
+    spike = SpikeConfig.preset("TW7A16")
+    convert(dense, tmp_path / "out", spike, token_ids, pipeline="gptq", options=options)
+    model = load(tmp_path / "out")
+    for name in ("q_proj", "o_proj"):
+        module = model.model.layers[0].self_attn.get_submodule(name)
+        linear = dense.model.layers[0].self_attn.get_submodule(name)
+        assert torch.equal(module.bias, linear.bias)
+        error = (module.dequantized_weight() - linear.weight).square().mean()
+        assert error < 0.05 * linear.weight.square().mean()
 
 
 def test_saving_again_gives_the_same_model(tiny, token_ids, tmp_path) -> None:
@@ -206,6 +216,9 @@ def test_what_it_cannot_do_is_refused(make_llama, token_ids, tmp_path) -> None:
         run(spike, GptqOptions(steps={"up_proj": (1,)}))
     with pytest.raises(ValueError, match="needs one step count for each of 32 channels, got 3"):
         run(spike, GptqOptions(steps={"model.layers.0.mlp.up_proj": (1, 2, 1)}))
+    maps = {"model.layers.0.mlp.up_proj": torch.ones(32, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="allocation gives steps to the channels of activations"):
+        convert(dense, output, spike, token_ids, pipeline="gptq", allocation=maps)
     with pytest.raises(ValueError, match="rotation: only the rotated pipeline"):
         run(SpikeConfig.preset("TW1.4A4", rotation="groups"))
     assert not list(tmp_path.iterdir())
