@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snnllm.column_sweep import column_sweep
+from snnllm.column_sweep import BlockCoder, column_sweep
 from snnllm.gptq import DAMPING, gptq, inverse_factor
 from snnllm.weights import dequantize, run_sizes
 
@@ -99,7 +99,7 @@ def plain_gptq(
     return Rounded(rounded, bits + groups * (_SCALE_BITS + bits), 0.0, float(bits))
 
 
-class _PartlyBinary:
+class _PartlyBinary(BlockCoder):
     """Columns of PB-LLM: 8 bits where `salient`, else one bit."""
 
     def __init__(self, weight: Tensor, salient: Tensor) -> None:
@@ -152,7 +152,7 @@ def bi_llm(weight: Tensor, hessian: Tensor, name: str = "", damping: float = DAM
     return Rounded(rounded, bits, 1.0, 1.0 + salient)
 
 
-class _TwiceBinary:
+class _TwiceBinary(BlockCoder):
     """Columns of BiLLM; parameters of a block come from its compensated weights."""
 
     def __init__(self, diagonal: Tensor) -> None:

@@ -7,8 +7,8 @@ sees the compensated weights of a block before its first column is rounded: tern
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ CPU_LAZY_COLUMNS = 32
 """The same on the CPU, where the matmul is much faster than the rank-one updates."""
 
 
-class BlockCoder(Protocol):
+class BlockCoder(ABC):
     """Rounds the columns of a weight, block by block."""
 
+    @abstractmethod
     def begin(self, weight: Tensor, start: int) -> None:
         """Choose the parameters of a block.
 
@@ -30,6 +31,7 @@ class BlockCoder(Protocol):
             start: Position of its first column in the sweep.
         """
 
+    @abstractmethod
     def round(self, column: int, weight: Tensor) -> Tensor:
         """Round a column of the current block.
 
@@ -40,6 +42,24 @@ class BlockCoder(Protocol):
         Returns:
             The value that stands for each weight, float32 `[N]`.
         """
+
+    def round_columns(self, column: int, weight: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+        """Round several columns of the current block, each with the errors of those before it.
+
+        Args:
+            column: Position of the first one in the block.
+            weight: Their compensated weights, float32 `[columns, N]`, contiguous; changed in place.
+            spread: `U_kj / U_kk` of these columns, `[columns, columns]`, contiguous.
+
+        Returns:
+            The values that stand for the weights, and `w_k - w_hat_k`, each float32 `[columns, N]`.
+        """
+        values, errors = torch.empty_like(weight), torch.empty_like(weight)
+        for k, error in enumerate(errors):
+            values[k] = self.round(column + k, weight[k])
+            torch.sub(weight[k], values[k], out=error)
+            weight[k + 1 :].addr_(spread[k, k + 1 :], error, alpha=-1.0)
+        return values, errors
 
 
 def column_sweep(weight: Tensor, upper: Tensor, coder: BlockCoder, blocks: Sequence[int]) -> Tensor:
@@ -70,14 +90,8 @@ def column_sweep(weight: Tensor, upper: Tensor, coder: BlockCoder, blocks: Seque
         for start in range(begin, begin + size, lazy):
             part = slice(start, min(start + lazy, begin + size))
             local = upper[part, part]
-            spread = local / local.diagonal().unsqueeze(1)
-            errors = torch.empty_like(w[part])
-            for k in range(len(errors)):
-                own = w[start + k]
-                value = coder.round(start - begin + k, own)
-                rounded[start + k] = value
-                torch.sub(own, value, out=errors[k])
-                w[start + k + 1 : part.stop].addr_(spread[k, k + 1 :], errors[k], alpha=-1.0)
+            spread = (local / local.diagonal().unsqueeze(1)).contiguous()
+            rounded[part], errors = coder.round_columns(start - begin, w[part], spread)
             behind = upper[part, part.stop :] / local.diagonal().unsqueeze(1)
             w[part.stop :].addmm_(behind.T, errors, alpha=-1.0)
         begin += size

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from neurons.functional import signed_events, signed_gif_count
-from snnllm.column_sweep import column_sweep
+from snnllm.column_sweep import CPU_LAZY_COLUMNS, LAZY_COLUMNS, BlockCoder, column_sweep
 from snnllm.gptq import DAMPING, ROWS, inverse_factor
+from snnllm.kernels.gptq_triton import triton_available
+from snnllm.kernels.ternary_triton import fire_block, refine_block
 from snnllm.step_allocation import GROUP_SIZE, StepClass, classes_of, column_steps, threshold_runs
 
 _RATIOS = tuple(0.2 + 0.05 * i for i in range(17))
@@ -112,7 +114,12 @@ def _storable(threshold: Tensor) -> Tensor:
     return threshold.clamp(_SMALLEST, _LARGEST).half().to(threshold.dtype)
 
 
-class TernaryCoder:
+def fused(tensor: Tensor) -> bool:
+    """Whether a block of columns runs as one kernel."""
+    return tensor.is_cuda and triton_available()
+
+
+class TernaryCoder(BlockCoder):
     """Rounds the columns of a sweep to ternary spike trains; a block is a run of one threshold.
 
     Args:
@@ -120,7 +127,7 @@ class TernaryCoder:
         steps: Steps of every column in that order.
 
     Attributes:
-        levels: Spike counts of every column so far, float32 `[N]` each.
+        levels: Spike counts so far, float32 `[columns, N]` each.
         thresholds: float32 `[N]` of every run so far.
     """
 
@@ -139,8 +146,18 @@ class TernaryCoder:
     def round(self, column: int, weight: Tensor) -> Tensor:
         """Let the neurons of a column fire."""
         threshold = self.thresholds[-1]
-        self.levels.append(signed_gif_count(weight / threshold, self._run))
-        return self.levels[-1] * threshold
+        count = signed_gif_count(weight / threshold, self._run)
+        self.levels.append(count.unsqueeze(0))
+        return count * threshold
+
+    def round_columns(self, column: int, weight: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+        """Let the neurons of several columns fire; on a GPU in one kernel."""
+        if not fused(weight):
+            return super().round_columns(column, weight, spread)
+        counts, errors = torch.empty_like(weight), torch.empty_like(weight)
+        fire_block(weight, spread, self.thresholds[-1], self._run, counts, errors)
+        self.levels.append(counts)
+        return counts * self.thresholds[-1], errors
 
 
 def ternary_gptq(
@@ -185,7 +202,7 @@ def ternary_gptq(
     for part in weight.split(ROWS):  # rows are independent; a part at a time bounds the memory
         coder = TernaryCoder(hessian.diagonal(), column.tolist())
         column_sweep(part, upper, coder, runs)
-        levels, threshold = torch.stack(coder.levels, 1), torch.stack(coder.thresholds, 1)
+        levels, threshold = torch.cat(coder.levels).T, torch.stack(coder.thresholds, 1)
         for _ in range(refinements):
             levels, threshold = refine(part, hessian, levels, threshold, column, runs)
         parts.append((levels.to(torch.int8), threshold.half()))
@@ -235,22 +252,31 @@ def refine(
     alpha = threshold.repeat_interleave(sizes, dim=1).T.contiguous()
     q = levels.T.clone(memory_format=torch.contiguous_format)
     gradient = hessian @ (weight.T - q * alpha)  # of half the loss, negative: [K, N]
-    diagonal, most = hessian.diagonal().tolist(), steps.tolist()
-    for start in range(0, len(q), _REFINED_COLUMNS):
-        part = slice(start, min(start + _REFINED_COLUMNS, len(q)))
-        local, changes = hessian[part, part], torch.empty_like(q[part])
-        for k in range(len(changes)):
-            c = start + k
-            charge = q[c] + gradient[c] / (diagonal[c] * alpha[c])
-            count = signed_gif_count(charge, most[c])
-            torch.mul(count - q[c], alpha[c], out=changes[k])
-            q[c] = count
-            gradient[c + 1 : part.stop].addr_(local[k, k + 1 :], changes[k], alpha=-1.0)
+    most = steps.to(q)
+    run, size = (refine_block, LAZY_COLUMNS) if fused(q) else (_refine_columns, CPU_LAZY_COLUMNS)
+    for start in range(0, len(q), size):
+        part = slice(start, min(start + size, len(q)))
+        local, changes = hessian[part, part].contiguous(), torch.empty_like(q[part])
+        run(gradient[part], local, alpha[part], most[part], q[part], changes)
         gradient[part.stop :].addmm_(hessian[part.stop :, part], changes, alpha=-1.0)
     return q.T.contiguous(), threshold
 
 
-_REFINED_COLUMNS = 32
+def _refine_columns(
+    gradient: Tensor,
+    hessian: Tensor,
+    threshold: Tensor,
+    steps: Tensor,
+    counts: Tensor,
+    changes: Tensor,
+) -> None:
+    """The same as `refine_block` with torch operations, for any number of columns."""
+    for k, change in enumerate(changes):
+        charge = counts[k] + gradient[k] / (hessian[k, k] * threshold[k])
+        count = signed_gif_count(charge, steps[k])
+        torch.mul(count - counts[k], threshold[k], out=change)
+        counts[k] = count
+        gradient[k + 1 :].addr_(hessian[k, k + 1 :], change, alpha=-1.0)
 
 
 def _least_squares(
