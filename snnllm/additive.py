@@ -98,6 +98,10 @@ def fixed_point(x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("the input holds NaN or infinity; it has no fixed-point form.")
     exponent = torch.frexp(largest).exponent - 24
     exponent = exponent.clamp(min=-120)  # the unit must be a float32
-    one = torch.ones_like(largest)
-    integers = torch.round(x.double() * torch.ldexp(one, -exponent)).to(torch.int64)
-    return integers, torch.ldexp(one, exponent).float().squeeze(-1)
+    integers = torch.round(x.double() * _power_of_two(-exponent)).to(torch.int64)
+    return integers, _power_of_two(exponent).float().squeeze(-1)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """`2^exponent` in float64, from its bits: exact on every device."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
