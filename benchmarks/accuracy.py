@@ -208,7 +208,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--calibration-window", type=int, help="tokens; default as --window")
     parser.add_argument("--tables", nargs="+", choices=sorted(ROWS), default=["issue"])
     parser.add_argument(
-        "--rows", nargs="+", default=[""], help="only rows whose name contains one of these texts"
+        "--rows",
+        nargs="+",
+        default=[""],
+        help="only rows whose name and preset contain one of these texts",
     )
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of rows that train")
     parser.add_argument("--train-batch", type=int, help="windows of a training step")
@@ -239,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [{"configuration": "float", **base.to_dict()}]
     for table in args.tables:
         for label, preset, overrides in ROWS[table]:
-            if not any(part in label for part in args.rows):
+            if not any(part in f"{label} {preset}" for part in args.rows):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 options = dict(overrides)

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 
 class _Opened(Exception):
@@ -66,6 +67,22 @@ def test_the_speed_of_a_model(
     assert "| decode after 4 |" in text
 
 
+def test_the_speed_of_encoding(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))  # it shares the clock of another
+    module = benchmark(repository, "encode_speed")
+    if not torch.cuda.is_available():
+        assert module.main([]) == module.SKIPPED
+        assert "found no CUDA device" in capsys.readouterr().err
+        return
+    monkeypatch.setattr(module, "SHAPES", ((64, 384),))
+    monkeypatch.setattr(module, "ROTATED_BYTES", 1)
+    assert module.main(["--rounds", "2", "--json", str(tmp_path / "out.json")]) == 0
+    assert "NO" not in capsys.readouterr().out
+    assert (tmp_path / "out.json").is_file()
+
+
 def test_the_speed_of_neurons(repository: Path, tmp_path: Path, capsys: Any) -> None:
     module = benchmark(repository, "neuron_speed")
     arguments = ["--quick", "--elements", "64", "--steps", "2", "--rounds", "1"]
@@ -96,3 +113,14 @@ def test_the_table_of_ternary_weights(
     again = {r["weights"]: r for r in json.loads((tmp_path / "rows.json").read_text())}
     for name in ("float", "GPTQ 3 bits, groups of 128"):
         assert again[name]["perplexity"] == rows[name]["perplexity"]
+
+
+def test_the_speed_of_a_conversion(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    module = benchmark(repository, "conversion_speed")
+    monkeypatch.setitem(module.SHAPES, "1B", module.Shape(64, 128, 4, 2, 10))
+    arguments = ["--shape", "1B", "--windows", "2", "--window", "16", "--device", "cpu"]
+    assert module.main([*arguments, "--pipeline", "rtn", "rotated"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines[-2:]] == ["rtn", "rotated"]
