@@ -27,9 +27,10 @@ from snnllm.checks import (
 from snnllm.config import SpikeConfig
 from snnllm.memory import Estimate, estimate, plan, shard_bytes
 from snnllm.modeling import spiking_config
-from snnllm.pipelines import Pipeline, omniquant, rotated, rtn
+from snnllm.pipelines import Pipeline, gptq, omniquant, rotated, rtn
+from snnllm.pipelines.gptq import GptqOptions
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
-from snnllm.pipelines.report import BlockReport, peak_mib
+from snnllm.pipelines.report import BlockReport, peak_mib, with_weight_columns
 from snnllm.pipelines.rotated import RotatedOptions
 from snnllm.pipelines.streaming import Run, stored
 from snnllm.saliency import allocate_map
@@ -37,7 +38,7 @@ from snnllm.sources import ModelSource, Source, SourceError, open_source
 from snnllm.work import WorkFolder, source_digest
 from snnllm.writer import ShardWriter
 
-Options = RotatedOptions | OmniQuantOptions
+Options = RotatedOptions | OmniQuantOptions | GptqOptions
 _PACKAGES = ("snnllm", "torch", "transformers", "spikingjelly", "numpy")
 
 
@@ -105,11 +106,12 @@ def convert(
         output: The checkpoint folder to make; must not exist or be empty.
         spike: The spiking configuration.
         windows: Calibration token ids `[n, S]` (`random_windows` of `snnllm.data`); never test text.
-        pipeline: `rtn`, `rotated` or `omniquant`.
+        pipeline: `rtn`, `rotated`, `omniquant` or `gptq`.
         seed: Seed of everything random.
         device: Where a block runs during conversion.
         allocation: Explicit maps channel -> steps per full module name (`model.layers.0.mlp...`).
-        options: `RotatedOptions` or `OmniQuantOptions`; None for the defaults of the pipeline.
+        options: `RotatedOptions`, `OmniQuantOptions` or `GptqOptions`; None for the defaults of the
+            pipeline.
         on_block: Called after each block, for progress.
         restart: Discard the work folder of an interrupted conversion.
         max_memory_mib: Keep activations in a file when they would exceed this; None never does.
@@ -156,6 +158,7 @@ def convert(
             if on_block is not None:
                 on_block(report)
             del block
+        spike = with_weight_columns(spike, reports)
         sizes = publish(target, work, source, spike, provenance, shard_bytes(max_memory_mib))
         finished = True
     finally:
@@ -238,6 +241,13 @@ def start_pipeline(
     Raises:
         ValueError: Something that belongs to the other pipeline.
     """
+    if isinstance(options, GptqOptions):
+        return source, spike, gptq.start(source, spike, run, options, allocation)
+    if spike.mean_steps is not None:
+        raise ValueError(
+            f"mean_steps: the pipeline {pipeline} makes integer levels; ternary weights go with "
+            "pipeline='gptq'."
+        )
     if isinstance(options, OmniQuantOptions):
         return omniquant.start(source, spike, run, options, allocation)
     if isinstance(options, RotatedOptions):
@@ -257,13 +267,18 @@ def options_of(pipeline: Pipeline, options: Options | None) -> Options | None:
     Raises:
         ValueError: Options of another pipeline.
     """
-    kind = {Pipeline.ROTATED: RotatedOptions, Pipeline.OMNIQUANT: OmniQuantOptions}.get(pipeline)
+    kinds: dict[Pipeline, type[Options]] = {
+        Pipeline.ROTATED: RotatedOptions,
+        Pipeline.OMNIQUANT: OmniQuantOptions,
+        Pipeline.GPTQ: GptqOptions,
+    }
+    kind = kinds.get(pipeline)
     if kind is None and options is None:
         return None
     if kind is None or not isinstance(options, kind | None):
         raise ValueError(
-            f"options: {type(options).__name__} belongs to another pipeline than {pipeline}; the "
-            "rotated pipeline takes RotatedOptions, omniquant takes OmniQuantOptions, rtn none."
+            f"options: {type(options).__name__} belongs to another pipeline than {pipeline}; rotated "
+            "takes RotatedOptions, omniquant OmniQuantOptions, gptq GptqOptions, rtn none."
         )
     made: Options = kind() if options is None else options
     return made

@@ -27,6 +27,7 @@ from snnllm.evaluate import trained_context
 from snnllm.execution import View, set_view, spiking_modules
 from snnllm.modeling import load
 from snnllm.pipelines import Pipeline
+from snnllm.pipelines.gptq import WEIGHT_SCORES, GptqOptions
 from snnllm.pipelines.omniquant_options import (
     Execution,
     OmniQuantOptions,
@@ -36,6 +37,7 @@ from snnllm.pipelines.omniquant_options import (
 from snnllm.sources import Source, dense_model, open_source
 
 CALIBRATION_WINDOW = 512
+_PRESET, _TERNARY_PRESET = "W4A4T2", "TW1.4A16"
 
 _OVERRIDES = {
     "ratio": "salient_ratio",
@@ -49,6 +51,7 @@ _OVERRIDES = {
     "activation_clip": "activation_clip",
     "capacity": "capacity",
     "kv_steps": "kv_salient_steps",
+    "mean_steps": "mean_steps",
 }
 
 
@@ -59,16 +62,17 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
         choices=[*Pipeline],
         default=Pipeline.RTN,
         help="rtn: saliency masks and rounding; rotated: rotation inside the saliency groups and "
-        "GPTQ, much closer to full precision, about twice the time; omniquant: transformation and "
-        "clipping trained block by block (default: %(default)s)",
+        "GPTQ, much closer to full precision, about twice the time; gptq: weights as ternary spike "
+        "trains, linears that only add; omniquant: transformation and clipping trained block by "
+        "block (default: %(default)s)",
     )
     _add_training_options(parser)
+    _add_gptq_options(parser)
     spike = parser.add_argument_group("what is computed")
     spike.add_argument(
         "--preset",
-        default="W4A4T2",
-        help=f"W<weight bits>A<spike bits>T<salient steps>, e.g. {', '.join(PRESETS)} "
-        "(default: %(default)s)",
+        help="W<weight bits>A<spike bits>T<salient steps>, or TW<mean steps> for ternary weights, e.g. "
+        f"{', '.join(PRESETS)} (default: {_PRESET}; pipeline gptq: {_TERNARY_PRESET})",
     )
     spike.add_argument("--ratio", type=float, help="fraction of channels that is salient, 0..1")
     spike.add_argument("--steps", type=int, help="time steps T of the salient channels")
@@ -79,7 +83,9 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
         "--attention", choices=[*Operands], help="encode Q, K, V or leave them float"
     )
     spike.add_argument("--weight-range", choices=[*WeightRange], help="min/max or clip search")
-    spike.add_argument("--group-size", type=int, help="inputs that share a weight scale")
+    spike.add_argument(
+        "--group-size", type=int, help="inputs that share a weight scale or threshold"
+    )
     spike.add_argument(
         "--activation-clip", type=float, help="factor on the range of a token, 0..1: below 1 clips"
     )
@@ -125,6 +131,67 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_gptq_options(parser: argparse.ArgumentParser) -> None:
+    weights = parser.add_argument_group("how ternary weights are found (pipeline gptq)")
+    weights.add_argument(
+        "--mean-steps", type=float, help="time steps of a weight on average, 1..7 (1.4: the preset)"
+    )
+    weights.add_argument(
+        "--column-score", choices=[*WEIGHT_SCORES], help="ranks the weight columns"
+    )
+    weights.add_argument(
+        "--salient-column-steps",
+        type=int,
+        help="two classes of columns, this many steps and one (default: any number, by the score)",
+    )
+    weights.add_argument(
+        "--damping", type=float, help="of the Hessian, in units of its mean diagonal"
+    )
+    weights.add_argument(
+        "--refinements", type=int, help="passes over all columns after the sweep (default: 2)"
+    )
+    weights.add_argument(
+        "--no-compensate",
+        dest="compensate",
+        action="store_false",
+        default=None,
+        help="encode the original weights instead of weights fitted to the float model's outputs",
+    )
+    weights.add_argument("--ridge", type=float, help="weight of the original weights in that fit")
+
+
+_GPTQ = {
+    "column_score": "score",
+    "salient_column_steps": "salient_steps",
+    "damping": "damping",
+    "refinements": "refinements",
+    "compensate": "compensate",
+    "ridge": "ridge",
+}
+
+
+def pipeline_options(args: argparse.Namespace) -> GptqOptions | OmniQuantOptions | None:
+    """The options of the pipeline that was chosen; None for one that has none here.
+
+    Raises:
+        ValueError: Options of another pipeline, or out of range.
+    """
+    given = {
+        field: getattr(args, option)
+        for option, field in _GPTQ.items()
+        if getattr(args, option) is not None
+    }
+    training = training_options(args)
+    if args.pipeline == Pipeline.GPTQ:
+        return GptqOptions(**given)
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: this is for ternary weights, which the pipeline {args.pipeline} "
+            "does not make."
+        )
+    return training
+
+
 def training_options(args: argparse.Namespace) -> OmniQuantOptions | None:
     """The options of the omniquant pipeline; None for another pipeline.
 
@@ -166,7 +233,10 @@ def spike_config(args: argparse.Namespace) -> SpikeConfig:
     if args.modules_to_not_convert is not None:
         given["modules_to_not_convert"] = ("lm_head", *args.modules_to_not_convert)
     given = {k: v for k, v in given.items() if v is not None}
-    return recipe_config(args.recipe or Recipe.DEFAULT, args.preset, **given)
+    preset = args.preset
+    if preset is None:
+        preset = _TERNARY_PRESET if args.pipeline == Pipeline.GPTQ else _PRESET
+    return recipe_config(args.recipe or Recipe.DEFAULT, preset, **given)
 
 
 def calibration_windows(args: argparse.Namespace, source: Source) -> Tensor:

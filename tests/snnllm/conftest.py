@@ -66,6 +66,17 @@ def make_llama() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def spike_for() -> Callable[..., SpikeConfig]:
+    """A configuration that a pipeline converts: `(pipeline, **overrides)`."""
+
+    def choose(pipeline: Any, **overrides: Any) -> SpikeConfig:
+        preset = "TW1.4A4T2" if pipeline == "gptq" else "W4A4T2"
+        return SpikeConfig.preset(preset, **overrides)
+
+    return choose
+
+
+@pytest.fixture(scope="session")
 def token_ids() -> Tensor:
     """Six windows of 24 random ids without special tokens, for the tiny models."""
     return torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(0))

@@ -112,11 +112,11 @@ def test_the_source_is_not_changed(make_llama, token_ids, tmp_path):
 
 
 @pytest.mark.parametrize("pipeline", list(Pipeline))
-def test_a_source_stays_dense(make_llama, token_ids, tmp_path, pipeline):
+def test_a_source_stays_dense(make_llama, token_ids, tmp_path, pipeline, spike_for):
     model = make_llama()
     model.save_pretrained(tmp_path / "dense")
     source = open_source(tmp_path / "dense")
-    spike = SpikeConfig(salient_ratio=0.25)
+    spike = spike_for(pipeline, salient_ratio=0.25)
     convert(source, tmp_path / "out", spike, token_ids[:1], pipeline=pipeline)
     assert source.config.model_type == "llama"
     assert torch.equal(logits(dense_model(source), token_ids), logits(model, token_ids))
@@ -129,8 +129,8 @@ def test_the_rotated_pipeline_refuses_what_it_cannot_do(dense, token_ids, tmp_pa
         convert(dense, output, SpikeConfig(), windows, pipeline="rotated", allocation=maps)
     with pytest.raises(ValueError, match="rotated pipeline needs spiking activations"):
         convert(dense, output, SpikeConfig.preset("W4A16"), windows, pipeline="rotated")
-    with pytest.raises(ValueError, match="'gptq' is not a valid Pipeline"):
-        convert(dense, output, SpikeConfig(), windows, pipeline="gptq")
+    with pytest.raises(ValueError, match="'spinquant' is not a valid Pipeline"):
+        convert(dense, output, SpikeConfig(), windows, pipeline="spinquant")
     assert not list(tmp_path.iterdir())
 
 

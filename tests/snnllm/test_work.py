@@ -36,7 +36,9 @@ source, output, pipeline, windows = sys.argv[1:]
 options = OmniQuantOptions(epochs=1, batch=2) if pipeline == "omniquant" else None
 ids = torch.tensor(json.loads(windows))
 print("start", flush=True)
-convert(source, output, SpikeConfig(score="random"), ids, pipeline=pipeline, options=options)
+preset = "TW1.4A4T2" if pipeline == "gptq" else "W4A4T2"
+spike = SpikeConfig.preset(preset, score="random")
+convert(source, output, spike, ids, pipeline=pipeline, options=options)
 """
 
 
