@@ -268,7 +268,8 @@ def plot_sweep(
         for number, (name, points) in enumerate(series.items()):
             x, y = zip(*sorted(points), strict=True)
             style = {"color": SERIES[number % 6], "marker": markers[number % 6]}
-            style["ls"] = ("-", "--", ":")[number // 6 % 3]
+            style |= {"ls": ("-", "--", ":")[number // 6 % 3]}
+            style |= {"fillstyle": ("full", "none", "left")[number // 6 % 3]}
             ax.plot(x, y, lw=1.4, ms=5, label=name, **style)  # type: ignore[arg-type]
         ticks = sorted({x for points in series.values() for x, _ in points})
         if len(ticks) <= _MAX_TICKS:

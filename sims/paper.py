@@ -17,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ __all__ = ["CAPTIONS", "figures", "measures"]
 
 _MAPPED = ("self_attn.q_proj", "mlp.down_proj")
 _RECORDED = ("self_attn.q_proj", "mlp.down_proj")
-_GROUP = 16
+_GROUP, _MEMBRANES = 16, 4
 _TOKENS = 12
 CAPTIONS: Mapping[str, str] = {
     "pareto": "Perplexity against mean time steps of a channel (linear inputs), logarithmic",
@@ -131,19 +132,17 @@ def rasters(subject: Subject) -> dict[str, Any]:
     names = [f"model.layers.{middle}.{path}" for path in _RECORDED]
     ids = subject.data.prompt[:_TOKENS]
     text = [subject.tokenizer.decode([i]) for i in ids.tolist()]
-    recorder = Recorder(subject.model, names, channels=f"auto:{_GROUP}")
-    recording = recorder.run(ids, text)
     folder, drawn = make_folder(subject.figures), {}
+    recording = Recorder(subject.model, names, channels=f"auto:{_GROUP}").run(ids, text)
     for name, trace in recording.layers.items():
-        slug = name.rpartition(".")[2]
-        axes = plot_raster(trace, recording.labels)
-        drawn[save_figure(axes.figure, folder / f"raster_{slug}.png").name] = (
-            f"Signed spikes of a group of neurons: {name}, {subject.title}"
-        )
-        figure = membrane_figure(trace, recording.labels, max_panels=4)
-        drawn[save_figure(figure, folder / f"membrane_{slug}.png").name] = (
-            f"Membranes of neurons of that group: {name}, {subject.title}"
-        )
+        path = folder / f"raster_{name.rpartition('.')[2]}.png"
+        save_figure(plot_raster(trace, recording.labels).figure, path)
+        drawn[path.name] = f"Signed spikes of a group of neurons: {name}, {subject.title}"
+    recording = Recorder(subject.model, names, channels=f"auto:{_MEMBRANES}").run(ids, text)
+    for name, trace in recording.layers.items():
+        path = folder / f"membrane_{name.rpartition('.')[2]}.png"
+        save_figure(membrane_figure(trace, recording.labels), path)
+        drawn[path.name] = f"Membranes of a few of them: {name}, {subject.title}"
     return {"figures": drawn}
 
 
@@ -245,6 +244,11 @@ def pareto_figure(rows: Rows, measure: str) -> Figure | None:
         label = "mean time steps of a channel"
         plot_sweep(series, label, "token perplexity", baseline, ax)
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_locator(MaxNLocator(7))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -279,12 +283,12 @@ def rate_figure(rows: Rows) -> Figure | None:
     columns = min(3, len(counted))
     with rc_context(STYLE):
         figure = new_figure(3.1 * columns + 1.2, 0.4 + 2.6 * -(-len(counted) // columns))
-        axes = figure.subplots(-(-len(counted) // columns), columns, squeeze=False).flat
+        axes = list(figure.subplots(-(-len(counted) // columns), columns, squeeze=False).flat)
         for ax, (row, values) in zip(axes, counted, strict=False):
             plot_sweep(_rates(values["rows"]), "block", "spike rate (%)", None, ax)
             ax.set_title(row.title, loc="left")
             ax.get_legend().remove()
-        for ax in list(axes)[len(counted) :]:
+        for ax in axes[len(counted) :]:
             ax.remove()
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", frameon=False)

@@ -183,7 +183,7 @@ def settings_of(args: argparse.Namespace, source: Source) -> Settings:
     values: dict[str, Any] = {name: _given(args, name, default) for name, default in preset.items()}
     for name in ("window", "calibration_window"):
         # Longer windows than the context would measure untrained positions.
-        values[name] = min(values[name], window_length(None, values[name], source.config))
+        values[name] = window_length(None, values[name], source.config)
     for name in ("prompt_tokens", "speed_prompt"):
         values[name] = min(values[name], values["window"] - 1)
     return Settings(
