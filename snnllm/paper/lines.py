@@ -18,6 +18,7 @@ __all__ = [
     "efficiency_lines",
     "equivalence_lines",
     "find",
+    "perplexity_lines",
     "speed_lines",
 ]
 
@@ -60,10 +61,7 @@ def accuracy_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
     """Perplexity on every text and all accuracies, in per cent."""
     made = []
     for row, record in rows:
-        line = _start(row, record)
-        for name, result in (find(record, "measures", "perplexity") or {}).items():
-            if isinstance(result, Mapping):
-                line[f"{name} {result['metric']}"] = result["perplexity"]
+        line = _start(row, record) | _perplexities(record, "perplexity")
         tasks = find(record, "measures", "tasks") or {}
         for score in tasks.get("scores", ()):
             for metric in ("acc", "acc_norm"):
@@ -79,25 +77,44 @@ def accuracy_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
 
 def ablation_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
     """Perplexity on the sample, and what the conversion said about its blocks."""
-    made = []
-    for row, record in rows:
-        line = _start(row, record)
-        line |= _sample(record)
-        blocks = find(record, "conversion", "blocks") or []
-        sqnr, rates = [b["sqnr_db"] for b in blocks], [b["spike_rate"] for b in blocks]
-        line["SQNR dB, mean"] = sum(sqnr) / len(sqnr) if sqnr else None
-        line["SQNR dB, worst"] = min(sqnr) if sqnr else None
-        line["spike rate %"] = _percent(sum(rates) / len(rates) if rates else None)
-        made.append(line)
-    return made
+    return [_start(row, r) | _perplexities(r, "sample") | _conversion(r) for row, r in rows]
 
 
-def _sample(record: Record) -> Line:
-    results = find(record, "measures", "sample") or {}
+def perplexity_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
+    """Perplexity on every text, and what the conversion said about its blocks and its time."""
+    return [
+        _start(row, r)
+        | _perplexities(r, "perplexity")
+        | _conversion(r)
+        | {
+            "convert s": find(r, "conversion", "seconds"),
+            "step ms": _mean(_of_blocks(r, "step_ms")),
+            "evaluate s": find(r, "seconds", "perplexity"),
+        }
+        for row, r in rows
+    ]
+
+
+def _perplexities(record: Record, measure: str) -> Line:
+    results = find(record, "measures", measure) or {}
+    return {f"{name} {result['metric']}": result["perplexity"] for name, result in results.items()}
+
+
+def _of_blocks(record: Record, field: str) -> list[float]:
+    blocks = find(record, "conversion", "blocks") or []
+    return [block[field] for block in blocks if block[field] is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _conversion(record: Record) -> Line:
+    sqnr = _of_blocks(record, "sqnr_db")
     return {
-        f"{name} {result['metric']}": result["perplexity"]
-        for name, result in results.items()
-        if isinstance(result, Mapping)
+        "SQNR dB, mean": _mean(sqnr),
+        "SQNR dB, worst": min(sqnr, default=None),
+        "spike rate %": _percent(_mean(_of_blocks(record, "spike_rate"))),
     }
 
 
@@ -107,7 +124,7 @@ def efficiency_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
     rivals: list[Line] = []
     for row, record in rows:
         counted = find(record, "measures", "operations")
-        line = _start(row, record) | _sample(record)
+        line = _start(row, record) | _perplexities(record, "sample")
         if counted is None:
             made.append(line)
             continue

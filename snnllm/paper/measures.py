@@ -56,18 +56,18 @@ class Settings:
     calibration_windows: int
     calibration_window: int
     window: int
-    limit: int | None
-    sample_limit: int | None
-    tasks: tuple[str, ...]
-    task_data: Path | None
-    task_limit: int | None
-    prompt_tokens: int
-    speed_prompt: int
-    speed_tokens: int
-    repeat: int
-    batch_size: int
-    task_batch: int
-    seed: int
+    limit: int | None = None
+    sample_limit: int | None = 40
+    tasks: tuple[str, ...] = ()
+    task_data: Path | None = None
+    task_limit: int | None = None
+    prompt_tokens: int = 256
+    speed_prompt: int = 512
+    speed_tokens: int = 16
+    repeat: int = 5
+    batch_size: int = 1
+    task_batch: int = 8
+    seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; files and folders by their last name, which means the same elsewhere."""

@@ -62,10 +62,14 @@ class Training:
     batch: int | None = None
     execution: Execution | None = None
 
+    def applied(self, options: OmniQuantOptions) -> OmniQuantOptions:
+        """The options with these changes."""
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return dataclasses.replace(options, **given)
+
     def options(self, recipe: Recipe) -> OmniQuantOptions:
         """The options of a recipe with these changes."""
-        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return OmniQuantOptions.recipe(recipe, **given)
+        return self.applied(OmniQuantOptions.recipe(recipe))
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,25 @@ def test_the_speed_of_a_model(
     assert "| decode after 4 |" in text
 
 
+def test_the_accuracy_of_chosen_rows(repository: Path, stories_dir: Path, capsys: Any) -> None:
+    module = benchmark(repository, "accuracy")
+    arguments = [str(stories_dir), "--window", "24", "--limit", "2", "--calibration-windows", "1"]
+    chosen = [
+        "--tables",
+        "issue",
+        "omniquant",
+        "--rows",
+        "no saliency, attention float",
+        "rtn, split",
+    ]
+    assert module.main([*arguments, *chosen, "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "token_ppl@24" in text
+    assert text.count("| float | - |") == 2
+    assert text.count("| no saliency, attention float | W4A4 |") == 1
+    assert text.count("| rtn, split | W4A4T2 |") == 1
+
+
 def test_the_speed_of_neurons(repository: Path, tmp_path: Path, capsys: Any) -> None:
     module = benchmark(repository, "neuron_speed")
     arguments = ["--quick", "--elements", "64", "--steps", "2", "--rounds", "1"]
