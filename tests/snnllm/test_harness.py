@@ -164,6 +164,31 @@ def test_local_definitions_have_the_prompts_of_the_harness(task, task_data):
 
 
 @needs_harness
+@pytest.mark.slow
+def test_names_of_the_harness_ask_it_for_the_rows(
+    stories_model, stories_tokenizer, task_data, monkeypatch
+):
+    """The harness's own definition of a task, whose data set stands in for the hub."""
+    import datasets
+
+    from snnllm.zeroshot.rows import read
+
+    asked = []
+
+    def load_dataset(path: str, name: str | None = None, **_: Any) -> Any:
+        asked.append(path)
+        rows = read("piqa_val.jsonl", str(task_data))
+        return {**rows, "train": rows["validation"]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    theirs = evaluate_tasks(stories_model, stories_tokenizer, ["piqa"]).scores
+    ours = evaluate_tasks(stories_model, stories_tokenizer, ["piqa"], task_data=task_data).scores
+    assert asked == ["baber/piqa"]
+    assert (theirs[0].rows, ours[0].rows) == ("harness", "local")
+    assert theirs[0].metrics == ours[0].metrics
+
+
+@needs_harness
 def test_what_the_command_prints(stories_checkpoint, task_data, capsys):
     options = ["--tasks", "boolq,piqa", "--task-data", str(task_data), "--limit", "2"]
     assert main(["eval", str(stories_checkpoint), *options, "--view", "unrolled"]) == 0
