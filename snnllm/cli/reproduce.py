@@ -249,7 +249,7 @@ def plan(tables: Sequence[Table], runner: Runner) -> list[str]:
             seconds = runner.record(row)["seconds"]
             steps = [
                 f"{step} {_state(step in seconds, seconds.get(step), runner, job, step)}"
-                for step in ("conversion", *job.measures)
+                for step in runner.steps(job)
             ]
             lines.append(f"  {row.title}: {', '.join(steps)}")
     return [*lines, runner.outlook(jobs_of(tables))]

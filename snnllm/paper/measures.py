@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnllm.checkpoint import file_digest
 from snnllm.config import FLOAT_BITS
 from snnllm.data import load_text, random_windows, token_windows, tokenize
 from snnllm.evaluate import Progress, token_perplexity
@@ -76,6 +77,15 @@ class Settings:
         values["calibration"] = _short(self.calibration)
         values["task_data"] = None if self.task_data is None else "local rows"
         return values
+
+    def rows_digest(self) -> str | None:
+        """SHA-256 of the local rows of the tasks; None without local rows or without tasks."""
+        if self.task_data is None or not self.tasks:
+            return None
+        digest = hashlib.sha256()
+        for path in sorted(self.task_data.glob("*.jsonl")):
+            digest.update(f"{path.name} {file_digest(path)}\n".encode())
+        return digest.hexdigest()
 
 
 def _short(text: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from snnllm import checkpoint
-from snnllm.conversion import convert
+from snnllm.conversion import ConversionReport, convert
 from snnllm.evaluate import Progress
 from snnllm.modeling import load
 from snnllm.paper.measures import Data, Measures, Settings, Subject, missing, stated_steps
@@ -33,7 +33,7 @@ from snnllm.work import differences, locked, source_digest, write_durably
 __all__ = ["Job", "Reporter", "Runner", "jobs_of"]
 
 _log = logging.getLogger(__name__)
-_CONVERSION = "conversion"
+_CONVERSION, _LOADING = "conversion", "loading"
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class Runner:
             "model_sha256": source_digest(source),
             "device": device.type,
             "data_sha256": self._data.digest(),
+            "task_rows_sha256": settings.rows_digest(),
             "settings": _deciding(settings),
         }
         self._rows.mkdir(parents=True, exist_ok=True)
@@ -175,6 +176,11 @@ class Runner:
         done = self.record(job.row)["measures"]
         return [measure for measure in job.measures if measure not in done]
 
+    def steps(self, job: Job) -> list[str]:
+        """What a model takes: its conversion, if it is converted, and its measures."""
+        conversion = [] if job.row.conversion is None else [_CONVERSION]
+        return [*conversion, *map(str, job.measures)]
+
     def execute(self, jobs: Sequence[Job]) -> bool:
         """Convert and measure whatever is not done.
 
@@ -213,7 +219,9 @@ class Runner:
 
     def _measure(self, job: Job, folder: Path) -> None:
         row, name = job.row, job.row.name
-        model = self._attempt(name, _CONVERSION, partial(self._load, row.conversion, name, folder))
+        if not self._converted(row.conversion, name, folder):
+            return
+        model = self._attempt(name, _LOADING, partial(self._load, row.conversion, name, folder))
         if model is None:
             return
         subject = Subject(
@@ -244,31 +252,42 @@ class Runner:
         record["seconds"][str(step)] = time.perf_counter() - start
         return result
 
-    def _load(self, conversion: Conversion | None, name: str, folder: Path) -> Any:
-        """The model of a row on its device, converted first if there is no checkpoint."""
+    def _converted(self, conversion: Conversion | None, name: str, folder: Path) -> bool:
+        """Whether there is a checkpoint now; it is made if there was none, or resumed."""
         record = self.records[name]
+        finished = (folder / checkpoint.MANIFEST).is_file() and _CONVERSION in record
+        if conversion is None or finished:
+            return True
+        shutil.rmtree(folder, ignore_errors=True)
+        report = self._attempt(name, _CONVERSION, partial(self._convert, conversion, name, folder))
+        if report is None:
+            return False
+        values = report.to_dict()
+        del values["output"]
+        record[_CONVERSION] = {**values, "device_mib": device_mib(self._device)}
+        self._save(name)
+        return True
+
+    def _convert(self, conversion: Conversion, name: str, folder: Path) -> ConversionReport:
+        return convert(
+            self._source,
+            folder,
+            conversion.spike,
+            self._data.calibration,
+            pipeline=conversion.pipeline,
+            options=conversion.options,
+            seed=self._settings.seed,
+            device=self._device,
+            on_block=self._reporter.blocks(name, self._source.config.num_hidden_layers),
+        )
+
+    def _load(self, conversion: Conversion | None, name: str, folder: Path) -> Any:
+        """The model of a row on its device."""
         if conversion is None:
-            record["model"] = {}
+            self.records[name]["model"] = {}
             return dense_model(self._source).to(self._device)
-        if not (folder / checkpoint.MANIFEST).is_file() or _CONVERSION not in record:
-            shutil.rmtree(folder, ignore_errors=True)
-            report = convert(
-                self._source,
-                folder,
-                conversion.spike,
-                self._data.calibration,
-                pipeline=conversion.pipeline,
-                options=conversion.options,
-                seed=self._settings.seed,
-                device=self._device,
-                on_block=self._reporter.blocks(name, self._source.config.num_hidden_layers),
-            )
-            values = report.to_dict()
-            del values["output"]
-            record[_CONVERSION] = {**values, "device_mib": device_mib(self._device)}
-            self._save(name)
         model = load(folder)
-        record["model"] = stated_steps(model)
+        self.records[name]["model"] = stated_steps(model)
         return model.to(self._device)
 
     def _forget(self) -> None:
@@ -300,8 +319,8 @@ class Runner:
         steps = [
             self.expected_seconds(job, step)
             for job in jobs
-            if self.pending(job)
-            for step in (_CONVERSION, *self.pending(job))
+            for step in self.steps(job)
+            if step not in self.record(job.row)["seconds"]
         ]
         known = [s for s in steps if s is not None]
         unknown = len(steps) - len(known)
