@@ -211,7 +211,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--calibration-window", type=int, help="tokens; default as --window")
     parser.add_argument("--tables", nargs="+", choices=sorted(ROWS), default=["issue"])
     parser.add_argument(
-        "--rows", nargs="+", default=[], help="only rows whose name contains one of these texts"
+        "--rows",
+        nargs="+",
+        default=[],
+        help="only rows whose name or preset contains one of these texts",
     )
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of rows that train")
     parser.add_argument("--train-batch", type=int, help="windows of a training step")

@@ -21,7 +21,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from neurons import functional
+from neurons import backends, functional
 from neurons.gif import GIFNode
 from neurons.groups import ChannelGroups, check_groups, clip_factors
 from neurons.thresholds import (
@@ -94,6 +94,10 @@ def _check_steps(steps: Sequence[int]) -> tuple[int, ...]:
     return tuple(steps)
 
 
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _as_groups(channel_group: Tensor | int, groups: int) -> Tensor:
     if isinstance(channel_group, int):
         if channel_group < 1:
@@ -120,6 +124,9 @@ class SpikeEncoder(ChannelGroups):
         name: name of the layer, for messages.
         clip: factor on the range of a token, in (0, 1], of every group or of each; 1 uses the full
             range.
+        backend: what runs :meth:`encode`: "torch", "triton" (one kernel), or "auto" for Triton on
+            CUDA tensors where it is installed and suits, and torch otherwise. The integers are the
+            same.
 
     Attributes:
         channel_group: the groups, a persistent uint8 buffer.
@@ -131,6 +138,7 @@ class SpikeEncoder(ChannelGroups):
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if an argument is out of range.
+        ImportError: if the backend is not installed.
     """
 
     clip: Tensor
@@ -144,6 +152,7 @@ class SpikeEncoder(ChannelGroups):
         capacity: Capacity | str = Capacity.STEPS,
         name: str = "",
         clip: float | Sequence[float] = 1.0,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int):
@@ -162,11 +171,30 @@ class SpikeEncoder(ChannelGroups):
         self.register_buffer("channel_group", _as_groups(channel_group, len(self.steps)))
         self.register_buffer("clip", clip_factors(clip, len(self.steps)))
         self.node = GIFNode(self.levels, step_mode="m")
+        self.backend = backend
+
+    @property
+    def backend(self) -> str:
+        """What runs :meth:`encode`: "auto", "torch" or "triton".
+
+        Raises:
+            ValueError: on assignment, if there is no such backend.
+            ImportError: on assignment, if it is not installed.
+        """
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        backends.check_encode_backend(backend)
+        self._backend = backend
 
     def extra_repr(self) -> str:
         """Parameters shown by ``repr``."""
         shape, range_ = tuple(self.channel_group.shape), self.value_range
-        return f"channels={shape}, steps={self.steps}, bits={self.bits}, value_range={range_}, {self.name!r}"
+        return (
+            f"channels={shape}, steps={self.steps}, bits={self.bits}, value_range={range_}, "
+            f"backend={self.backend}, {self.name!r}"
+        )
 
     @property
     def watched(self) -> bool:
@@ -201,13 +229,19 @@ class SpikeEncoder(ChannelGroups):
         threshold, zero_point = encode_parameters(
             x, self.channel_group, self.capacities, self.value_range, self.clip
         )
+        self._check_finite(threshold)
+        return threshold, zero_point
+
+    def _check_finite(self, threshold: Tensor) -> None:
+        # The check waits for the device, which a graph under capture does not allow.
+        if torch.compiler.is_compiling() or _is_capturing(threshold):
+            return
         # NaN and inf reach the threshold of their row, so this small tensor tells for all of x.
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(threshold).all()):
+        if not bool(torch.isfinite(threshold).all()):
             raise ValueError(
                 f"{self._label()}: activations hold NaN or inf, or a range beyond float32; "
                 "check the weights and the input of this layer."
             )
-        return threshold, zero_point
 
     def _charge(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Charge ``x / s`` [.., C] and bias ``z + 1/2``, with the parameters they come from."""
@@ -232,8 +266,16 @@ class SpikeEncoder(ChannelGroups):
 
         Raises:
             TypeError: if x is not floating point.
-            ValueError: if the channels do not match, or x holds NaN or inf; names the layer.
+            ValueError: if the channels do not match, x holds NaN or inf (names the layer; not
+                checked under ``torch.compile`` and in CUDA graphs), or the backend cannot take x.
         """
+        self._check_input(x)
+        groups = len(self.steps)
+        if backends.choose_encode(self.backend, x, groups) == "triton":
+            shared = self.value_range == ValueRange.SHARED
+            encoding = backends.encode(x, self.channel_group, self.capacities, self.clip, shared)
+            self._check_finite(encoding[1])
+            return Encoding(*encoding)
         charge, bias, threshold, zero_point = self._charge(x)
         capacity: Tensor | int = self.capacities[0]
         if len(self.capacities) > 1:

@@ -203,9 +203,9 @@ class ElasticBiSpikingNode(_Learned, SignedGIFNode):
     The output is binary in the sense of the paper: alpha goes into the weights of the next layer,
     whose inputs are then -1, 0 and 1. A smaller alpha fires more often ("elastic frequency").
 
-    Two things differ from the public code, which resets by ``v = decay * m * (alpha - o)``, a product
-    of two potentials that depends on the unit of the input and doubles after a negative spike, and
-    keeps one amplitude for each time step.
+    Three things differ from the public code, which resets by ``v = decay * m * (alpha - o)``, a product
+    of two potentials that depends on the unit of the input and doubles after a negative spike, keeps
+    one amplitude for each time step, and leaves it where :meth:`calibrate` sets it, without training.
 
     Args:
         amplitude: alpha before training, in units of the input; see :meth:`calibrate`.

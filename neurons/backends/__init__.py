@@ -5,12 +5,13 @@ all, bit for bit; the gradients are the same up to the order of float32 sums.
 """
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from neurons.backends import ops, torch_backend
+from neurons.backends import encode_ops, ops, torch_backend
 from neurons.backends.spec import (
     DTYPES,
     Dynamics,
@@ -28,11 +29,15 @@ __all__ = [
     "Train",
     "available_backends",
     "check_backend",
+    "check_encode_backend",
     "choose",
+    "choose_encode",
+    "encode",
     "multi_step",
 ]
 
 BACKENDS = ("auto", "torch", "triton", "cupy")
+ENCODE_BACKENDS = ("auto", "torch", "triton")
 INSTALL = {"triton": "pip install 'snnllm[triton]'", "cupy": "pip install 'snnllm[cupy]'"}
 _INSTALLED = {"torch": True} | {name: find_spec(name) is not None for name in INSTALL}
 
@@ -93,6 +98,51 @@ def choose(backend: str, x_seq: Tensor) -> str:
     if reason is not None:
         raise ValueError(f'backend={backend!r} needs {reason}, or choose backend="torch".')
     return backend
+
+
+MAX_ENCODE_GROUPS = 16  # the encoder's kernel is unrolled over the groups
+
+
+def check_encode_backend(backend: str) -> None:
+    """Refuse a backend that encodes nothing: there is "auto", "torch" and "triton".
+
+    Raises:
+        ValueError: if there is none of this name.
+        ImportError: if its package is missing; names the install command.
+    """
+    if backend not in ENCODE_BACKENDS:
+        raise ValueError(
+            f"backend of an encoder must be one of {ENCODE_BACKENDS}, got {backend!r}."
+        )
+    check_backend(backend)
+
+
+def choose_encode(backend: str, x: Tensor, groups: int) -> str:
+    """The backend that encodes x ``[.., C]`` with G groups: "torch" or "triton".
+
+    Raises:
+        ValueError: if there is no such backend, or the chosen one cannot take the input.
+        ImportError: if its package is missing.
+    """
+    check_encode_backend(backend)
+    if backend == "auto":
+        return choose(backend, x) if groups <= MAX_ENCODE_GROUPS else "torch"
+    if backend == "triton" and groups > MAX_ENCODE_GROUPS:
+        raise ValueError(
+            f"backend='triton' encodes at most {MAX_ENCODE_GROUPS} channel groups, got {groups}; "
+            'give more channels the same steps, or choose backend="torch".'
+        )
+    return choose(backend, x)
+
+
+def encode(
+    x: Tensor, channel_group: Tensor, capacities: Sequence[int], clip: Tensor, shared: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode in one Triton kernel; see :func:`neurons.backends.encode_ops.encode`."""
+    encoded: tuple[Tensor, Tensor, Tensor] = encode_ops.encode(
+        x.detach(), channel_group, list(capacities), clip, shared
+    )
+    return encoded
 
 
 def multi_step(

@@ -144,5 +144,22 @@ def _launch(
     blocks = -(-neurons // (_THREADS * width))
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     arguments = (*pointers, *sizes, *(float(value) for value in scalars))
-    with cuda.Device(index), cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream):
+    with cuda.Device(index), _stream(cuda, torch.cuda.current_stream(device).cuda_stream):
         _kernel(name, options, index)((blocks,), (_THREADS,), arguments)
+
+
+def _stream(cuda: Any, pointer: int) -> Any:
+    """A stream of torch for CuPy: by the stream protocol since CuPy 14, by its address before."""
+    if hasattr(cuda.Stream, "from_external"):
+        return cuda.Stream.from_external(_Stream(pointer))
+    return cuda.ExternalStream(pointer)
+
+
+class _Stream:
+    """A stream by its address: not every torch that runs here has the protocol on its streams."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer

@@ -25,6 +25,7 @@ from snnllm.kernels.spec import (
     Segment,
     segments_of,
 )
+from snnllm.kernels.triton_backend import TritonBackend, interpreted
 
 __all__ = [
     "BACKENDS",
@@ -35,25 +36,31 @@ __all__ = [
     "PreparedLinear",
     "ReferenceBackend",
     "Segment",
+    "TritonBackend",
     "get_backend",
     "segments_of",
 ]
 
 LOGGER = logging.getLogger("snnllm.kernels")
-BACKENDS = ("auto", "reference", "native")
+BACKENDS = ("auto", "reference", "native", "triton")
+_DEVICES = {"native": "cpu", "triton": "cuda"}
+_CURES = {
+    "native": "install a C compiler (e.g. gcc)",
+    "triton": "run `pip install 'snnllm[triton]'` on a machine with a GPU",
+}
 
 
 def get_backend(name: str = "auto", device: torch.device | str = "cpu") -> Backend:
     """Return the backend that runs collapsed linears on a device.
 
     Args:
-        name: "reference" (torch), "native" (C, CPU only) or "auto": native on the CPU when it can
-            be built, else reference; the choice is logged once.
+        name: "reference" (torch), "native" (C, CPU only), "triton" (CUDA only) or "auto": native on
+            the CPU and triton on CUDA where they can run, else reference; the choice is logged once.
         device: where weights and activations live.
 
     Raises:
         ValueError: unknown name.
-        RuntimeError: the native backend was asked for and cannot run here.
+        RuntimeError: the backend was asked for and cannot run here.
     """
     device_type = torch.device(device).type
     if name not in BACKENDS:
@@ -62,30 +69,35 @@ def get_backend(name: str = "auto", device: torch.device | str = "cpu") -> Backe
         return _choose(device_type)
     if name == "reference":
         return _reference()
-    if device_type != "cpu":
+    backend = _native() if name == "native" else _triton()
+    if device_type != _DEVICES[name] and not (name == "triton" and interpreted()):
         raise RuntimeError(
-            f"backend='native' runs on the CPU, not on {device_type}; choose backend='reference'"
+            f"backend={name!r} runs on {_DEVICES[name]}, not on {device_type}; choose "
+            "backend='reference'"
         )
-    reason = _native().available()
+    reason = backend.available()
     if reason is not None:
         raise RuntimeError(
-            f"backend='native' is not available: {reason}; install a C compiler (e.g. gcc), or "
-            "choose backend='reference'"
+            f"backend={name!r} is not available: {reason}; {_CURES[name]}, or choose "
+            "backend='reference'"
         )
-    return _native()
+    return backend
 
 
 @cache
 def _choose(device_type: str) -> Backend:
     """Choose for "auto"; cached, so it logs once per device type."""
-    if device_type != "cpu":
-        LOGGER.info("collapsed linears on %s run on the reference backend", device_type)
+    for name, suits in _DEVICES.items():
+        if suits != device_type:
+            continue
+        backend = _native() if name == "native" else _triton()
+        reason = backend.available()
+        if reason is None:
+            LOGGER.info("collapsed linears on %s run on the %s backend", device_type, name)
+            return backend
+        LOGGER.warning("collapsed linears run on the slower reference backend: %s", reason)
         return _reference()
-    reason = _native().available()
-    if reason is None:
-        LOGGER.info("collapsed linears on the CPU run on the native backend")
-        return _native()
-    LOGGER.warning("collapsed linears run on the slower reference backend: %s", reason)
+    LOGGER.info("collapsed linears on %s run on the reference backend", device_type)
     return _reference()
 
 
@@ -97,3 +109,8 @@ def _reference() -> ReferenceBackend:
 @cache
 def _native() -> NativeBackend:
     return NativeBackend()
+
+
+@cache
+def _triton() -> TritonBackend:
+    return TritonBackend()

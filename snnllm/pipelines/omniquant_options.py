@@ -37,11 +37,13 @@ class Execution(StrEnum):
     """How a training step runs.
 
     Attributes:
+        AUTO: GRAPH on CUDA, EAGER elsewhere.
         EAGER: Operation by operation.
         COMPILED: The forward pass compiled by `torch.compile` (a C++ compiler or Triton is needed).
         GRAPH: The whole step recorded once a block as a CUDA graph and replayed; CUDA only.
     """
 
+    AUTO = "auto"
     EAGER = "eager"
     COMPILED = "compiled"
     GRAPH = "graph"
@@ -92,7 +94,7 @@ class OmniQuantOptions:
     second_loss: float = 0.0
     decay: bool = True
     low_precision: bool = True
-    execution: Execution = Execution.EAGER
+    execution: Execution = Execution.AUTO
 
     def __post_init__(self) -> None:
         for name, enum in (("loss", Loss), ("execution", Execution)):

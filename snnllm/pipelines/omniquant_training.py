@@ -117,7 +117,8 @@ class Trainer:
     def __init__(self, block: TrainableBlock, samples: Samples, steps: int) -> None:
         self._block, self._samples, options = block, samples, block.options
         self._cuda = samples.device.type == "cuda"
-        self._graphs = options.execution is Execution.GRAPH
+        automatic = options.execution is Execution.AUTO and self._cuda
+        self._graphs = automatic or options.execution is Execution.GRAPH
         if self._graphs and not self._cuda:
             raise ValueError("execution='graph' records CUDA graphs; on the CPU use 'eager'.")
         self._rates = _rates(block)

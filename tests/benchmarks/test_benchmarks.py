@@ -93,3 +93,14 @@ def test_the_speed_of_neurons(repository: Path, tmp_path: Path, capsys: Any) -> 
         assert title in text
     assert "NO" not in text
     assert (tmp_path / "out.json").is_file()
+
+
+def test_the_speed_of_a_conversion(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    module = benchmark(repository, "conversion_speed")
+    monkeypatch.setitem(module.SHAPES, "1B", module.Shape(64, 128, 4, 2, 10))
+    arguments = ["--shape", "1B", "--windows", "2", "--window", "16", "--device", "cpu"]
+    assert module.main([*arguments, "--pipeline", "rtn", "rotated"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines[-2:]] == ["rtn", "rotated"]

@@ -7,6 +7,7 @@ are tested everywhere; what a GPU adds (streams, devices) is tested there.
 import ctypes
 import hashlib
 import subprocess
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,13 +28,28 @@ static inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4);
 """
 
 
+def deprecated(pointer: int) -> None:
+    """ExternalStream as of CuPy 14: it warns the caller, which is an error in these tests."""
+    warnings.warn("ExternalStream is deprecated", DeprecationWarning, stacklevel=2)
+
+
+class Stream:
+    """The stream protocol as CuPy 14 checks it."""
+
+    @classmethod
+    def from_external(cls, stream: object):
+        version, pointer = stream.__cuda_stream__()
+        assert (version, type(pointer)) == (0, int)
+        return nullcontext()
+
+
 class Cupy:
     """What the backend uses of CuPy."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.compiled = folder, 0
         self.cuda = SimpleNamespace(
-            Device=lambda index: nullcontext(), ExternalStream=lambda stream: nullcontext()
+            Device=lambda index: nullcontext(), Stream=Stream, ExternalStream=deprecated
         )
 
     def RawKernel(self, source: str, name: str, options: tuple[str, ...]):

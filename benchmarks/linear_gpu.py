@@ -1,0 +1,245 @@
+"""Collapsed linears on a GPU beside bf16 and other low-bit kernels: time of one linear, bf16 in and out.
+
+    python benchmarks/linear_gpu.py                       # the table
+    python benchmarks/linear_gpu.py --sweep --rows 1 16   # tile sizes of `choose_config`, best first
+
+Every contender is a CUDA graph that walks through copies of its weights, more than 4 times the L2
+cache in all; the graphs are replayed in turn, medians count. Our time includes the encoding, that of
+humming-kernels (W4A8, optional) its quantisation. Before it is timed, the integers of every case are
+compared with those of the reference backend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of, triton_backend
+from snnllm.kernels.triton_backend import TritonBackend, TritonLinear
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+ROWS = (1, 16, 256, 4096)
+REPLAYS = 15
+Contender = tuple[Any, Sequence[Callable[[], Any]]]
+CANDIDATES: dict[int, list[tuple[int, ...]]] = {
+    1: [(0, bn, kw, w) for bn in (4, 8, 16) for kw in (64, 256) for w in (2, 4)],
+    16: [(16, bn, w, s, 0) for bn in (32, 64) for w in (2, 4) for s in (4, 6, 8)],
+    256: [
+        *((64, 128, 4, s, r) for s in (3, 4) for r in (0, 168)),
+        *((64, 64, 4, s, r) for s in (4, 6) for r in (0, 128)),
+        *((-64, 128, 8, s, 0) for s in (3, 4)),
+        *((-128, 128, 8, s, 0) for s in (3, 4)),
+        *((-64, 64, 4, s, 0) for s in (3, 4)),
+    ],
+    4096: [
+        *((-128, 128, 8, s, 0) for s in (3, 4)),
+        *((-64, 128, 8, s, r) for s in (3, 4) for r in (0, 128)),
+        *((-128, 64, 8, s, 0) for s in (3, 4)),
+        *((64, 128, 4, s, 0) for s in (3, 4)),
+        *((-128, 64, 4, s, 0) for s in (3, 4)),
+    ],
+}
+
+
+def random_linear(n: int, k: int, salient: float, steps: int, bits: int) -> LinearSpec:
+    """A linear with random codes on the GPU; `salient` of the channels have T = `steps`."""
+    generator = torch.Generator("cuda").manual_seed(n + k)
+    high = 2 ** (bits - 1)
+    few = round(salient * k)
+    sizes, capacities = ((k - few, few), (15, 15 * steps)) if few else ((k,), (15,))
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(0))
+    start = 0
+    for size in sizes:  # stable: the original order inside a group
+        order[start : start + size] = order[start : start + size].sort().values
+        start += size
+    levels = torch.randint(-high, high, (n, k), generator=generator, device="cuda")
+    return LinearSpec(
+        encoder=EncoderSpec(order if few else None, sizes, capacities, False, "linear"),
+        levels=levels.to(torch.int8),
+        scale=torch.rand(n, 1, generator=generator, device="cuda") * 0.01,
+        zero=torch.randint(-2, 2, (n, 1), generator=generator, device="cuda").int(),
+        bias=None,
+        segments=segments_of(sizes),
+        weight_bits=bits,
+    )
+
+
+def graph_of(calls: Sequence[Callable[[], Any]]) -> Contender:
+    """A CUDA graph of some calls, with the calls, which keep alive what the graph reads."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph, calls
+
+
+def medians(graphs: dict[str, Contender]) -> dict[str, float]:
+    """Time of one call of every contender in us, replayed in turn."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(REPLAYS + 3):
+        for name, (graph, calls) in graphs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            if turn >= 3:  # warm
+                times[name].append(1000 * start.elapsed_time(stop) / len(calls))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def copies_of(nbytes: int) -> int:
+    """Copies of a weight that exceed 4 times the L2 cache."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, -(-4 * cache // nbytes))
+
+
+def rotated(layer: TritonLinear) -> list[TritonLinear]:
+    """Copies of a layer with weights of their own in memory."""
+    weight = layer.arguments[0]
+    assert weight is not None
+    out = []
+    for _ in range(copies_of(weight.numel())):
+        copied = list(layer.arguments)
+        copied[0] = weight.clone()
+        out.append(
+            TritonLinear(
+                *(layer.name, layer.in_features, layer.out_features, layer.plan),
+                *(tuple(copied), layer.bits, layer.shifted),
+            )
+        )
+    return out
+
+
+def exact(x: Tensor, spec: LinearSpec) -> bool:
+    """Whether accumulators and outputs are those of the reference."""
+    ours, reference = TritonBackend(), ReferenceBackend()
+    mine, theirs = ours.prepare(spec), reference.prepare(spec)
+    same = torch.equal(ours.accumulate(x, mine), reference.accumulate(x, theirs))
+    return same and torch.equal(ours.linear(x, mine), reference.linear(x, theirs))
+
+
+def ours(x: Tensor, spec: LinearSpec, encoded: bool = False) -> Contender:
+    """The graph of our linear; `encoded`: without the encoding."""
+    backend = TritonBackend()
+    layers = rotated(backend.prepare(spec))
+    if encoded:
+        rows = triton_backend.encode_plan(x, layers[0].plan)
+        calls: list[Callable[[], Any]] = [
+            partial(triton_backend.multiply, rows, layer, x.dtype) for layer in layers
+        ]
+    else:
+        calls = [partial(backend.linear, x, layer) for layer in layers]
+    return graph_of(calls)
+
+
+def dense(x: Tensor, n: int) -> Contender:
+    """The graph of torch's bf16 linear."""
+    weights = [
+        torch.randn(n, x.shape[1], device="cuda", dtype=torch.bfloat16)
+        for _ in range(copies_of(2 * n * x.shape[1]))
+    ]
+    return graph_of([partial(torch.nn.functional.linear, x, w) for w in weights])
+
+
+def humming(x: Tensor, n: int) -> Contender | None:
+    """The graph of humming's W4A8 linear, or None without the package."""
+    try:
+        layer_type = importlib.import_module("humming.layer").HummingLayer
+    except ImportError:
+        return None
+    layer = layer_type(
+        shape_n=n,
+        shape_k=x.shape[1],
+        weight_config={"dtype": "int4", "group_size": 0},
+        input_config={"dtype": "int8"},
+        torch_dtype=torch.bfloat16,
+    ).cuda()
+    layer.load_from_unquantized(torch.randn(n, x.shape[1], device="cuda", dtype=torch.bfloat16))
+    layer.transform()
+    layers = [layer] + [copy.deepcopy(layer) for _ in range(copies_of(n * x.shape[1] // 2) - 1)]
+    return graph_of([partial(layer, inputs=x) for layer in layers])
+
+
+def table(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
+    """Print times in us and ratios to bf16."""
+    print(
+        "| out x in | M | bf16 | humming W4A8 | W4A4 T = 2 | one group | without encoding | W2 | exact |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for n, k in shapes:
+        for m in all_rows:
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            two = random_linear(n, k, 0.1, 2, 4)
+            same = exact(x[: min(m, 300)], two)
+            graphs = {"bf16": dense(x, n)}
+            peer = humming(x, n)
+            if peer is not None:
+                graphs["humming"] = peer
+            graphs["two"] = ours(x, two)
+            graphs["one"] = ours(x, random_linear(n, k, 0.0, 1, 4))
+            graphs["kernel"] = ours(x, two, encoded=True)
+            graphs["w2"] = ours(x, random_linear(n, k, 0.1, 2, 2))
+            graphs["last"] = graphs["bf16"]
+            time = medians(graphs)
+            base = (time["bf16"] + time["last"]) / 2
+            cells = [
+                f"{time[c]:.1f} ({base / time[c]:.2f}x)" if c in time else "-"
+                for c in ("humming", "two", "one", "kernel", "w2")
+            ]
+            drift = abs(time["bf16"] / time["last"] - 1)
+            note = "yes" if same else "NO"
+            note += "" if drift < 0.03 else f", baseline drifted {100 * drift:.0f} %"
+            print(f"| {n}x{k} | {m} | {base:.1f} | {' | '.join(cells)} | {note} |", flush=True)
+
+
+def sweep(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
+    """Print the time of every candidate, best first."""
+    chosen = triton_backend.choose_config
+    for n, k in shapes:
+        for m in all_rows:
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            spec = random_linear(n, k, 0.1, 2, 4)
+            graphs: dict[str, Contender] = {"bf16": dense(x, n)}
+            for config in CANDIDATES[min(CANDIDATES, key=lambda c: abs(c - m))]:
+                triton_backend.choose_config = lambda *_, config=config: config
+                try:
+                    graphs[str(config)] = ours(x, spec, encoded=True)
+                except Exception as error:  # out of shared memory or registers
+                    print(f"{config}: {str(error).splitlines()[0][:90]}")
+            triton_backend.choose_config = chosen
+            time = medians(graphs)
+            ranking = sorted(time.items(), key=lambda item: item[1])
+            print(f"{n}x{k} M={m}: " + ", ".join(f"{c} {t:.1f}" for c, t in ranking), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table or the sweep."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES])
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="tokens, M")
+    parser.add_argument("--sweep", action="store_true", help="time tile sizes instead")
+    args = parser.parse_args(argv)
+    reason = TritonBackend().available()
+    if reason is not None or not torch.cuda.is_available():
+        parser.error(f"no GPU to measure: {reason or 'there is no CUDA device'}")
+    shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in args.shapes)]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    (sweep if args.sweep else table)(shapes, args.rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""Triton backend: encoding and the integer linear as two kernels on a GPU of compute capability 8.0+.
+
+The integers and the outputs are those of the reference backend, bit for bit. One difference: a launch
+does not wait for the device, so NaN or infinity in the input raises nothing here; it makes the row's
+outputs NaN or infinite.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from neurons.encoder import Encoding
+from snnllm.kernels.exact import exact_matmul
+from snnllm.kernels.spec import (
+    ALL_GROUPS,
+    EncoderSpec,
+    LinearSpec,
+    PreparedLinear,
+    Segment,
+    check_bmm,
+    check_counts,
+    check_input,
+    segments_of,
+)
+
+if TYPE_CHECKING:
+    from neurons.backends.triton_encode import EncodedRows
+
+_INT8_MAX = 127
+_BYTE_MAX = 255
+_LEAST_CAPABILITY = (8, 0)
+BLOCK = 128
+"""Positions of a block of packed weights (`triton_linear.BLOCK`); segments are padded to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodePlan:
+    """An encoder spec on a device, its segments padded to whole blocks.
+
+    Attributes:
+        spec: the encoder.
+        order: original channel of every padded position, -1 for padding, int32 `[P]`.
+        segments: (start, stop, group) of every segment, int32 `[S, 3]`.
+        capacities: float32 `[G]`.
+        clip: float32 `[G]`.
+    """
+
+    spec: EncoderSpec
+    order: Tensor
+    segments: Tensor
+    capacities: Tensor
+    clip: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TritonLinear(PreparedLinear):
+    """A linear prepared for the Triton backend.
+
+    Attributes:
+        plan: how its input is encoded.
+        arguments: weight, segment table, scale, zero, row sums, shift and bias, as
+            `triton_linear.launch` takes them.
+        bits: 2, 4 or 8, the width of a packed code.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    plan: EncodePlan
+    arguments: tuple[Any, ...]
+    bits: int
+    shifted: bool
+
+
+class TritonBackend:
+    """Collapsed execution on a GPU; bit for bit equal to the reference backend."""
+
+    name = "triton"
+
+    def available(self) -> str | None:
+        """Return None when Triton and a GPU that it can use are here, else the reason why not."""
+        if find_spec("triton") is None:
+            return "the package triton is not installed (pip install 'snnllm[triton]')"
+        if interpreted():
+            return None
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        capability = torch.cuda.get_device_capability()
+        if capability < _LEAST_CAPABILITY:
+            return f"compute capability {capability} is below {_LEAST_CAPABILITY}"
+        return None
+
+    def prepare(self, spec: LinearSpec) -> TritonLinear:
+        """Pack the weight and precompute what the epilogue needs, once per layer."""
+        if max(spec.encoder.capacities) > _BYTE_MAX:
+            raise ValueError(
+                f"{spec.encoder.name}: counts beyond {_BYTE_MAX} do not fit the 8-bit operand of the "
+                "triton backend; use fewer bits or steps, or backend='reference'"
+            )
+        plan, starts = _plan(spec.encoder, spec.segments, spec.levels.device)
+        shifted = max(spec.encoder.capacities) > _INT8_MAX
+        bits = next(width for width in (2, 4, 8) if spec.weight_bits <= width)
+        offset = 0 if bits == 8 else 1 << (bits - 1)
+        width = len(plan.order)
+        codes = torch.zeros(spec.out_features, width, dtype=torch.int16, device=plan.order.device)
+        sums = []
+        for segment, start in zip(spec.segments, starts, strict=True):
+            part = spec.levels[:, segment.start : segment.stop].to(torch.int16) + offset
+            codes[:, start : start + part.shape[1]] = part
+            sums.append(part.sum(1, dtype=torch.int32))
+        code_sum = torch.stack(sums, 1)
+        length = torch.tensor([s.stop - s.start for s in spec.segments], device=code_sum.device)
+        zero = spec.zero + offset
+        of_segment = torch.tensor([s.weight_group for s in spec.segments], device=zero.device)
+        row_sum = code_sum - zero.index_select(1, of_segment) * length.int()
+        table = torch.cat([plan.segments, of_segment.int()[:, None]], 1).contiguous()
+        arguments = (
+            pack_blocks(codes, bits),
+            table,
+            spec.scale.contiguous(),
+            zero.contiguous(),
+            row_sum.contiguous(),
+            (code_sum * 128).contiguous() if shifted else None,
+            spec.bias,
+        )
+        name = spec.encoder.name
+        return TritonLinear(
+            name, spec.in_features, spec.out_features, plan, arguments, bits, shifted
+        )
+
+    def encode(self, x: Tensor, spec: EncoderSpec) -> Encoding:
+        """Encode x [.., K]: counts in original channel order, parameters [.., G]."""
+        check_input(x, spec.channels, spec.name)
+        plan, _ = _plan(spec, segments_of(spec.sizes), x.device)
+        count, threshold, zero_point, _ = encode_plan(x.reshape(-1, spec.channels), plan)
+        original = torch.empty(x.numel() // spec.channels, spec.channels, dtype=torch.uint8)
+        original = original.to(x.device)
+        real = plan.order >= 0
+        original[:, plan.order[real].long()] = count[:, real]
+        lead = x.shape[:-1]
+        return Encoding(
+            original.view(x.shape), threshold.view(*lead, -1), zero_point.view(*lead, -1)
+        )
+
+    def accumulate(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
+        """Return the centred accumulators of x [.., K]: int32 [S, M, N], M the number of rows."""
+        layer = _triton(prepared)
+        check_input(x, layer.in_features, layer.name)
+        return multiply(
+            encode_plan(x.reshape(-1, layer.in_features), layer.plan), layer, torch.int32
+        )
+
+    def accumulate_counts(
+        self, count: Tensor, zero_point: Tensor, prepared: PreparedLinear, active: int = ALL_GROUPS
+    ) -> Tensor:
+        """Return the centred accumulators of given counts [M, K]: int32 [S, M, N]."""
+        layer = _triton(prepared)
+        check_counts(count, zero_point, layer)
+        plan = layer.plan
+        real = (plan.order >= 0).to(count.dtype)
+        padded = (count.index_select(1, plan.order.clamp(min=0)) * real).to(torch.uint8)
+        bounds = plan.segments[:, :2].tolist()
+        sums = torch.stack([padded[:, a:b].sum(1, dtype=torch.int32) for a, b in bounds], 1)
+        threshold = torch.ones(zero_point.shape, device=count.device)
+        out = multiply((padded, threshold, zero_point.contiguous(), sums), layer, torch.int32)
+        for index, group in enumerate(plan.segments[:, 2].tolist()):
+            if not active >> group & 1:
+                out[index] = 0
+        return out
+
+    def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
+        """Return y [.., N] in x.dtype of x [.., K]."""
+        layer = _triton(prepared)
+        check_input(x, layer.in_features, layer.name)
+        rows = encode_plan(x.reshape(-1, layer.in_features), layer.plan)
+        return multiply(rows, layer, x.dtype).view(*x.shape[:-1], layer.out_features)
+
+    def int_bmm(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a @ b^T` of int8 a [B, M, K] and b [B, N, K]: int32 [B, M, N], exact."""
+        check_bmm(a, b)
+        return exact_matmul(a, b.transpose(1, 2), a.shape[2] * 128 * 128)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pack_blocks(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes as `triton_linear` reads them.
+
+    Args:
+        codes: int16 `[N, P]`, P a multiple of `BLOCK`; unsigned below 8 bits, else signed.
+        bits: 2, 4 or 8.
+
+    Returns:
+        uint8 `[N, P * bits / 8]`; byte j of a block holds the positions j, j + 16 bits, ... of it,
+        from the low bits on.
+    """
+    if bits == 8:
+        return codes.to(torch.int8).view(torch.uint8).contiguous()
+    rows, planes = len(codes), 8 // bits
+    blocks = codes.view(rows, -1, planes, BLOCK // planes)
+    packed = torch.zeros_like(blocks[:, :, 0])
+    for plane in range(planes):
+        packed |= blocks[:, :, plane] << (bits * plane)
+    return packed.reshape(rows, -1).to(torch.uint8)
+
+
+def _plan(
+    spec: EncoderSpec, segments: tuple[Segment, ...], device: torch.device
+) -> tuple[EncodePlan, list[int]]:
+    """The padded layout of an encoder, and where each segment starts in it."""
+    lengths = [-(-(s.stop - s.start) // BLOCK) * BLOCK for s in segments]
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    order = torch.full((starts[-1],), -1, dtype=torch.int32)
+    original = torch.arange(spec.channels) if spec.order is None else spec.order.cpu()
+    for segment, start in zip(segments, starts, strict=False):
+        part = original[segment.start : segment.stop]
+        order[start : start + len(part)] = part.int()
+    table = [(a, b, s.act_group) for s, (a, b) in zip(segments, pairwise(starts), strict=True)]
+    plan = EncodePlan(
+        spec,
+        order.to(device),
+        torch.tensor(table, dtype=torch.int32).to(device),
+        torch.tensor(spec.capacities, dtype=torch.float32).to(device),
+        spec.clip_factors.to(device),
+    )
+    return plan, starts[:-1]
+
+
+def encode_plan(x: Tensor, plan: EncodePlan) -> EncodedRows:
+    """Encode rows `[M, K]` into counts in padded encoded order."""
+    from neurons.backends.triton_encode import encode_rows  # needs Triton
+
+    return encode_rows(x, plan.order, plan.segments, plan.capacities, plan.clip, plan.spec.shared)
+
+
+def multiply(
+    encoded: EncodedRows | tuple[Tensor, Tensor, Tensor, Tensor],
+    layer: TritonLinear,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Outputs `[M, N]`, or int32 accumulators `[S, M, N]`."""
+    from neurons.backends.triton_encode import EARLY_ROWS, early_launch
+    from snnllm.kernels.triton_linear import launch
+
+    count, threshold, zero_point, count_sum = encoded
+    rows = len(count)
+    shape: tuple[int, ...] = (rows, layer.out_features)
+    if dtype == torch.int32:
+        shape = (len(layer.plan.segments), *shape)
+    out = torch.empty(shape, dtype=dtype, device=count.device)
+    if out.numel() == 0:
+        return out
+    if layer.shifted:
+        count = count ^ 128
+    launch(
+        (count.view(torch.int8), threshold, zero_point, count_sum),
+        layer.arguments,
+        out,
+        layer.bits,
+        choose_config(rows, layer.out_features),
+        rows <= EARLY_ROWS and early_launch(count.device),
+    )
+    return out
+
+
+def choose_config(rows: int, columns: int) -> tuple[int, ...]:
+    """Tile sizes of `triton_linear.launch` for a product of M rows and N columns."""
+    if rows <= 4:
+        return (0, 4, 256, 2) if columns <= 4096 else (0, 8, 64, 4)
+    if rows <= 16:
+        return (16, 32, 2, 6, 0)
+    if rows <= 32:
+        return (32, 64, 4, 4, 0)
+    if rows <= 256:
+        return (64, 128, 4, 3, 168)
+    return (-128, 128, 8, 3, 0)
+
+
+def _triton(prepared: PreparedLinear) -> TritonLinear:
+    if not isinstance(prepared, TritonLinear):
+        raise TypeError(
+            f"{prepared.name}: prepared by another backend ({type(prepared).__name__}); "
+            "prepare it again with this backend"
+        )
+    return prepared

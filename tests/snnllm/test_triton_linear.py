@@ -1,0 +1,179 @@
+"""Collapsed linears in Triton give the integers and outputs of the reference, bit for bit.
+
+Without a GPU the kernels run in Triton's interpreter, so the sizes are small.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of
+from snnllm.kernels.triton_backend import BLOCK, TritonBackend, TritonLinear, pack_blocks
+
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
+from snnllm.kernels import triton_linear  # noqa: E402
+
+REASON = TritonBackend().available()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton kernels: {REASON}")
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+# The interpreter truncates to bfloat16, where devices round.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+CONFIGS = [(0, 8, 64, 4), (16, 32, 4, 2, 0), (-32, 16, 4, 2, 0)]
+
+
+def make_spec(
+    seed: int,
+    n: int = 12,
+    sizes: tuple[int, ...] = (150, 13),
+    capacities: tuple[int, ...] = (15, 30),
+    bits: int = 4,
+    weight_groups: int = 1,
+    shared: bool = False,
+    bias: bool = True,
+) -> LinearSpec:
+    generator = torch.Generator().manual_seed(seed)
+    k, high = sum(sizes), 2 ** (bits - 1)
+    group = torch.arange(k) * weight_groups // k
+    spec = LinearSpec(
+        encoder=EncoderSpec(
+            torch.randperm(k, generator=generator), sizes, capacities, shared, "layer"
+        ),
+        levels=torch.randint(-high, high, (n, k), generator=generator).to(torch.int8),
+        scale=torch.rand(n, weight_groups, generator=generator) + 0.1,
+        zero=torch.randint(-high, high, (n, weight_groups), generator=generator).int(),
+        bias=torch.randn(n, generator=generator) if bias else None,
+        segments=segments_of(sizes, group),
+        weight_bits=bits,
+    )
+    moved = {
+        name: None if value is None else value.to(DEVICE)
+        for name, value in (
+            ("levels", spec.levels),
+            ("scale", spec.scale),
+            ("zero", spec.zero),
+            ("bias", spec.bias),
+        )
+    }
+    return LinearSpec(encoder=spec.encoder, segments=spec.segments, weight_bits=bits, **moved)
+
+
+def rows(seed: int, m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed)) * 3
+    x[:, :2] *= 30
+    return x.to(DEVICE, dtype)
+
+
+def check(spec: LinearSpec, x: Tensor) -> None:
+    reference, backend = ReferenceBackend(), TritonBackend()
+    expected = reference.prepare(spec)
+    prepared = backend.prepare(spec)
+    assert torch.equal(backend.accumulate(x, prepared), reference.accumulate(x, expected))
+    assert torch.equal(backend.linear(x, prepared), reference.linear(x, expected))
+
+
+@pytest.fixture(params=CONFIGS, ids=["dp4a", "16x32", "wide"])
+def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...]:
+    chosen: tuple[int, ...] = request.param
+    monkeypatch.setattr("snnllm.kernels.triton_backend.choose_config", lambda *_: chosen)
+    return chosen
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.usefixtures("config")
+def test_weight_widths(bits: int) -> None:
+    check(make_spec(bits, bits=bits), rows(0, 3, 163))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "capacities"),
+    [
+        ((163,), (15,)),
+        ((150, 13), (15, 60)),
+        ((100, 50, 13), (15, 30, 45)),
+        ((130, 33), (127, 255)),
+    ],
+)
+@pytest.mark.usefixtures("config")
+def test_groups_and_capacities(sizes: tuple[int, ...], capacities: tuple[int, ...]) -> None:
+    check(make_spec(1, sizes=sizes, capacities=capacities), rows(1, 3, 163))
+
+
+@pytest.mark.parametrize("weight_groups", [2, 5])
+@pytest.mark.usefixtures("config")
+def test_weight_groups(weight_groups: int) -> None:
+    check(make_spec(2, weight_groups=weight_groups), rows(2, 3, 163))
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    m=st.integers(0, 20),
+    n=st.integers(1, 40),
+    low=st.integers(1, 200),
+    high=st.integers(0, 40),
+    bits=st.sampled_from([2, 4, 8]),
+    shared=st.booleans(),
+    bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=60 if DEVICE == "cuda" else 4, deadline=None)
+def test_any_linear(
+    seed: int,
+    m: int,
+    n: int,
+    low: int,
+    high: int,
+    bits: int,
+    shared: bool,
+    bias: bool,
+    dtype: torch.dtype,
+) -> None:
+    sizes, capacities = ((low, high), (15, 30)) if high else ((low,), (15,))
+    spec = make_spec(seed, n, sizes, capacities, bits, shared=shared, bias=bias)
+    check(spec, rows(seed, m, low + high, dtype))
+
+
+def test_counts_of_a_step() -> None:
+    spec, backend, reference = make_spec(3), TritonBackend(), ReferenceBackend()
+    generator = torch.Generator().manual_seed(0)
+    count = torch.randint(0, 16, (5, 163), generator=generator).to(DEVICE, torch.uint8)
+    zero_point = torch.randint(0, 15, (5, 2), generator=generator).int().to(DEVICE)
+    for active in (1, 2, 3):
+        ours, theirs = (
+            b.accumulate_counts(count, zero_point, b.prepare(spec), active)
+            for b in (backend, reference)
+        )
+        assert torch.equal(ours, theirs)
+
+
+def test_packed_blocks_hold_planes_of_positions() -> None:
+    codes = torch.arange(2 * BLOCK, dtype=torch.int16).view(1, -1) % 16
+    packed = pack_blocks(codes, 4)
+    assert packed.shape == (1, BLOCK)
+    assert torch.equal(packed[0, :64] & 15, codes[0, :64].to(torch.uint8))
+    assert torch.equal(packed[0, 64:] >> 4, codes[0, 192:].to(torch.uint8))
+
+
+def test_a_weight_takes_its_bits_of_memory() -> None:
+    prepared = TritonBackend().prepare(make_spec(0, n=64, sizes=(1024,), capacities=(15,)))
+    assert isinstance(prepared, TritonLinear)
+    weight = prepared.arguments[0]
+    assert weight is not None
+    assert weight.numel() == 64 * 1024 // 2
+
+
+def test_refusals() -> None:
+    backend = TritonBackend()
+    with pytest.raises(ValueError, match="beyond 255"):
+        backend.prepare(make_spec(0, capacities=(15, 510)))
+    with pytest.raises(TypeError, match="prepared by another backend"):
+        backend.linear(rows(0, 1, 163), ReferenceBackend().prepare(make_spec(0)))
+
+
+def test_the_kernels_know_the_block_of_the_packing() -> None:
+    assert triton_linear.BLOCK == BLOCK
