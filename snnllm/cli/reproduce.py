@@ -243,7 +243,7 @@ def plan(tables: Sequence[Table], runner: Runner) -> list[str]:
     """What the tables consist of, what is done, and how long the rest takes."""
     lines = []
     for table in tables:
-        lines.append(f"{table.name}: {table.title}")
+        lines.append(f"{table.name}: {table.title}; {runner.outlook(jobs_of([table]))}")
         for row in table.rows:
             job = Job(row, table.measures_of(row))
             seconds = runner.record(row)["seconds"]
@@ -252,7 +252,10 @@ def plan(tables: Sequence[Table], runner: Runner) -> list[str]:
                 for step in runner.steps(job)
             ]
             lines.append(f"  {row.title}: {', '.join(steps)}")
-    return [*lines, runner.outlook(jobs_of(tables))]
+    return [
+        *lines,
+        f"all, models that tables share counted once: {runner.outlook(jobs_of(tables))}",
+    ]
 
 
 def _state(done: bool, seconds: float | None, runner: Runner, job: Job, step: str) -> str:

@@ -6,18 +6,19 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from snnllm.cli import build_parser, main, reproduce
 from snnllm.config import SpikeConfig
@@ -25,13 +26,13 @@ from snnllm.data import load_text
 from snnllm.paper import runner as paper_runner
 from snnllm.paper.lines import efficiency_lines, find, speed_lines
 from snnllm.paper.measures import stated_steps
-from snnllm.paper.published import published_values, recognise
 from snnllm.paper.recipes import Conversion, Measure, Row, Training, spikellm
-from snnllm.paper.report import markdown, published_lines
+from snnllm.paper.report import markdown
 from snnllm.paper.runner import jobs_of
 from snnllm.paper.tables import TABLES
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
+from snnllm.zeroshot import ZERO_SHOT_TASKS
 
 SMALL = [
     *("--window", "24", "--limit", "2", "--sample-limit", "1", "--nsamples", "2", "--seqlen", "24"),
@@ -130,73 +131,6 @@ def test_mean_steps_are_those_of_the_masks(tiny_pair, convert_tiny):
     assert stated_steps(load(convert_tiny("W2A16")[1]))["mean_steps"] is None
 
 
-# -- published values ---------------------------------------------------------------------------------------
-
-
-def shape(**changes: Any) -> LlamaConfig:
-    values = {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "max_position_embeddings": 2048,
-    }
-    return LlamaConfig(**{**values, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "name", "expected"),
-    [
-        ({}, "llama-7b", "LLaMA-1-7B"),
-        ({"max_position_embeddings": 4096}, "somewhere", "LLaMA-2-7B"),
-        ({}, "meta/Llama-2-7b-hf", "LLaMA-2-7B"),
-        (
-            {
-                "hidden_size": 5120,
-                "intermediate_size": 13824,
-                "num_hidden_layers": 40,
-                "num_attention_heads": 40,
-                "num_key_value_heads": 40,
-            },
-            "x",
-            "LLaMA-1-13B",
-        ),
-        ({"vocab_size": 32016}, "codellama", None),
-        ({"hidden_size": 2048}, "llama-2", None),
-    ],
-)
-def test_models_are_recognised_by_shape_and_name(changes, name, expected):
-    assert recognise(shape(**changes), name) == expected
-
-
-def test_published_values_are_complete_and_ship_with_the_package():
-    values = published_values()
-    assert all(p.source and p.value > 0 for p in values)
-    assert {p.metric for p in values} == {"wikitext2", "c4", "tasks"}
-    (anchor,) = {
-        p.value
-        for p in values
-        if (p.model, p.bits, p.method, p.metric) == ("LLaMA-1-7B", "W4A4", "OmniQuant", "wikitext2")
-    }
-    assert anchor == 11.26
-    known = {r.published for r in TABLES["main"](Training()).rows} | {"PB-LLM", "SpikeLLM ternary"}
-    assert {p.method for p in values} <= known
-    assert any("14.16" in line and "T = 4" in line for line in published_lines("LLaMA-2-7B"))
-
-
-def test_published_values_stand_beside_measured_ones(command, tmp_path, monkeypatch, capsys):
-    from snnllm.paper import report
-
-    monkeypatch.setattr(report, "recognise", lambda config, name: "LLaMA-2-7B")
-    assert main(command(tmp_path, "--rows", "float model", "SpikeLLM")) == 0
-    text = (tmp_path / "results.md").read_text()
-    assert "published wikitext2" in text
-    assert "11.36 / 11.93" in text
-    assert "## Published values of LLaMA-2-7B" in text
-
-
 # -- running ------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +162,17 @@ def test_all_tables_on_a_small_model(command, tmp_path, capsys):
     assert stated["versions"]["torch"] == metadata.version("torch")
     assert str(tmp_path) not in text
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_published_values_stand_beside_measured_ones(command, tmp_path, monkeypatch, capsys):
+    from snnllm.paper import report
+
+    monkeypatch.setattr(report, "recognise", lambda config, name: "LLaMA-2-7B")
+    assert main(command(tmp_path, "--rows", "float model", "SpikeLLM")) == 0
+    text = (tmp_path / "results.md").read_text()
+    assert "published wikitext2" in text
+    assert "11.36 / 11.93" in text
+    assert "## Published values of LLaMA-2-7B" in text
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(
@@ -331,7 +276,8 @@ def test_a_dry_run_lists_rows_and_measures_nothing(command, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "rtn, W4A4: conversion done in" in out
     assert "SpikeLLM, T = 2, W4A4: conversion to do, perplexity to do, about" in out
-    assert "to do: " in out.splitlines()[-1]
+    assert "main: Perplexity and zero-shot accuracy; to do: " in out
+    assert "counted once: to do: " in out.splitlines()[-1]
     assert len(untimed(tmp_path)) == 2
 
 
@@ -357,6 +303,26 @@ def test_tasks_without_the_harness_are_refused_before_anything_runs(
     arguments = [a for a in command(tmp_path) if a != "--no-tasks"]
     assert main(arguments) == 2
     assert "--no-tasks" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm_eval (snnllm[eval])")
+def test_zero_shot_tasks_stand_in_the_table_and_other_rows_are_refused(
+    command, tmp_path, task_data, capsys
+):
+    arguments = [a for a in command(tmp_path, "--rows", "float") if a != "--no-tasks"]
+    arguments += ["--task-data", str(task_data), "--task-limit", "1"]
+    assert main(arguments) == 0
+    (line,) = json.loads((tmp_path / "main.json").read_text())["lines"]
+    scores = [line[f"{task} acc"] for task in ZERO_SHOT_TASKS]
+    assert set(scores) <= {0.0, 100.0}
+    assert line["mean acc"] == pytest.approx(sum(scores) / 6)
+    assert line["mean acc_norm"] is not None
+    assert "the first 1 samples of piqa" in (tmp_path / "results.md").read_text()
+    others = shutil.copytree(task_data, tmp_path / "others")
+    (others / "piqa_val.jsonl").write_text((task_data / "boolq_val.jsonl").read_text())
+    arguments[arguments.index("--task-data") + 1] = str(others)
+    assert main(arguments) == 2
+    assert "task_rows_sha256 was" in capsys.readouterr().err
 
 
 def test_measures_that_nobody_takes_are_refused(stories_dir, texts, tmp_path):
