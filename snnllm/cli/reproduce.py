@@ -27,20 +27,6 @@ from snnllm.sources import Source, open_source
 from snnllm.zeroshot import ZERO_SHOT_TASKS
 
 _ALL = "all"
-_FULL: dict[str, Any] = {
-    "window": 2048,
-    "limit": None,
-    "sample_limit": 40,
-    "task_limit": None,
-    "calibration_windows": 128,
-    "calibration_window": 2048,
-    "prompt_tokens": 256,
-    "speed_prompt": 512,
-    "speed_tokens": 16,
-    "repeat": 5,
-    "batch_size": 4,
-    "task_batch": 32,
-}
 _QUICK: dict[str, Any] = {
     "window": 512,
     "limit": 4,
@@ -56,6 +42,14 @@ _QUICK: dict[str, Any] = {
     "task_batch": 4,
 }
 _QUICK_EPOCHS = 1
+_FULL: dict[str, Any] = {
+    **{f.name: f.default for f in dataclasses.fields(Settings) if f.name in _QUICK},
+    "window": 2048,
+    "calibration_windows": 128,
+    "calibration_window": 2048,
+    "batch_size": 4,
+    "task_batch": 32,
+}
 
 
 def add_parser(commands: Any) -> None:

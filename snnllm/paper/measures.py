@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -267,8 +267,3 @@ def stated_steps(model: Any) -> dict[str, Any]:
         "mean_steps": total / channels if channels else None,
         "spiking_modules": len(spiking_modules(model)),
     }
-
-
-def missing(measures: Iterable[Measure], known: Measures) -> list[Measure]:
-    """Measures that nobody can take here."""
-    return [measure for measure in measures if measure not in known]

@@ -24,7 +24,7 @@ from snnllm import checkpoint
 from snnllm.conversion import ConversionReport, convert
 from snnllm.evaluate import Progress
 from snnllm.modeling import load
-from snnllm.paper.measures import Data, Measures, Settings, Subject, missing, stated_steps
+from snnllm.paper.measures import Data, Measures, Settings, Subject, stated_steps
 from snnllm.paper.recipes import Conversion, Measure, Row, Table
 from snnllm.pipelines.report import BlockReport, device_mib
 from snnllm.sources import Source, dense_model
@@ -187,9 +187,9 @@ class Runner:
         Returns:
             Whether everything is done now; errors stand in the records.
         """
-        unknown = missing(dict.fromkeys(m for job in jobs for m in job.measures), self._measures)
+        unknown = {m for job in jobs for m in job.measures} - self._measures.keys()
         if unknown:
-            raise ValueError(f"Nothing here measures {', '.join(unknown)}.")
+            raise ValueError(f"Nothing here measures {', '.join(sorted(unknown))}.")
         for number, job in enumerate(jobs, start=1):
             if not self.pending(job):
                 continue

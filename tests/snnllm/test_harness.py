@@ -83,6 +83,19 @@ def test_the_harness_loads_a_converted_checkpoint(
 
 
 @needs_harness
+def test_padding_in_a_batch_changes_nothing(stories_checkpoint, stories_tokenizer, task_data):
+    """Shorter requests of a batch are padded; their spikes must not depend on that."""
+    model = load(stories_checkpoint)
+    scores = [
+        evaluate_tasks(
+            model, stories_tokenizer, ZERO_SHOT_TASKS, task_data=task_data, batch_size=size
+        ).scores
+        for size in (1, 8)
+    ]
+    assert scores[0] == scores[1]
+
+
+@needs_harness
 @pytest.mark.parametrize("task", ZERO_SHOT_TASKS)
 def test_local_definitions_have_the_prompts_of_the_harness(task, task_data):
     """Same rows through both definitions: contexts, continuations, answers and metrics."""
