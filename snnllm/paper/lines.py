@@ -71,6 +71,7 @@ def accuracy_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
             for metric in ("acc", "acc_norm"):
                 line[f"mean {metric}"] = _percent(tasks[f"mean_{metric}"])
         line["convert s"] = find(record, "conversion", "seconds")
+        line["convert device MiB"] = find(record, "conversion", "device_mib") or None  # 0 on a CPU
         made.append(line)
     return made
 
