@@ -32,7 +32,7 @@ _QUICK: dict[str, Any] = {
     "limit": 4,
     "sample_limit": 2,
     "task_limit": 4,
-    "calibration_windows": 4,
+    "calibration_windows": 2,
     "calibration_window": 256,
     "prompt_tokens": 32,
     "speed_prompt": 64,
