@@ -33,19 +33,11 @@ Contender = tuple[Any, Sequence[Callable[[], Any]]]
 CANDIDATES: dict[int, list[tuple[int, ...]]] = {
     1: [(0, bn, kw, w) for bn in (4, 8, 16) for kw in (64, 256) for w in (2, 4)],
     16: [(16, bn, w, s, 0) for bn in (32, 64) for w in (2, 4) for s in (4, 6, 8)],
-    256: [
-        *((64, 128, 4, s, r) for s in (3, 4) for r in (0, 168)),
-        *((64, 64, 4, s, r) for s in (4, 6) for r in (0, 128)),
-        *((-64, 128, 8, s, 0) for s in (3, 4)),
-        *((-128, 128, 8, s, 0) for s in (3, 4)),
-        *((-64, 64, 4, s, 0) for s in (3, 4)),
-    ],
+    256: [(bm, bn, 4, s, r) for bm, bn in ((64, 128), (64, 64)) for s in (3, 4) for r in (0, 168)],
     4096: [
-        *((-128, 128, 8, s, 0) for s in (3, 4)),
-        *((-64, 128, 8, s, r) for s in (3, 4) for r in (0, 128)),
-        *((-128, 64, 8, s, 0) for s in (3, 4)),
         *((64, 128, 4, s, 0) for s in (3, 4)),
-        *((-128, 64, 4, s, 0) for s in (3, 4)),
+        *((128, 64, 4, s, 0) for s in (3, 4)),
+        *((128, 128, 8, s, 0) for s in (3, 4)),
     ],
 }
 

@@ -124,9 +124,9 @@ class SpikeEncoder(ChannelGroups):
         name: name of the layer, for messages.
         clip: factor on the range of a token, in (0, 1], of every group or of each; 1 uses the full
             range.
-        backend: what runs :meth:`encode`: "torch", "triton" (one kernel), or "auto" for Triton on
-            CUDA tensors where it is installed and suits, and torch otherwise. The integers are the
-            same.
+        backend: what runs :meth:`encode`: "torch", "triton" (one kernel, without gradients), or
+            "auto" for Triton on CUDA tensors where it is installed, no gradient is recorded and
+            there are at most 16 groups, and torch otherwise. The integers are the same.
 
     Attributes:
         channel_group: the groups, a persistent uint8 buffer.

@@ -11,9 +11,8 @@ the subspace split.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,13 +99,74 @@ def sorted_groups(group: Tensor) -> Tensor:
     return group.sort().values.to(torch.uint8)
 
 
+LEFT_ALIGNMENT = 8
+
+
+class RotationTables(NamedTuple):
+    """An :class:`OnlineRotation` as the tensors that a kernel reads.
+
+    Attributes:
+        order: original channel of every new position, int32 `[K]`.
+        signs: +-1 of every new position, int8 `[K]`.
+        left: left factors of all groups, one after the other, row by row, float32; the rows of a
+            factor `[m, m]` are padded with zeros to a multiple of `LEFT_ALIGNMENT`.
+        sizes: channels of the groups.
+    """
+
+    order: Tensor
+    signs: Tensor
+    left: Tensor
+    sizes: tuple[int, ...]
+
+
+def hadamard_transform(x: Tensor) -> Tensor:
+    """Multiply the last axis by `H_p / sqrt(p)` with butterflies in a defined order.
+
+    For h = 1, 2, 4, .., p/2, the pairs h apart become their sum and their difference; `p^(-1/2)` last.
+    One rounding for each operation in float32, so that every device gives the same bits.
+
+    Args:
+        x: float32 `[..., p]`, p a power of two.
+
+    Returns:
+        float32 `[..., p]`.
+    """
+    p, h = x.shape[-1], 1
+    while h < p:
+        pairs = x.unflatten(-1, (p // (2 * h), 2, h))
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        h *= 2
+    scaled: Tensor = x * p**-0.5
+    return scaled
+
+
+def mix_blocks(left: Tensor, x: Tensor) -> Tensor:
+    """`left^T x` with the sum over the blocks in their order, each product and sum rounded once.
+
+    Args:
+        left: float32 `[m, m]`.
+        x: float32 `[..., m, p]`.
+
+    Returns:
+        float32 `[..., m, p]`.
+    """
+    mixed = left[0].unsqueeze(-1) * x[..., :1, :]
+    for block in range(1, len(left)):
+        mixed = mixed + left[block].unsqueeze(-1) * x[..., block : block + 1, :]
+    return mixed
+
+
 class OnlineRotation(nn.Module):
     """A rotation inside channel groups that runs before an encoder: `x' = x R`, `R` orthogonal.
 
     Each group of size `m p` (p a power of two) is rotated by a Kronecker product, so that a row costs
-    `K (m + p)` multiplications instead of `K^2`:
+    `K (m + log2 p)` operations instead of `K^2`:
 
         x'_g = vec(Q^T mat(signs * x_g) H_p / sqrt(p))
+
+    The operations run in a defined order (`hadamard_transform`, `mix_blocks`), in which the GPU
+    kernel that fuses them with the encoder runs them, too: the same bits everywhere.
 
     Args:
         sizes: Channels of the groups, in their new order.
@@ -142,24 +202,35 @@ class OnlineRotation(nn.Module):
             left = self.get_buffer(f"left_{number}")
             left.copy_(random_orthogonal(left.shape[0], generator))
 
+    def _left(self, number: int) -> Tensor:
+        return self.get_buffer(f"left_{number}").float()
+
     def forward(self, x: Tensor) -> Tensor:
         """Rotate the last axis of `x [..., K]`; float32 out."""
         rows = x.float().index_select(-1, self.order.long()) * self.signs
         parts = []
         for number, group in enumerate(rows.split(self.sizes, dim=-1)):
-            left = self.get_buffer(f"left_{number}").float()
-            size = group.shape[-1] // left.shape[0]
-            part = group.reshape(*group.shape[:-1], left.shape[0], size) @ _hadamard(size, x.device)
-            # A single factor is +-1: no matmul, which counters of spikes would take for one of events.
-            mixed = part * left if len(left) == 1 else left.T @ part
-            parts.append(mixed.flatten(-2))
+            left = self._left(number)
+            blocks = hadamard_transform(group.unflatten(-1, (len(left), -1)))
+            parts.append(mix_blocks(left, blocks).flatten(-2))
         return torch.cat(parts, dim=-1)
+
+    def tables(self) -> RotationTables:
+        """The rotation for a kernel."""
+        left = [self._left(number) for number in range(len(self.sizes))]
+        padded = [
+            nn.functional.pad(factor, (0, -len(factor) % LEFT_ALIGNMENT)).flatten()
+            for factor in left
+        ]
+        return RotationTables(self.order, self.signs, torch.cat(padded), self.sizes)
 
     @property
     def macs(self) -> int:
-        """Multiplications of one row: `K (m + p)` summed over the groups."""
+        """Operations of one row: `K (m + log2 p)` summed over the groups, those of a butterfly one."""
         powers = [power_of_two_factor(n) for n in self.sizes]
-        return sum(n * (n // p + p) for n, p in zip(self.sizes, powers, strict=True))
+        return sum(
+            n * (n // p + p.bit_length() - 1) for n, p in zip(self.sizes, powers, strict=True)
+        )
 
     def matrix(self) -> Tensor:
         """`R`, float32 `[K, K]`, to fold its inverse into a weight: `W' = W R`."""
@@ -169,13 +240,6 @@ class OnlineRotation(nn.Module):
         with keeping_float32(self):
             super()._apply(fn, recurse)
         return self
-
-
-@lru_cache(maxsize=32)
-def _hadamard(size: int, device: torch.device) -> Tensor:
-    matrix = torch.from_numpy(hadamard(size).astype(np.float32)) / size**0.5
-    on_device: Tensor = matrix.to(device)
-    return on_device
 
 
 class RotatedSource(Source):

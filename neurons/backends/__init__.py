@@ -120,13 +120,17 @@ def check_encode_backend(backend: str) -> None:
 def choose_encode(backend: str, x: Tensor, groups: int) -> str:
     """The backend that encodes x ``[.., C]`` with G groups: "torch" or "triton".
 
+    "auto" takes torch where gradients are recorded: those of the thresholds exist only there.
+
     Raises:
         ValueError: if there is no such backend, or the chosen one cannot take the input.
         ImportError: if its package is missing.
     """
     check_encode_backend(backend)
     if backend == "auto":
-        return choose(backend, x) if groups <= MAX_ENCODE_GROUPS else "torch"
+        recorded = x.requires_grad and torch.is_grad_enabled()
+        suits = groups <= MAX_ENCODE_GROUPS and not recorded
+        return choose(backend, x) if suits else "torch"
     if backend == "triton" and groups > MAX_ENCODE_GROUPS:
         raise ValueError(
             f"backend='triton' encodes at most {MAX_ENCODE_GROUPS} channel groups, got {groups}; "

@@ -10,6 +10,7 @@ The integers are those of :func:`neurons.thresholds.encode_parameters` and
 """
 # No `from __future__ import annotations`: torch reads the annotations of operators as types.
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -28,8 +29,9 @@ ALIGNMENT = 64
 """Starts and stops of segments are multiples of it."""
 EARLY_ROWS = 64
 """With at most so many rows the kernel behind may start early (programmatic dependent launch)."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton interprets, which reduces element by element: programs are small then."""
 _MAX_GROUPS = 64
-_MAX_CAPACITY = 255
 
 
 class EncodedRows(NamedTuple):
@@ -59,7 +61,7 @@ def encode_rows(
 ) -> EncodedRows:
     """Encode rows into counts in encoded order: the equations of :mod:`neurons.encoder`.
 
-    Nothing waits for the device and nothing is checked there: a row with NaN or infinity has a
+    Carries no gradient. Nothing waits for the device and nothing is checked there: a row with NaN or infinity has a
     threshold that is not finite, in the groups where the reference has it; its counts and zero
     points mean nothing. For ``torch.compile`` and CUDA graphs give the segments as a tensor.
 
@@ -124,7 +126,9 @@ def padded(channels: int) -> int:
 
 
 def check_rows(x: Tensor) -> None:
-    """Refuse what is not ``[M, K]`` of a float dtype with stride 1 along K."""
+    """Refuse what is not ``[M, K]`` of a float dtype on a GPU with stride 1 along K."""
+    if not (x.is_cuda or INTERPRETED):
+        raise ValueError(f"the kernels need CUDA tensors, got one on {x.device}; move the input.")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be one of {[str(t) for t in DTYPES]}, got {x.dtype}.")
     if x.dim() != 2 or x.shape[1] == 0:
@@ -251,6 +255,8 @@ def _(
 
 def shape_of_programs(rows: int, positions: int) -> tuple[int, int]:
     """Positions a program handles at a time, and its warps."""
+    if INTERPRETED:
+        return ALIGNMENT, 1
     # Few rows leave the device idle: a row then goes through as wide a program as it can fill.
     widest = 4096 if rows < 256 else 1024
     block = min(widest, max(128, triton.next_power_of_2(positions)))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neurons.backends.triton_encode import on
+from neurons.backends.triton_encode import INTERPRETED, on
 from neurons.backends.triton_encode_row import spike_count, spike_parameters, wider
 
 __all__ = ["encode"]
@@ -84,6 +84,8 @@ def _values(capacities: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _tile(rows: int, channels: int) -> tuple[int, int]:
     """Columns that a program handles at a time, and its rows."""
+    if INTERPRETED:
+        return min(triton.next_power_of_2(channels), 32), min(2, triton.next_power_of_2(rows))
     # Few rows leave the device idle: a row then goes through as wide a program as it can fill.
     columns = min(triton.next_power_of_2(channels), 4 * _TILE if rows < 256 else _TILE)
     return columns, min(max(1, _TILE // columns), triton.next_power_of_2(rows))
@@ -133,7 +135,7 @@ def _encode(  # type: ignore[no-untyped-def]
             for first in range(0, channels, COLUMNS):
                 column = first + tl.arange(0, COLUMNS)
                 inside = inside_row[:, None] & (column < channels)[None, :]
-                at = x_row[:, None] + column[None, :] * channel_stride
+                at = x_row[:, None] + column[None, :].to(tl.int64) * channel_stride
                 x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
                 if GROUPS > 1 and not SHARED:
                     groups = tl.load(group_row[:, None] + column[None, :], mask=inside, other=0)
@@ -151,19 +153,19 @@ def _encode(  # type: ignore[no-untyped-def]
     for first in range(0, channels, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = inside_row[:, None] & (column < channels)[None, :]
-        at = x_row[:, None] + column[None, :] * channel_stride
+        at = x_row[:, None] + column[None, :].to(tl.int64) * channel_stride
         x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        threshold = tl.zeros([ROWS, COLUMNS], tl.float32) + _of(thresholds, number, 0)
+        divisor = tl.zeros([ROWS, COLUMNS], tl.float32) + _of(thresholds, number, 0)
         bias = tl.zeros([ROWS, COLUMNS], tl.float32) + _of(zeros, number, 0)
-        capacity = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(capacity_ptr)
+        top = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(capacity_ptr)
         if GROUPS > 1:
             groups = tl.load(group_row[:, None] + column[None, :], mask=inside, other=0)
             for group in tl.static_range(1, GROUPS):
-                own = groups == group
-                threshold = tl.where(own, _of(thresholds, number, group), threshold)
-                bias = tl.where(own, _of(zeros, number, group), bias)
-                capacity = tl.where(own, tl.load(capacity_ptr + group), capacity)
-        count = spike_count(x, threshold, bias + 0.5, capacity)
+                member = groups == group
+                divisor = tl.where(member, _of(thresholds, number, group), divisor)
+                bias = tl.where(member, _of(zeros, number, group), bias)
+                top = tl.where(member, tl.load(capacity_ptr + group), top)
+        count = spike_count(x, divisor, bias + 0.5, top)
         count_at = count_ptr + row[:, None] * channels + column[None, :]
         tl.store(count_at, count.to(count_ptr.dtype.element_ty), mask=inside)
 

@@ -5,10 +5,33 @@ The integers are those of :func:`neurons.thresholds.encode_parameters` and
 kernel that calls these functions is launched with ``enable_fp_fusion=False``.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
-__all__ = ["encode_row", "normalized", "spike_count", "spike_parameters", "wider"]
+__all__ = [
+    "encode_row",
+    "normalized",
+    "quotient",
+    "rounded",
+    "spike_count",
+    "spike_parameters",
+    "wider",
+]
+
+# Triton's interpreter truncates to bfloat16 where the device rounds to nearest.
+_TRUNCATES = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A float32 rounded to dtype, ties to even."""
+    if _TRUNCATES and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -31,9 +54,50 @@ def spike_parameters(lo, hi, capacity, clip):  # type: ignore[no-untyped-def]
 @triton.jit
 def spike_count(x, threshold, bias, capacity):  # type: ignore[no-untyped-def]
     """``q = clip(floor(x / s + bias), 0, qmax)`` as int32."""
+    return _clipped(tl.div_rn(x, threshold) + bias, capacity)
+
+
+@triton.jit
+def _clipped(charged, capacity):  # type: ignore[no-untyped-def]
     # Clipped first, the floor is the truncation of the conversion: the same integer.
-    charged = tl.div_rn(x, threshold) + bias
     return tl.minimum(tl.maximum(charged, 0.0), capacity).to(tl.int32)
+
+
+@triton.jit
+def quotient(x, divisor, inverse):  # type: ignore[no-untyped-def]
+    """``x / divisor``, correctly rounded, with the rounded inverse at hand: half of a division.
+
+    For a divisor in 2**-100 .. 2**100 and a quotient below 2**100: two Newton steps on the exact
+    remainder (Markstein 1990: a faithful quotient and a correctly rounded inverse give a correctly
+    rounded quotient). Where the remainder would be subnormal, ``|x| < 2**-100``, it may be off.
+    """
+    first = x * inverse
+    second = tl.fma(tl.fma(-first, divisor, x), inverse, first)
+    return tl.fma(tl.fma(-second, divisor, x), inverse, second)
+
+
+@triton.jit
+def _count_by_inverse(x, threshold, inverse, bias, capacity):  # type: ignore[no-untyped-def]
+    """:func:`spike_count` for a scalar threshold; the inverse is ``1 / s``, rounded."""
+    # Thresholds start at 1e-5, and where x is so small that its quotient may be off, the bias of at
+    # least 1/2 absorbs it. Ranges near the end of float32 take the plain division.
+    if threshold < 1e30:
+        zeros = tl.zeros_like(x)
+        charged = quotient(x, zeros + threshold, zeros + inverse) + bias
+    else:
+        charged = tl.div_rn(x, threshold) + bias
+    return _clipped(charged, capacity)
+
+
+@triton.jit
+def _positions(first, GATHER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The encoded positions of a block."""
+    at = first + tl.arange(0, BLOCK)
+    if GATHER:
+        # A hint for the layout: with pairs in a thread a gather of 16-bit channels, nearly in their
+        # order, is one cache line for a warp; with eight neighbours it would be four.
+        at = tl.max_contiguous(at, 2)
+    return at
 
 
 @triton.jit
@@ -73,9 +137,9 @@ def _charge(  # type: ignore[no-untyped-def]
 @triton.jit
 def normalized(x, gain, scale, HAS_GAIN: tl.constexpr):  # type: ignore[no-untyped-def]
     """``gain * (x * scale)``, rounded to the dtype of x after each product, as LLaMA's RMSNorm."""
-    y = (x.to(tl.float32) * scale).to(x.dtype)
+    y = rounded(x.to(tl.float32) * scale, x.dtype)
     if HAS_GAIN:
-        y = (y.to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
+        y = rounded(y.to(tl.float32) * gain.to(tl.float32), x.dtype)
     return y
 
 
@@ -99,7 +163,7 @@ def _range(  # type: ignore[no-untyped-def]
     lo = tl.zeros([BLOCK], tl.float32)
     hi = tl.zeros([BLOCK], tl.float32)
     for first in range(start, stop, BLOCK):
-        at = first + tl.arange(0, BLOCK)
+        at = _positions(first, GATHER, BLOCK)
         x, _ = _charge(
             x_ptr,
             gain_ptr,
@@ -193,6 +257,7 @@ def encode_row(  # type: ignore[no-untyped-def]
             )
         capacity = tl.load(capacity_ptr + group)
         threshold, zero = spike_parameters(lo, hi, capacity, tl.load(clip_ptr + group))
+        inverse = tl.div_rn(tl.full([], 1.0, tl.float32), threshold)
         tl.store(threshold_ptr + group, threshold)
         tl.store(zero_ptr + group, zero.to(tl.int32))
         for segment in range(first, last):
@@ -200,7 +265,7 @@ def encode_row(  # type: ignore[no-untyped-def]
             end = tl.multiple_of(tl.load(segment_ptr + 3 * segment + 1), 64)
             total = tl.zeros([BLOCK], tl.int32)
             for at_ in range(begin, end, BLOCK):
-                at = at_ + tl.arange(0, BLOCK)
+                at = _positions(at_, GATHER, BLOCK)
                 x, inside = _charge(
                     x_ptr,
                     gain_ptr,
@@ -215,7 +280,8 @@ def encode_row(  # type: ignore[no-untyped-def]
                     SCALED,
                     HAS_GAIN,
                 )
-                count = tl.where(inside, spike_count(x, threshold, zero + 0.5, capacity), 0)
+                count = _count_by_inverse(x, threshold, inverse, zero + 0.5, capacity)
+                count = tl.where(inside, count, 0)
                 tl.store(count_ptr + at, count.to(tl.uint8), mask=at < end)
                 total += count
             tl.store(sum_ptr + segment, tl.sum(total, 0))

@@ -22,7 +22,7 @@ from neurons.backends.triton_encode import (
     padded,
     shape_of_programs,
 )
-from neurons.backends.triton_encode_row import encode_row, normalized
+from neurons.backends.triton_encode_row import encode_row, normalized, rounded
 from snnllm.norm import LANES, check_gain
 
 __all__ = ["NormEncoded", "rms_norm", "rms_norm_encode"]
@@ -51,7 +51,7 @@ class NormEncoded(NamedTuple):
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalise rows in one kernel: the bits of :func:`snnllm.norm.rms_norm`.
+    """Normalise rows in one kernel: the bits of :func:`snnllm.norm.rms_norm`, without gradients.
 
     Args:
         x: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
@@ -87,7 +87,8 @@ def rms_norm_encode(
     """Add the residual, normalise and encode in one kernel.
 
     As :func:`rms_norm` followed by :func:`neurons.backends.triton_encode.encode_rows`, bit for bit.
-    Nothing is checked on the device: a row with NaN or infinity has thresholds that are not finite.
+    Carries no gradient. Nothing is checked on the device: a row with NaN or infinity has thresholds
+    that are not finite.
 
     Args:
         x: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
@@ -303,7 +304,7 @@ def _norm(  # type: ignore[no-untyped-def]
         x = tl.load(x_ptr + channel, mask=inside, other=0.0)
         if HAS_RESIDUAL:
             added = tl.load(residual_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-            x = (x.to(tl.float32) + added).to(x.dtype)
+            x = rounded(x.to(tl.float32) + added, x.dtype)
             tl.store(stream_ptr + row * channels + channel, x, mask=inside)
         squares += x.to(tl.float32) * x.to(tl.float32)
     # In neighbours, whatever the layout: a sum of two has one order.

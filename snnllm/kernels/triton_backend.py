@@ -283,7 +283,7 @@ def choose_config(rows: int, columns: int) -> tuple[int, ...]:
         return (32, 64, 4, 4, 0)
     if rows <= 256:
         return (64, 128, 4, 3, 168)
-    return (-128, 128, 8, 3, 0)
+    return (64, 128, 4, 4, 0)
 
 
 def _triton(prepared: PreparedLinear) -> TritonLinear:

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from snnllm.kernels.triton_dot import dot_product, early
+
 BLOCK = 128
 """Positions of a block of packed weights; segments are padded to it."""
 WORDS = ("start", "stop", "group", "weight_group")
@@ -37,7 +39,7 @@ def launch(
     out: Tensor,
     bits: int,
     config: tuple[int, ...],
-    early: bool = False,
+    starts_early: bool = False,
 ) -> None:
     """Write `y` of encoded rows, or their centred accumulators when `out` is int32.
 
@@ -52,9 +54,8 @@ def launch(
         out: `[M, N]` in a float type, or int32 `[S, M, N]`.
         bits: 2, 4 or 8.
         config: `(0, BN, KW, warps)` for the dp4a kernel, KW the words of weights of a step; or
-            `(BM, BN, warps, stages, registers)` for tensor cores, registers 0 for no limit. A BM < 0
-            is the kernel of two tiles of BN that share a tile of -BM rows.
-        early: start while the kernel in front still runs, to prefetch weights (programmatic dependent
+            `(BM, BN, warps, stages, registers)` for tensor cores, registers 0 for no limit.
+        starts_early: start while the kernel in front still runs, to prefetch weights (programmatic dependent
             launch, compute capability 9.0); for few rows.
     """
     count, threshold, zero_point, count_sum = encoded
@@ -69,7 +70,6 @@ def launch(
         "BITS": bits,
         "SHIFT": shift is not None,
         "HAS_BIAS": bias is not None,
-        "ASM": not _INTERPRETED,
         "enable_fp_fusion": False,
     }
     accumulators = out.dtype == torch.int32
@@ -77,11 +77,12 @@ def launch(
         kernel: Any
         if config[0] == 0:
             _, bn, words, warps = config
-            kernel = _dot_product[(triton.cdiv(columns, bn), rows)]
+            kernel = dot_product[(triton.cdiv(columns, bn), rows)]
             kernel(
                 *(count.view(torch.int32), weight.view(torch.int32), *arguments),
                 ACCUMULATORS=accumulators,
-                **_early_flags(early),
+                **_early_flags(starts_early),
+                ASM=not _INTERPRETED,
                 BN=bn,
                 KW=words,
                 num_warps=warps,
@@ -92,16 +93,12 @@ def launch(
         flags |= {"num_warps": warps, "num_stages": stages}
         if registers:
             flags["maxnreg"] = registers
-        if bm < 0 and segments.shape[0] <= 2 and not accumulators:
-            kernel = _wide_matmul[(triton.cdiv(rows, -bm) * triton.cdiv(columns, 2 * bn),)]
-            kernel(*(count, weight, *arguments), TWO=len(segments) == 2, BM=-bm, BN=bn, **flags)
-            return
-        bm = abs(bm)
         kernel = _matmul[(triton.cdiv(rows, bm) * triton.cdiv(columns, bn),)]
         kernel(
             *(count, weight, *arguments),
             ACCUMULATORS=accumulators,
-            **_early_flags(early),
+            **_early_flags(starts_early),
+            UNPACK=() if _INTERPRETED else _unpacking(bits),
             UNROLL=segments.shape[0] if segments.shape[0] <= 2 else 0,
             BM=bm,
             BN=bn,
@@ -109,77 +106,26 @@ def launch(
         )
 
 
-def _early_flags(early: bool) -> dict[str, bool]:
-    return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
-
-
-@triton.jit
-def _plane(packed, SHIFT: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes of one plane of bits of packed bytes, as int8."""
-    if ASM:
-        # Four bytes in a register: Triton would unpack int8 tensors one by one.
-        if BITS == 4:
-            if SHIFT == 0:
-                return tl.inline_asm_elementwise(
-                    "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [packed], tl.int8, True, 4
-                )
-            return tl.inline_asm_elementwise(
-                "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }",
-                "=r,r",
-                [packed],
-                tl.int8,
-                True,
-                4,
-            )
-        if SHIFT == 0:
-            return tl.inline_asm_elementwise(
-                "and.b32 $0, $1, 0x03030303;", "=r,r", [packed], tl.int8, True, 4
-            )
-        if SHIFT == 2:
-            return tl.inline_asm_elementwise(
-                "{ .reg .b32 t; shr.b32 t, $1, 2; and.b32 $0, t, 0x03030303; }",
-                "=r,r",
-                [packed],
-                tl.int8,
-                True,
-                4,
-            )
-        if SHIFT == 4:
-            return tl.inline_asm_elementwise(
-                "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x03030303; }",
-                "=r,r",
-                [packed],
-                tl.int8,
-                True,
-                4,
-            )
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.b32 t, $1, 6; and.b32 $0, t, 0x03030303; }",
-            "=r,r",
-            [packed],
-            tl.int8,
-            True,
-            4,
-        )
-    return ((packed >> SHIFT) & ((1 << BITS) - 1)).to(tl.int8)
-
-
-@triton.jit
-def _early(weight_at, nbytes):  # type: ignore[no-untyped-def]
-    """Start as soon as the encoder runs: bring weights to the L2 cache, then wait for its results.
-
-    Needs compute capability 9.0. One thread asks for `nbytes` (a multiple of 16) from `weight_at` on.
-    """
-    tl.inline_asm_elementwise(
-        """{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
-        @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }""",
-        "=r,l,r",
-        [weight_at.to(tl.int64), nbytes],
-        tl.int32,
-        False,
-        1,
+def _unpacking(bits: int) -> tuple[str, ...]:
+    """PTX that takes one plane of codes out of four packed bytes, for every plane."""
+    mask = f"0x{((1 << bits) - 1) * 0x01010101:08X}"
+    return tuple(
+        f"{{ .reg .b32 t; shr.b32 t, $1, {shift}; and.b32 $0, t, {mask}; }}"
+        for shift in range(0, 8, bits)
     )
-    tl.extra.cuda.gdc_wait()
+
+
+def _early_flags(starts_early: bool) -> dict[str, bool]:
+    return {"EARLY": early, "launch_pdl": True} if starts_early else {"EARLY": False}
+
+
+@triton.jit
+def _plane(packed, PLANE: tl.constexpr, BITS: tl.constexpr, UNPACK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes of one plane of bits of packed bytes, as int8."""
+    if UNPACK == ():
+        return ((packed >> (PLANE * BITS)) & ((1 << BITS) - 1)).to(tl.int8)
+    # Four bytes in a register: Triton would unpack int8 tensors one by one.
+    return tl.inline_asm_elementwise(UNPACK[PLANE], "=r,r", [packed], tl.int8, True, 4)
 
 
 @triton.jit
@@ -205,7 +151,7 @@ def _rows_of(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _block_product(  # type: ignore[no-untyped-def]
-    acc, count_at, weight_at, k, BITS: tl.constexpr, ASM: tl.constexpr
+    acc, count_at, weight_at, k, BITS: tl.constexpr, UNPACK: tl.constexpr
 ):
     """Add the products of the 128 positions from k on to acc [BN, BM]."""
     BYTES: tl.constexpr = 16 * BITS
@@ -218,7 +164,7 @@ def _block_product(  # type: ignore[no-untyped-def]
         packed = tl.load(weight_at + k // (8 // BITS))
         for plane in tl.static_range(8 // BITS):
             c = tl.load(count_at + (k + plane * BYTES))
-            w = _plane(packed, plane * BITS, BITS, ASM)
+            w = _plane(packed, plane, BITS, UNPACK)
             acc = tl.dot(w, c, acc, out_dtype=tl.int32)
     return acc
 
@@ -268,7 +214,7 @@ def _sums(  # type: ignore[no-untyped-def]
     weight_at,
     segment_ptr,
     BITS: tl.constexpr,
-    ASM: tl.constexpr,
+    UNPACK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -277,7 +223,7 @@ def _sums(  # type: ignore[no-untyped-def]
     stop = tl.multiple_of(tl.load(segment_ptr + 4 * s + 1), 128)
     acc = tl.zeros([BN, BM], tl.int32)
     for k in range(start, stop, 128):
-        acc = _block_product(acc, count_at, weight_at, tl.multiple_of(k, 128), BITS, ASM)
+        acc = _block_product(acc, count_at, weight_at, tl.multiple_of(k, 128), BITS, UNPACK)
     return acc
 
 
@@ -319,7 +265,7 @@ def _matmul(  # type: ignore[no-untyped-def]
     SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
-    ASM: tl.constexpr,
+    UNPACK: tl.constexpr,
     EARLY: tl.constexpr,
     UNROLL: tl.constexpr,
     BM: tl.constexpr,
@@ -338,11 +284,11 @@ def _matmul(  # type: ignore[no-untyped-def]
     pitch = tl.multiple_of(width // (8 // BITS), 16)
     weight_at = weight_ptr + (n * pitch)[:, None] + byte[None, :]
     if EARLY:
-        _early(weight_ptr + first_n.to(tl.int64) * pitch, min(BN, columns - first_n) * pitch)
+        early(weight_ptr + first_n.to(tl.int64) * pitch, min(BN, columns - first_n) * pitch)
     total = tl.zeros([BN, BM], tl.float32)
     if ACCUMULATORS:
         for s in range(segments):
-            acc = _sums(s, count_at, weight_at, segment_ptr, BITS, ASM, BM, BN)
+            acc = _sums(s, count_at, weight_at, segment_ptr, BITS, UNPACK, BM, BN)
             acc = _finish(
                 *(acc, s, m, n, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
                 *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
@@ -352,7 +298,7 @@ def _matmul(  # type: ignore[no-untyped-def]
     elif UNROLL > 0:
         # Few segments: the float sum takes no registers while the first one is multiplied.
         for s in tl.static_range(UNROLL):
-            acc = _sums(s, count_at, weight_at, segment_ptr, BITS, ASM, BM, BN)
+            acc = _sums(s, count_at, weight_at, segment_ptr, BITS, UNPACK, BM, BN)
             term = _finish(
                 *(acc, s, m, n, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
                 *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
@@ -361,7 +307,7 @@ def _matmul(  # type: ignore[no-untyped-def]
             total = term if s == 0 else total + term
     else:
         for s in range(segments):
-            acc = _sums(s, count_at, weight_at, segment_ptr, BITS, ASM, BM, BN)
+            acc = _sums(s, count_at, weight_at, segment_ptr, BITS, UNPACK, BM, BN)
             total += _finish(
                 *(acc, s, m, n, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
                 *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
@@ -371,203 +317,3 @@ def _matmul(  # type: ignore[no-untyped-def]
         if HAS_BIAS:
             total += tl.load(bias_ptr + n)[:, None]
         tl.store(out_at, tl.trans(total).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _wide_matmul(  # type: ignore[no-untyped-def]
-    count_ptr,
-    weight_ptr,
-    threshold_ptr,
-    zero_point_ptr,
-    count_sum_ptr,
-    segment_ptr,
-    scale_ptr,
-    weight_zero_ptr,
-    row_sum_ptr,
-    shift_ptr,
-    bias_ptr,
-    out_ptr,
-    rows,
-    columns,
-    width,
-    groups,
-    weight_groups,
-    segments,
-    BITS: tl.constexpr,
-    SHIFT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ASM: tl.constexpr,
-    TWO: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Two tiles of outputs that share a tile of rows, for one or two segments.
-
-    The L2 cache limits large products: a wide tile asks it for fewer bytes. Its accumulators fill the
-    registers, so the second (short, salient) segment goes through one half after the other.
-    """
-    first_m, first_n = _tile(rows, columns, BM, 2 * BN)
-    out_m = first_m + tl.arange(0, BM)
-    m = tl.minimum(out_m, rows - 1).to(tl.int64)
-    out_0 = first_n + tl.arange(0, BN)
-    out_1 = out_0 + BN
-    n_0 = tl.minimum(out_0, columns - 1).to(tl.int64)
-    n_1 = tl.minimum(out_1, columns - 1).to(tl.int64)
-    KB: tl.constexpr = 64 if BITS == 8 else 16 * BITS
-    byte = tl.arange(0, KB)
-    count_at = count_ptr + (m * width)[None, :] + byte[:, None]
-    pitch = tl.multiple_of(width // (8 // BITS), 16)
-    at_0 = weight_ptr + (n_0 * pitch)[:, None] + byte[None, :]
-    at_1 = weight_ptr + (n_1 * pitch)[:, None] + byte[None, :]
-    start = tl.multiple_of(tl.load(segment_ptr), 128)
-    stop = tl.multiple_of(tl.load(segment_ptr + 1), 128)
-    acc_0 = tl.zeros([BN, BM], tl.int32)
-    acc_1 = tl.zeros([BN, BM], tl.int32)
-    for start_k in range(start, stop, 128):
-        k = tl.multiple_of(start_k, 128)
-        if BITS == 8:
-            for half in tl.static_range(2):
-                c = tl.load(count_at + (k + half * 64))
-                w = tl.load(at_0 + (k + half * 64)).to(tl.int8, bitcast=True)
-                acc_0 = tl.dot(w, c, acc_0, out_dtype=tl.int32)
-                w = tl.load(at_1 + (k + half * 64)).to(tl.int8, bitcast=True)
-                acc_1 = tl.dot(w, c, acc_1, out_dtype=tl.int32)
-        else:
-            packed_0 = tl.load(at_0 + k // (8 // BITS))
-            packed_1 = tl.load(at_1 + k // (8 // BITS))
-            for plane in tl.static_range(8 // BITS):
-                c = tl.load(count_at + (k + plane * 16 * BITS))
-                w = _plane(packed_0, plane * BITS, BITS, ASM)
-                acc_0 = tl.dot(w, c, acc_0, out_dtype=tl.int32)
-                w = _plane(packed_1, plane * BITS, BITS, ASM)
-                acc_1 = tl.dot(w, c, acc_1, out_dtype=tl.int32)
-    total_0 = _finish(
-        *(acc_0, 0, m, n_0, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
-        *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
-        *(groups, weight_groups, segments, SHIFT, False),
-    )
-    total_1 = _finish(
-        *(acc_1, 0, m, n_1, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
-        *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
-        *(groups, weight_groups, segments, SHIFT, False),
-    )
-    if TWO:
-        acc = _sums(1, count_at, at_0, segment_ptr, BITS, ASM, BM, BN)
-        total_0 += _finish(
-            *(acc, 1, m, n_0, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
-            *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
-            *(groups, weight_groups, segments, SHIFT, False),
-        )
-        acc = _sums(1, count_at, at_1, segment_ptr, BITS, ASM, BM, BN)
-        total_1 += _finish(
-            *(acc, 1, m, n_1, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
-            *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
-            *(groups, weight_groups, segments, SHIFT, False),
-        )
-    if HAS_BIAS:
-        total_0 += tl.load(bias_ptr + n_0)[:, None]
-        total_1 += tl.load(bias_ptr + n_1)[:, None]
-    out_at = out_ptr + (out_m.to(tl.int64) * columns)[:, None] + out_0[None, :]
-    dtype = out_ptr.dtype.element_ty
-    inside = (out_m < rows)[:, None]
-    tl.store(out_at, tl.trans(total_0).to(dtype), mask=inside & (out_0 < columns)[None, :])
-    tl.store(out_at + BN, tl.trans(total_1).to(dtype), mask=inside & (out_1 < columns)[None, :])
-
-
-@triton.jit
-def _dp4a(acc, codes, counts, SIGNED: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Acc + the products of four codes and four signed counts in int32 words."""
-    if ASM:
-        if SIGNED:
-            return tl.inline_asm_elementwise(
-                "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, counts, acc], tl.int32, True, 1
-            )
-        return tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, counts, acc], tl.int32, True, 1
-        )
-    for byte in tl.static_range(4):
-        code = (codes << (24 - 8 * byte)) >> 24 if SIGNED else (codes >> (8 * byte)) & 255
-        acc += code * ((counts << (24 - 8 * byte)) >> 24)
-    return acc
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _dot_product(  # type: ignore[no-untyped-def]
-    count_ptr,
-    weight_ptr,
-    threshold_ptr,
-    zero_point_ptr,
-    count_sum_ptr,
-    segment_ptr,
-    scale_ptr,
-    weight_zero_ptr,
-    row_sum_ptr,
-    shift_ptr,
-    bias_ptr,
-    out_ptr,
-    rows,
-    columns,
-    width,
-    groups,
-    weight_groups,
-    segments,
-    BITS: tl.constexpr,
-    SHIFT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACCUMULATORS: tl.constexpr,
-    ASM: tl.constexpr,
-    EARLY: tl.constexpr,
-    BN: tl.constexpr,
-    KW: tl.constexpr,
-):
-    """One row of counts: memory-bound, the products on the integer units (dp4a), BN outputs."""
-    m = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    inside = n < columns
-    n = tl.minimum(n, columns - 1).to(tl.int64)
-    WORDS: tl.constexpr = 4 * BITS  # of a block of weights; one of counts has 32
-    PLANES: tl.constexpr = 8 // BITS
-    MASK: tl.constexpr = 0x0F0F0F0F if BITS == 4 else 0x03030303
-    word = tl.arange(0, KW)
-    # A word of weights meets PLANES words of counts, WORDS apart.
-    count_at = count_ptr + m * (width // 4) + word // WORDS * 32 + word % WORDS
-    pitch = tl.multiple_of(width // (4 * PLANES), 4)
-    weight_at = weight_ptr + (n * pitch)[:, None] + word[None, :]
-    if EARLY:
-        first_n = (tl.program_id(0) * BN).to(tl.int64)
-        words = min(BN, columns - tl.program_id(0) * BN) * pitch
-        _early(weight_ptr + first_n * pitch, words * 4)
-    total = tl.zeros([BN], tl.float32)
-    for s in range(segments):
-        start = tl.multiple_of(tl.load(segment_ptr + 4 * s), 128)
-        stop = tl.multiple_of(tl.load(segment_ptr + 4 * s + 1), 128)
-        group, weight_group = tl.load(segment_ptr + 4 * s + 2), tl.load(segment_ptr + 4 * s + 3)
-        acc = tl.zeros([BN, KW], tl.int32)
-        last = stop // 128 * WORDS
-        for w in range(start // 128 * WORDS, last, KW):
-            within = word < last - w
-            packed = tl.load(weight_at + w, mask=within[None, :], other=0)
-            for plane in tl.static_range(PLANES):
-                counts = tl.load(count_at + (w // WORDS * 32 + plane * WORDS), mask=within, other=0)
-                counts = tl.broadcast_to(counts[None, :], [BN, KW])
-                codes = packed if BITS == 8 else (packed >> (plane * BITS)) & MASK
-                acc = _dp4a(acc, codes, counts, BITS == 8, ASM)
-        sums = tl.sum(acc, axis=1)
-        z = tl.load(zero_point_ptr + m * groups + group)
-        q = tl.load(count_sum_ptr + m * segments + s)
-        r = tl.load(row_sum_ptr + n * segments + s)
-        zu = tl.load(weight_zero_ptr + n * weight_groups + weight_group)
-        sums = sums - z * r - zu * q
-        if SHIFT:
-            sums += tl.load(shift_ptr + n * segments + s)
-        if ACCUMULATORS:
-            at = (s * rows.to(tl.int64) + m) * columns + n
-            tl.store(out_ptr + at, sums, mask=inside)
-        else:
-            threshold = tl.load(threshold_ptr + m * groups + group)
-            scale = tl.load(scale_ptr + n * weight_groups + weight_group)
-            total += (threshold * sums.to(tl.float32)) * scale
-    if not ACCUMULATORS:
-        if HAS_BIAS:
-            total += tl.load(bias_ptr + n)
-        tl.store(out_ptr + m * columns + n, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 
 class _Opened(Exception):
@@ -68,20 +69,30 @@ def test_the_speed_of_a_model(
 def test_the_accuracy_of_chosen_rows(repository: Path, stories_dir: Path, capsys: Any) -> None:
     module = benchmark(repository, "accuracy")
     arguments = [str(stories_dir), "--window", "24", "--limit", "2", "--calibration-windows", "1"]
-    chosen = [
-        "--tables",
-        "issue",
-        "omniquant",
-        "--rows",
-        "no saliency, attention float",
-        "rtn, split",
-    ]
-    assert module.main([*arguments, *chosen, "--device", "cpu"]) == 0
+    tables, rows = ("issue", "omniquant"), ("no saliency, attention float", "rtn, split")
+    arguments += ["--device", "cpu", "--tables", *tables, "--rows", *rows]
+    assert module.main(arguments) == 0
     text = capsys.readouterr().out
     assert "token_ppl@24" in text
     assert text.count("| float | - |") == 2
     assert text.count("| no saliency, attention float | W4A4 |") == 1
     assert text.count("| rtn, split | W4A4T2 |") == 1
+
+
+def test_the_speed_of_encoding(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))  # it shares the clock of another
+    module = benchmark(repository, "encode_speed")
+    if not torch.cuda.is_available():
+        assert module.main([]) == module.SKIPPED
+        assert "found no CUDA device" in capsys.readouterr().err
+        return
+    monkeypatch.setattr(module, "SHAPES", ((64, 384),))
+    monkeypatch.setattr(module, "ROTATED_BYTES", 1)
+    assert module.main(["--rounds", "2", "--json", str(tmp_path / "out.json")]) == 0
+    assert "NO" not in capsys.readouterr().out
+    assert (tmp_path / "out.json").is_file()
 
 
 def test_the_speed_of_neurons(repository: Path, tmp_path: Path, capsys: Any) -> None:

@@ -161,7 +161,12 @@ def test_auto_takes_what_suits():
     assert backends.choose_encode("auto", x, 1) == on_device
     assert backends.choose_encode("auto", x, 17) == "torch"
     assert backends.choose_encode("auto", x.double(), 1) == "torch"
+    assert backends.choose_encode("auto", x.clone().requires_grad_(), 1) == "torch"
     assert "backend=auto" in repr(SpikeEncoder(7))
+
+
+def zeros(dtype: torch.dtype) -> Tensor:
+    return torch.zeros(2, 7, dtype=dtype, device=DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +174,12 @@ def test_auto_takes_what_suits():
     [
         (lambda: SpikeEncoder(7, backend="cupy"), ValueError, "backend of an encoder must be one"),
         (
-            lambda: SpikeEncoder(7, (1,) * 17, backend="triton").encode(torch.zeros(2, 7)),
+            lambda: SpikeEncoder(7, (1,) * 17, backend="triton").encode(zeros(torch.float32)),
             ValueError,
             "at most 16 channel groups, got 17",
         ),
         (
-            lambda: SpikeEncoder(7, backend="triton").encode(torch.zeros(2, 7).double()),
+            lambda: SpikeEncoder(7, backend="triton").encode(zeros(torch.float64)),
             ValueError,
             r"got torch\.float64; convert the input",
         ),
