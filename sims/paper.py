@@ -29,7 +29,7 @@ from sims.recording import Recorder
 from snnllm.energy import ENERGY_MODELS, EnergyModel, MatmulWork, Network, matmul_energy
 from snnllm.paper.lines import find
 from snnllm.paper.measures import Measures, Subject
-from snnllm.paper.recipes import Measure, Record, Row, Table
+from snnllm.paper.recipes import Conversion, Measure, Record, Row, Table
 from snnllm.saliency import InputStatistics
 from snnllm.sources import dense_model
 
@@ -87,7 +87,7 @@ def equivalence(subject: Subject) -> dict[str, Any]:
 def saliency_maps(subject: Subject) -> dict[str, Any]:
     """Scores of all blocks in the dense model, with the salient channels of the converted one."""
     model, conversion = subject.model, subject.conversion
-    assert conversion is not None  # the dense model has no salient channels
+    assert isinstance(conversion, Conversion)  # float models have no salient channels
     drawn = {}
     for path in _MAPPED:
         groups = [
@@ -233,7 +233,7 @@ def pareto_figure(rows: Rows, measure: str) -> Figure | None:
             baseline = perplexity
         elif steps is not None and np.isfinite(perplexity):
             name = row.label.partition(",")[0] + ("" if row.bits == "W4A4" else f" {row.bits}")
-            if measure == "sample":
+            if measure == "sample" and isinstance(row.conversion, Conversion):
                 name = f"{row.conversion.spike.value_range}, {row.label.partition(',')[0]}"
             series.setdefault(name, []).append((steps, perplexity))
     if not series:

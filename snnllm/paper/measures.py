@@ -21,7 +21,7 @@ from snnllm.execution import View, spiking_modules, use_view
 from snnllm.harness import evaluate_tasks
 from snnllm.linear import SpikingLinear
 from snnllm.operations import count_operations
-from snnllm.paper.recipes import Conversion, Measure
+from snnllm.paper.recipes import Baseline, Conversion, Measure
 from snnllm.sources import Source, dense_model
 from snnllm.speed import Contender, time_contenders
 
@@ -169,7 +169,7 @@ class Subject:
     title: str
     model: Any
     tokenizer: Any
-    conversion: Conversion | None
+    conversion: Conversion | Baseline | None
     source: Source
     data: Data
     figures: Path

@@ -10,12 +10,26 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from snnllm.config import SpikeConfig
 from snnllm.conversion import Options, options_of
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import Execution, OmniQuantOptions, Recipe, recipe_config
+from snnllm.sources import Source
 
-__all__ = ["Conversion", "Line", "Measure", "Record", "Row", "Table", "Training", "spikellm"]
+__all__ = [
+    "Baseline",
+    "Conversion",
+    "Line",
+    "Measure",
+    "Record",
+    "Row",
+    "Table",
+    "Training",
+    "spikellm",
+]
 
 Record = Mapping[str, Any]
 """What is known about the model of a row: `conversion`, `model`, `measures`, `errors`."""
@@ -102,6 +116,26 @@ class Conversion:
         return f"{self.pipeline}-{self.spike.label}-{digest[:10]}"
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """A float model made from the dense one without a checkpoint: weights that another method rounds.
+
+    Attributes:
+        name: A file name; other settings need another one.
+        settings: What decides about the model, apart from the dense one and data; JSON types.
+        build: From the source, calibration windows `[n, S]`, seed and device to the model and what is
+            to be known about it (JSON types; `mean_steps` is shown).
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    build: Callable[[Source, Tensor, int, torch.device], tuple[nn.Module, dict[str, Any]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return dict(self.settings)
+
+
 def spikellm(preset: str, training: Training, **fields: Any) -> Conversion:
     """The published recipe: OmniQuant around spikes, with the given salient channels.
 
@@ -129,7 +163,7 @@ class Row:
 
     label: str
     bits: str
-    conversion: Conversion | None
+    conversion: Conversion | Baseline | None
     quick: bool = False
     extra: tuple[Measure, ...] = ()
     published: str | None = None

@@ -25,7 +25,7 @@ from snnllm.conversion import ConversionReport, convert
 from snnllm.evaluate import Progress
 from snnllm.modeling import load
 from snnllm.paper.measures import Data, Measures, Settings, Subject, stated_steps
-from snnllm.paper.recipes import Conversion, Measure, Row, Table
+from snnllm.paper.recipes import Baseline, Conversion, Measure, Row, Table
 from snnllm.pipelines.report import BlockReport, device_mib
 from snnllm.sources import Source, dense_model
 from snnllm.work import differences, locked, source_digest, write_durably
@@ -34,6 +34,7 @@ __all__ = ["Job", "Reporter", "Runner", "jobs_of"]
 
 _log = logging.getLogger(__name__)
 _CONVERSION, _LOADING = "conversion", "loading"
+Made = Conversion | Baseline | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ class Job:
     @property
     def kind(self) -> str:
         """Models of one kind take about the same time."""
-        return "float" if self.row.conversion is None else str(self.row.conversion.pipeline)
+        made = self.row.conversion
+        if isinstance(made, Conversion):
+            return str(made.pipeline)
+        return "float" if made is None else "baseline"
 
 
 def jobs_of(tables: Sequence[Table]) -> list[Job]:
@@ -178,7 +182,7 @@ class Runner:
 
     def steps(self, job: Job) -> list[str]:
         """What a model takes: its conversion, if it is converted, and its measures."""
-        conversion = [] if job.row.conversion is None else [_CONVERSION]
+        conversion = [_CONVERSION] if isinstance(job.row.conversion, Conversion) else []
         return [*conversion, *map(str, job.measures)]
 
     def execute(self, jobs: Sequence[Job]) -> bool:
@@ -252,11 +256,11 @@ class Runner:
         record["seconds"][str(step)] = time.perf_counter() - start
         return result
 
-    def _converted(self, conversion: Conversion | None, name: str, folder: Path) -> bool:
-        """Whether there is a checkpoint now; it is made if there was none, or resumed."""
+    def _converted(self, conversion: Made, name: str, folder: Path) -> bool:
+        """Whether there is a checkpoint now, if one is needed; it is made or resumed."""
         record = self.records[name]
         finished = (folder / checkpoint.MANIFEST).is_file() and _CONVERSION in record
-        if conversion is None or finished:
+        if not isinstance(conversion, Conversion) or finished:
             return True
         shutil.rmtree(folder, ignore_errors=True)
         report = self._attempt(name, _CONVERSION, partial(self._convert, conversion, name, folder))
@@ -281,13 +285,20 @@ class Runner:
             on_block=self._reporter.blocks(name, self._source.config.num_hidden_layers),
         )
 
-    def _load(self, conversion: Conversion | None, name: str, folder: Path) -> Any:
+    def _load(self, conversion: Made, name: str, folder: Path) -> Any:
         """The model of a row on its device."""
+        facts: dict[str, Any] = {}
+        model: Any
         if conversion is None:
-            self.records[name]["model"] = {}
-            return dense_model(self._source).to(self._device)
-        model = load(folder)
-        self.records[name]["model"] = stated_steps(model)
+            model = dense_model(self._source)
+        elif isinstance(conversion, Baseline):
+            model, facts = conversion.build(
+                self._source, self._data.calibration, self._settings.seed, self._device
+            )
+        else:
+            model = load(folder)
+            facts = stated_steps(model)
+        self.records[name]["model"] = facts
         return model.to(self._device)
 
     def _forget(self) -> None:

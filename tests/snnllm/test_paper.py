@@ -26,12 +26,13 @@ from snnllm.data import load_text
 from snnllm.paper import runner as paper_runner
 from snnllm.paper.lines import efficiency_lines, find, speed_lines
 from snnllm.paper.measures import stated_steps
-from snnllm.paper.recipes import Conversion, Measure, Row, Training, spikellm
+from snnllm.paper.recipes import Baseline, Conversion, Measure, Row, Table, Training, spikellm
 from snnllm.paper.report import markdown
 from snnllm.paper.runner import jobs_of
 from snnllm.paper.tables import TABLES
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
+from snnllm.sources import dense_model
 from snnllm.zeroshot import ZERO_SHOT_TASKS
 
 SMALL = [
@@ -258,6 +259,32 @@ def test_a_killed_run_continues(command, tmp_path):
     assert first.stat().st_mtime_ns == written
     assert main(command(tmp_path / "whole", "--rows", "float", "rtn", "rotated")) == 0
     assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
+
+
+def test_a_baseline_needs_no_checkpoint(command, tmp_path, monkeypatch):
+    """A table of one's own: a float model with rounded weights beside the dense one."""
+
+    def build(source: Any, windows: torch.Tensor, seed: int, device: torch.device) -> Any:
+        assert windows.shape == (2, 24)
+        model = dense_model(source)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.down_proj.weight.mul_(8).round_().div_(8)
+        return model, {"mean_steps": 1.4, "bits": 2.0}
+
+    def table(training: Training) -> Table:
+        made = Baseline("rounded", {"method": "rounded to eighths"}, build)
+        rows = (Row("float model", "FP", None, True), Row("rounded", "W4", made, True))
+        return dataclasses.replace(TABLES["main"](training), name="own", rows=rows)
+
+    monkeypatch.setitem(reproduce.TABLES, "own", table)
+    arguments = command(tmp_path)
+    arguments[1] = "own"
+    assert main(arguments) == 0
+    dense, rounded = json.loads((tmp_path / "own.json").read_text())["lines"]
+    assert rounded["test.txt token_ppl@24"] != dense["test.txt token_ppl@24"]
+    assert rounded["mean steps"] == 1.4
+    assert untimed(tmp_path)["rounded"]["recipe"] == {"method": "rounded to eighths"}
 
 
 def test_two_runs_do_not_share_a_folder(command, tmp_path, capsys):
