@@ -31,7 +31,7 @@ _QUICK: dict[str, Any] = {
     "window": 512,
     "limit": 4,
     "sample_limit": 2,
-    "task_limit": 4,
+    "task_limit": 2,
     "calibration_windows": 2,
     "calibration_window": 256,
     "prompt_tokens": 32,

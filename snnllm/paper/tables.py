@@ -86,11 +86,10 @@ def saliency(training: Training) -> Table:
     for own in ranges:
         fields = {"value_range": own}
         for score in Score:
-            quick = score is first or (score is Score.RANDOM and own is ValueRange.SPLIT)
             mapped = score is first and own is ValueRange.SPLIT
             extra = (Measure.SALIENCY_MAP,) if mapped else ()
             made = _rtn("W4A4T2", **fields, score=score)
-            rows.append(Row(f"{score}, 10 %, T = 2, {own}", "W4A4", made, quick, extra))
+            rows.append(Row(f"{score}, 10 %, T = 2, {own}", "W4A4", made, score is first, extra))
         for score in (first, Score.GAUSS_NEWTON):
             made = _rtn("W4A4T4", **fields, score=score)
             rows.append(Row(f"{score}, 5 %, T = 4, {own}", "W4A4", made))
