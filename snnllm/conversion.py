@@ -374,8 +374,13 @@ def make_provenance(
             "window": windows.shape[1],
             "sha256": hashlib.sha256(windows.to(torch.int64).numpy().tobytes()).hexdigest(),
         },
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **package_versions()},
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this package and of those that results depend on."""
+    return {package: _version(package) for package in _PACKAGES}
 
 
 def _version(package: str) -> str:

@@ -67,6 +67,19 @@ def test_the_speed_of_a_model(
     assert "| decode after 4 |" in text
 
 
+def test_the_accuracy_of_chosen_rows(repository: Path, stories_dir: Path, capsys: Any) -> None:
+    module = benchmark(repository, "accuracy")
+    arguments = [str(stories_dir), "--window", "24", "--limit", "2", "--calibration-windows", "1"]
+    tables, rows = ("issue", "omniquant"), ("no saliency, attention float", "rtn, split")
+    arguments += ["--device", "cpu", "--tables", *tables, "--rows", *rows]
+    assert module.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "token_ppl@24" in text
+    assert text.count("| float | - |") == 2
+    assert text.count("| no saliency, attention float | W4A4 |") == 1
+    assert text.count("| rtn, split | W4A4T2 |") == 1
+
+
 def test_the_speed_of_encoding(
     repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:

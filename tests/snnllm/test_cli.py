@@ -25,7 +25,7 @@ from snnllm.config import SpikeConfig
 from snnllm.data import load_text
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
 
-COMMANDS = ["convert", "eval", "generate", "simulate", "inspect", "demo"]
+COMMANDS = ["convert", "eval", "generate", "simulate", "inspect", "reproduce", "demo"]
 CALIBRATION = ["--nsamples", "2", "--seqlen", "48"]
 
 
