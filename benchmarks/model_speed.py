@@ -32,9 +32,11 @@ def spiking_model(checkpoint: Path | None, source: Source) -> Any:
         return load(checkpoint)
     ids = tokenize(load_text("pydoc:train"), source.tokenizer())
     with tempfile.TemporaryDirectory() as folder:
+        windows = random_windows(ids, 128, 2, 0)
+        spike = SpikeConfig.preset("W4A4T2")
         convert(
-            source, f"{folder}/out", SpikeConfig.preset("W4A4T2"), random_windows(ids, 128, 2, 0)
-        )
+            source, f"{folder}/out", spike, windows, pipeline="rtn"
+        )  # for its time, the quick one
         return load(f"{folder}/out")
 
 

@@ -14,6 +14,7 @@ from snnllm.cli.options import (
     add_spike_options,
     calibration_windows,
     checked_device,
+    chosen_pipeline,
     pipeline_options,
     progress,
     spike_config,
@@ -63,7 +64,9 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, report, and write the model card."""
-    spike, options = spike_config(args), pipeline_options(args)
+    spike = spike_config(args)
+    pipeline = chosen_pipeline(args, spike)
+    options = pipeline_options(args, pipeline)
     checkpoint.check_output(args.output)
     device = checked_device(args.device)
     source = open_source(args.model)
@@ -76,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     blocks = source.config.num_hidden_layers
     epochs = options.epochs if isinstance(options, OmniQuantOptions) else 0
     count, length = windows.shape
-    need = estimate(source, spike, count, length, args.pipeline, epochs, args.max_memory)
+    need = estimate(source, spike, count, length, pipeline, epochs, args.max_memory)
     if args.dry_run:
         print(f"{source.name}: {blocks} blocks, {spike.label}, {len(windows)} calibration windows")
         print(f"estimated time    {need.seconds / 60:.1f} min on this CPU (within a factor of two)")
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             args.output,
             spike,
             windows,
-            pipeline=args.pipeline,
+            pipeline=pipeline,
             seed=args.seed,
             device=device,
             options=options,

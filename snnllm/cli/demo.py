@@ -34,6 +34,7 @@ from snnllm.conversion import ConversionReport, convert
 from snnllm.data import load_text, token_windows, tokenize
 from snnllm.evaluate import PerplexityResult, token_perplexity
 from snnllm.modeling import LINEARS
+from snnllm.pipelines import Pipeline
 from snnllm.sources import Source, dense_model, open_source
 
 _PROMPT = "The capital of France is"
@@ -191,7 +192,7 @@ def _convert(
             spike,
             calibration_windows(args, source),
             pipeline=args.pipeline,
-            options=pipeline_options(args),
+            options=pipeline_options(args, Pipeline(args.pipeline)),
             seed=args.seed,
             on_block=lambda _: bar.update(),
         )

@@ -34,6 +34,7 @@ from snnllm.pipelines.omniquant_options import (
     Recipe,
     recipe_config,
 )
+from snnllm.pipelines.start import default_pipeline
 from snnllm.sources import Source, dense_model, open_source
 
 CALIBRATION_WINDOW = 512
@@ -60,11 +61,10 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pipeline",
         choices=[*Pipeline],
-        default=Pipeline.RTN,
-        help="rtn: saliency masks and rounding; rotated: rotation inside the saliency groups and "
-        "GPTQ, much closer to full precision, about twice the time; gptq: weights as ternary spike "
-        "trains, linears that only add; omniquant: transformation and clipping trained block by "
-        "block (default: %(default)s)",
+        help="rotated: rotation inside the saliency groups and GPTQ; rtn: saliency masks and rounding, "
+        "half the time, far from full precision; gptq: weights as ternary spike trains, linears that "
+        "only add; omniquant: trained block by block (default: rotated; gptq for ternary weights, rtn "
+        "for float activations)",
     )
     _add_training_options(parser)
     _add_gptq_options(parser)
@@ -170,7 +170,14 @@ _GPTQ = {
 }
 
 
-def pipeline_options(args: argparse.Namespace) -> GptqOptions | OmniQuantOptions | None:
+def chosen_pipeline(args: argparse.Namespace, spike: SpikeConfig) -> Pipeline:
+    """The pipeline that the user named, else the default of the configuration."""
+    return Pipeline(args.pipeline or default_pipeline(spike, {}))
+
+
+def pipeline_options(
+    args: argparse.Namespace, pipeline: Pipeline
+) -> GptqOptions | OmniQuantOptions | None:
     """The options of the pipeline that was chosen; None for one that has none here.
 
     Raises:
@@ -181,18 +188,18 @@ def pipeline_options(args: argparse.Namespace) -> GptqOptions | OmniQuantOptions
         for option, field in _GPTQ.items()
         if getattr(args, option) is not None
     }
-    training = training_options(args)
-    if args.pipeline == Pipeline.GPTQ:
+    training = training_options(args, pipeline)
+    if pipeline is Pipeline.GPTQ:
         return GptqOptions(**given)
     if given:
         raise ValueError(
-            f"{', '.join(given)}: this is for ternary weights, which the pipeline {args.pipeline} "
+            f"{', '.join(given)}: this is for ternary weights, which the pipeline {pipeline} "
             "does not make."
         )
     return training
 
 
-def training_options(args: argparse.Namespace) -> OmniQuantOptions | None:
+def training_options(args: argparse.Namespace, pipeline: Pipeline) -> OmniQuantOptions | None:
     """The options of the omniquant pipeline; None for another pipeline.
 
     Raises:
@@ -203,10 +210,10 @@ def training_options(args: argparse.Namespace) -> OmniQuantOptions | None:
         for name in ("rotate", "epochs", "batch", "second_loss", "execution")
         if getattr(args, name) is not None
     }
-    if args.pipeline != Pipeline.OMNIQUANT:
+    if pipeline is not Pipeline.OMNIQUANT:
         if given or args.recipe is not None:
             names = ", ".join(given) or "recipe"
-            raise ValueError(f"{names}: nothing is trained by the pipeline {args.pipeline}.")
+            raise ValueError(f"{names}: nothing is trained by the pipeline {pipeline}.")
         return None
     return OmniQuantOptions.recipe(args.recipe or Recipe.DEFAULT, **given)
 
@@ -235,7 +242,8 @@ def spike_config(args: argparse.Namespace) -> SpikeConfig:
     given = {k: v for k, v in given.items() if v is not None}
     preset = args.preset
     if preset is None:
-        preset = _TERNARY_PRESET if args.pipeline == Pipeline.GPTQ else _PRESET
+        ternary = args.pipeline == Pipeline.GPTQ or "mean_steps" in given
+        preset = _TERNARY_PRESET if ternary else _PRESET
     return recipe_config(args.recipe or Recipe.DEFAULT, preset, **given)
 
 

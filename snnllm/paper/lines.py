@@ -18,6 +18,7 @@ __all__ = [
     "efficiency_lines",
     "equivalence_lines",
     "find",
+    "perplexities",
     "perplexity_lines",
     "speed_lines",
 ]
@@ -61,7 +62,7 @@ def accuracy_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
     """Perplexity on every text and all accuracies, in per cent."""
     made = []
     for row, record in rows:
-        line = _start(row, record) | _perplexities(record, "perplexity")
+        line = _start(row, record) | perplexities(record, "perplexity")
         tasks = find(record, "measures", "tasks") or {}
         for score in tasks.get("scores", ()):
             for metric in ("acc", "acc_norm"):
@@ -78,14 +79,14 @@ def accuracy_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
 
 def ablation_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
     """Perplexity on the sample, and what the conversion said about its blocks."""
-    return [_start(row, r) | _perplexities(r, "sample") | _conversion(r) for row, r in rows]
+    return [_start(row, r) | perplexities(r, "sample") | _conversion(r) for row, r in rows]
 
 
 def perplexity_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
     """Perplexity on every text, and what the conversion said about its blocks and its time."""
     return [
         _start(row, r)
-        | _perplexities(r, "perplexity")
+        | perplexities(r, "perplexity")
         | _conversion(r)
         | {
             "convert s": find(r, "conversion", "seconds"),
@@ -96,7 +97,8 @@ def perplexity_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
     ]
 
 
-def _perplexities(record: Record, measure: str) -> Line:
+def perplexities(record: Record, measure: str) -> Line:
+    """Perplexities of a measure, by the name of the text and the metric."""
     results = find(record, "measures", measure) or {}
     return {f"{name} {result['metric']}": result["perplexity"] for name, result in results.items()}
 
@@ -125,7 +127,7 @@ def efficiency_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
     rivals: list[Line] = []
     for row, record in rows:
         counted = find(record, "measures", "operations")
-        line = _start(row, record) | _perplexities(record, "sample")
+        line = _start(row, record) | perplexities(record, "sample")
         if counted is None:
             made.append(line)
             continue

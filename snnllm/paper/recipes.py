@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from snnllm.config import SpikeConfig
-from snnllm.conversion import Options, options_of
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import Execution, OmniQuantOptions, Recipe, recipe_config
+from snnllm.pipelines.start import Options, options_of
 from snnllm.sources import Source
 
 __all__ = [

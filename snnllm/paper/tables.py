@@ -8,10 +8,11 @@ from snnllm.config import Score, SpikeConfig, ValueRange
 from snnllm.energy import ENERGY_MODELS
 from snnllm.paper import lines
 from snnllm.paper.recipes import Conversion, Measure, Row, Table, Training, spikellm
+from snnllm.paper.weights import gptq
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import Recipe
 
-__all__ = ["TABLES", "efficiency", "equivalence", "main", "saliency", "speed"]
+__all__ = ["TABLES", "efficiency", "equivalence", "gptq", "main", "saliency", "speed"]
 
 DENSE = "float model"
 PROPOSED = "rotated (ours)"
@@ -187,6 +188,7 @@ def speed(training: Training) -> Table:
 
 TABLES: Mapping[str, Callable[[Training], Table]] = {
     "main": main,
+    "gptq": gptq,
     "saliency": saliency,
     "efficiency": efficiency,
     "equivalence": equivalence,

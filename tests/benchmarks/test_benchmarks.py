@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +26,7 @@ def benchmark(repository: Path, name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["accuracy", "model_speed", "ternary"])
+@pytest.mark.parametrize("name", ["accuracy", "model_speed"])
 def test_the_demo_model_is_the_default(
     repository: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -58,7 +57,13 @@ def test_the_speed_of_a_model(
     if converted:
         source = open_source(stories_dir)
         ids = tokenize(load_text("pydoc:train")[:10_000], source.tokenizer())
-        convert(source, tmp_path / "out", SpikeConfig.preset("W8A8"), random_windows(ids, 16, 1, 0))
+        convert(
+            source,
+            tmp_path / "out",
+            SpikeConfig.preset("W8A8"),
+            random_windows(ids, 16, 1, 0),
+            pipeline="rtn",
+        )
         arguments += ["--checkpoint", str(tmp_path / "out")]
     assert benchmark(repository, "model_speed").main([*arguments, "--repeat", "1"]) == 0
     text = capsys.readouterr().out
@@ -105,27 +110,6 @@ def test_the_speed_of_neurons(repository: Path, tmp_path: Path, capsys: Any) -> 
         assert title in text
     assert "NO" not in text
     assert (tmp_path / "out.json").is_file()
-
-
-def test_the_table_of_ternary_weights(
-    repository: Path, stories_dir: Path, tmp_path: Path, capsys: Any
-) -> None:
-    module = benchmark(repository, "ternary")
-    names = ["no saliency", "PB-LLM 90", "BiLLM, as published", "GPTQ 3 bits"]
-    arguments = [str(stories_dir), "--window", "32", "--limit", "2", "--calibration-windows", "2"]
-    arguments += ["--device", "cpu", "--json", str(tmp_path / "rows.json"), "--rows"]
-    assert module.main([*arguments, *names]) == 0
-    assert "| PB-LLM 90 % |" in capsys.readouterr().out
-    rows = {r["weights"]: r for r in json.loads((tmp_path / "rows.json").read_text())}
-    assert rows["PB-LLM 90 %"]["additive"] == pytest.approx(0.9)
-    assert rows["PB-LLM 90 %"]["steps"] == pytest.approx(1.7)
-    assert rows["ternary, no saliency"]["additive"] == rows["BiLLM, as published"]["additive"] == 1
-    assert rows["GPTQ 3 bits, groups of 128"]["additive"] == 0
-    # A row does not depend on the rows before it.
-    assert module.main([*arguments, "GPTQ 3 bits"]) == 0
-    again = {r["weights"]: r for r in json.loads((tmp_path / "rows.json").read_text())}
-    for name in ("float", "GPTQ 3 bits, groups of 128"):
-        assert again[name]["perplexity"] == rows[name]["perplexity"]
 
 
 def test_the_speed_of_a_conversion(

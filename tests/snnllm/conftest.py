@@ -94,7 +94,13 @@ def convert_tiny(
     ) -> tuple[Any, Path]:
         dense = llama(**config)
         folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
-        convert(dense, folder, SpikeConfig.preset(preset, **(overrides or {})), token_ids[:1])
+        convert(
+            dense,
+            folder,
+            SpikeConfig.preset(preset, **(overrides or {})),
+            token_ids[:1],
+            pipeline="rtn",
+        )
         return dense, folder
 
     return run
@@ -131,7 +137,7 @@ def stories_checkpoint(
     """The W4A4T2 checkpoint of stories260K. Shared: do not change it."""
     folder = tmp_path_factory.mktemp("stories") / "checkpoint"
     spike = SpikeConfig.preset("W4A4T2")
-    convert(stories_dir, folder, spike, random_windows(stories_ids, 128, 4, seed=0))
+    convert(stories_dir, folder, spike, random_windows(stories_ids, 128, 4, seed=0), pipeline="rtn")
     return folder
 
 

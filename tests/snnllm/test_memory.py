@@ -94,7 +94,14 @@ def test_the_plan_spills_only_what_does_not_fit(make_llama):
 
 def test_too_little_memory_is_refused(make_llama, token_ids, tmp_path):
     with pytest.raises(ValueError, match="max_memory is 10 MiB, but about .* MiB are needed"):
-        convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids, max_memory_mib=10.0)
+        convert(
+            make_llama(),
+            tmp_path / "out",
+            SpikeConfig(),
+            token_ids,
+            max_memory_mib=10.0,
+            pipeline="rtn",
+        )
     assert shard_bytes(None) == 1 << 30
     assert shard_bytes(80.0) == 10 << 20
 

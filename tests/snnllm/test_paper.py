@@ -287,6 +287,22 @@ def test_a_baseline_needs_no_checkpoint(command, tmp_path, monkeypatch):
     assert untimed(tmp_path)["rounded"]["recipe"] == {"method": "rounded to eighths"}
 
 
+def test_the_table_of_ternary_weights(command, tmp_path):
+    rows = ["no saliency", "PB-LLM 90", "BiLLM, as published", "GPTQ 3 bits"]
+    arguments = [a for a in command(tmp_path, "--rows", *rows) if a != "--quick"]
+    arguments[1] = "gptq"
+    assert main(arguments) == 0
+    lines = {x["weights"]: x for x in json.loads((tmp_path / "gptq.json").read_text())["lines"]}
+    assert lines["PB-LLM 90 %"]["additive MACs %"] == pytest.approx(90)
+    assert lines["PB-LLM 90 %"]["steps"] == pytest.approx(1.7)
+    ternary = lines["ternary, no saliency"]
+    assert ternary["steps"] == 1
+    assert 1.6 < ternary["stored bits"] < 4  # tiny layers: scales and orders weigh much
+    assert ternary["additive MACs %"] == lines["BiLLM, as published"]["additive MACs %"] == 100
+    assert lines["GPTQ 3 bits, groups of 128"]["additive MACs %"] == 0
+    assert all(line["seconds"] > 0 for line in lines.values())
+
+
 def test_two_runs_do_not_share_a_folder(command, tmp_path, capsys):
     from snnllm.work import locked
 

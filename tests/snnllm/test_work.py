@@ -204,11 +204,11 @@ def test_a_full_disk_loses_no_block(make_llama, token_ids, tmp_path, monkeypatch
             monkeypatch.setattr(work, "save_file", full_as_safetensors_says)
 
     with pytest.raises(OSError, match="No space left .*; free some space .* resumes at block 1"):
-        convert(model, output, SpikeConfig(), token_ids, on_block=fill)
+        convert(model, output, SpikeConfig(), token_ids, on_block=fill, pipeline="rtn")
     monkeypatch.undo()
     assert sorted(files(tmp_path / "out.work")) == ["block-00000.safetensors", "job.json", "lock"]
-    convert(model, output, SpikeConfig(), token_ids)
-    convert(model, tmp_path / "whole", SpikeConfig(), token_ids)
+    convert(model, output, SpikeConfig(), token_ids, pipeline="rtn")
+    convert(model, tmp_path / "whole", SpikeConfig(), token_ids, pipeline="rtn")
     assert files(output) == files(tmp_path / "whole")
 
 
@@ -218,9 +218,9 @@ def test_a_damaged_block_is_named(make_llama, token_ids, tmp_path):
     path = tmp_path / "out.work" / "block-00000.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"block-00000\.safetensors is damaged .*; remove it to"):
-        convert(make_llama(), output, SpikeConfig(), token_ids)
+        convert(make_llama(), output, SpikeConfig(), token_ids, pipeline="rtn")
     path.unlink()
-    convert(make_llama(), output, SpikeConfig(), token_ids)
+    convert(make_llama(), output, SpikeConfig(), token_ids, pipeline="rtn")
 
 
 def test_two_processes_do_not_share_a_work_folder(tmp_path):
@@ -248,5 +248,5 @@ def test_leftovers_of_a_killed_run_are_removed(make_llama, token_ids, tmp_path):
     (folder / "block-00001.tmp").write_bytes(b"half")
     (folder / "out.partial-x").mkdir()
     shutil.copy(folder / "job.json", folder / "out.partial-x")
-    convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids)
+    convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids, pipeline="rtn")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
