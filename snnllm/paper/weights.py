@@ -170,7 +170,7 @@ def weight_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
     """Perplexity, steps, stored bits and additive share."""
     lines = []
     for row, record in rows:
-        line: Line = {"weights": row.label, "bits": row.bits}
+        line: Line = {"method": row.label, "bits": row.bits}
         line |= perplexities(record, "perplexity") | _costs(record)
         line["seconds"] = find(record, "conversion", "seconds")
         if line["seconds"] is None and isinstance(row.conversion, Baseline):

@@ -23,6 +23,7 @@ from snnllm.cli.demo import recorded_layers
 from snnllm.cli.generate import prompt_ids
 from snnllm.config import SpikeConfig
 from snnllm.data import load_text
+from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
 
 COMMANDS = ["convert", "eval", "generate", "simulate", "inspect", "reproduce", "demo"]
@@ -205,10 +206,29 @@ def test_the_mean_steps_may_be_changed(preset):
     assert (spike.label, spike.weight_bits, spike.weight_group_size) == ("TW3A8", 2, 128)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], "rotated"),
+        (["--preset", "W8A8"], "rotated"),
+        (["--preset", "W2A16"], "rtn"),
+        (["--preset", "TW1.2A8"], "gptq"),
+        (["--mean-steps", "2"], "gptq"),
+        (["--pipeline", "omniquant"], "omniquant"),
+    ],
+)
+def test_the_default_pipeline_is_what_the_configuration_needs(given, expected):
+    args = build_parser().parse_args(["convert", "in", "out", *given])
+    assert cli_options.chosen_pipeline(args, cli_options.spike_config(args)) == expected
+
+
 def test_the_recipe_may_be_changed_in_single_fields():
     given = ["convert", "in", "out", "--pipeline", "omniquant", "--recipe", "paper"]
     args = build_parser().parse_args([*given, "--range", "split", "--execution", "compiled"])
-    spike, options = cli_options.spike_config(args), cli_options.training_options(args)
+    spike, options = (
+        cli_options.spike_config(args),
+        cli_options.training_options(args, Pipeline.OMNIQUANT),
+    )
     assert (spike.value_range, spike.weight_range) == ("split", "minmax")
     assert options == OmniQuantOptions.recipe("paper", execution="compiled")
 
@@ -242,14 +262,20 @@ def test_an_interrupted_conversion_resumes_or_restarts(
 
 CONVERT_ERRORS = {
     "unknown_preset": (["--preset", "int4"], "Unknown preset 'int4'. Presets look like W<bits>"),
-    "training": (["--epochs", "3"], "epochs: nothing is trained by the pipeline rtn"),
-    "recipe": (["--recipe", "paper"], "recipe: nothing is trained by the pipeline rtn"),
+    "training": (["--epochs", "3"], "epochs: nothing is trained by the pipeline rotated"),
+    "recipe": (["--recipe", "paper"], "recipe: nothing is trained by the pipeline rotated"),
     "no_columns": (
         ["--damping", "0.1"],
         "damping: this is for ternary weights, which the pipeline",
     ),
-    "levels": (["--mean-steps", "2"], "mean_steps makes the weights ternary spike trains"),
-    "pipeline": (["--preset", "TW1.4A16"], "the pipeline rtn makes integer levels"),
+    "levels": (
+        ["--preset", "W4A4T2", "--mean-steps", "2"],
+        "mean_steps makes the weights ternary spike trains",
+    ),
+    "pipeline": (
+        ["--pipeline", "rtn", "--preset", "TW1.4A16"],
+        "the pipeline rtn makes integer levels",
+    ),
     "no_budget": (
         ["--pipeline", "gptq", "--preset", "W4A4"],
         "gptq pipeline makes ternary weights",

@@ -292,7 +292,7 @@ def test_the_table_of_ternary_weights(command, tmp_path):
     arguments = [a for a in command(tmp_path, "--rows", *rows) if a != "--quick"]
     arguments[1] = "gptq"
     assert main(arguments) == 0
-    lines = {x["weights"]: x for x in json.loads((tmp_path / "gptq.json").read_text())["lines"]}
+    lines = {x["method"]: x for x in json.loads((tmp_path / "gptq.json").read_text())["lines"]}
     assert lines["PB-LLM 90 %"]["additive MACs %"] == pytest.approx(90)
     assert lines["PB-LLM 90 %"]["steps"] == pytest.approx(1.7)
     ternary = lines["ternary, no saliency"]

@@ -100,7 +100,9 @@ def interrupted(model: Any, output: Path, ids: Any, after: int = 0, **arguments:
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        convert(model, output, SpikeConfig(), ids, on_block=stop, **arguments)
+        convert(
+            model, output, SpikeConfig(), ids, on_block=stop, **{"pipeline": "rtn", **arguments}
+        )
     assert (output.parent / f"{output.name}.work" / f"block-{after:05d}.safetensors").is_file()
 
 
@@ -154,7 +156,8 @@ def test_what_has_changed_is_said(make_llama, token_ids, tmp_path, change, messa
     if "model" in change:
         model.model.norm.weight.data *= change["model"]
     ids, spike = token_ids[change.get("ids", slice(0, 2))], change.get("spike", SpikeConfig())
-    arguments: dict[str, Any] = {k: change[k] for k in ("seed", "pipeline") if k in change}
+    arguments: dict[str, Any] = {"pipeline": "rtn"}
+    arguments |= {k: change[k] for k in ("seed", "pipeline") if k in change}
     if "allocation" in change:
         steps = torch.full((32,), change["allocation"])
         arguments["allocation"] = {"model.layers.0.mlp.up_proj": steps}
