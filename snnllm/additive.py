@@ -79,10 +79,10 @@ def additive_sums(
 def fixed_point(x: Tensor) -> tuple[Tensor, Tensor]:
     """Float activations as integers of 24 bits on a grid of one power of two per token.
 
-        unit = 2^(ceil(log2 max|x|) - 24),   a = round(x / unit)
+        unit = 2^(floor(log2 max|x|) - 23),   a = round(x / unit)
 
     Sums of integers do not depend on their order, so every execution agrees bit for bit; the error
-    is at most 2^-25 of the largest activation of the token, that of one float32 rounding.
+    is at most 2^-24 of the largest activation of the token, that of one float32 rounding.
 
     Args:
         x: float `[M, K]`.

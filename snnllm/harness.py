@@ -178,7 +178,7 @@ def evaluate_tasks(
             num_fewshot=num_fewshot,
             log_samples=False,
         )
-    scores = tuple(_score(results, name) for name in results["n-samples"])
+    scores = tuple(task_score(results, name) for name in results["n-samples"])
     order = {name: i for i, name in enumerate(tasks)}
     scores = tuple(sorted(scores, key=lambda s: order.get(s.task, len(order))))
     return TaskResults(scores, lm_eval.__version__, num_fewshot, time.perf_counter() - start)
@@ -210,18 +210,21 @@ def _check_known(names: Sequence[str], manager: Any) -> None:
             )
 
 
-def _score(results: Mapping[str, Any], name: str) -> TaskScore:
+def task_score(results: Mapping[str, Any], name: str) -> TaskScore:
     """The score of one task from the nested results, whose keys look like `acc_stderr,none`."""
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
     for key, value in results["results"][name].items():
-        metric, _, _ = key.partition(",")
+        metric, _, filtered = key.partition(",")
+        name_of = metric.removesuffix("_stderr")
+        if filtered != "none":  # a task may have one metric behind several filters
+            name_of += f" ({filtered})"
         if "," not in key or not isinstance(value, int | float):
             continue
         if metric.endswith("_stderr"):
-            stderr[metric.removesuffix("_stderr")] = float(value)
+            stderr[name_of] = float(value)
         else:
-            metrics[metric] = float(value)
+            metrics[name_of] = float(value)
     counts, local = results["n-samples"][name], name.endswith(_LOCAL)
     return TaskScore(
         task=name.removesuffix(_LOCAL) if local else name,

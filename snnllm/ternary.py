@@ -10,6 +10,7 @@ descent on the quadratic loss: QuantEase (arXiv 2309.01885).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from snnllm.kernels.gptq_triton import triton_available
 from snnllm.kernels.ternary_triton import fire_block, refine_block
 from snnllm.step_allocation import GROUP_SIZE, StepClass, classes_of, column_steps, threshold_runs
 
+_log = logging.getLogger(__name__)
 _RATIOS = tuple(0.2 + 0.05 * i for i in range(17))
 _SMALLEST, _LARGEST = 2.0**-14, 65504.0  # normal float16
 
@@ -194,6 +196,10 @@ def ternary_gptq(
         raise ValueError(f"{name}: the weight holds NaN or infinite values.")
     if weight.numel() and float(weight.abs().max()) > _LARGEST:
         raise ValueError(f"{name}: weights beyond {_LARGEST:g} have no float16 threshold.")
+    largest = weight.abs().amax(1)
+    tiny = int(((largest > 0) & (largest < _SMALLEST)).sum())
+    if tiny:
+        _log.warning("%s: %d rows below %.1g become zero", name, tiny, _SMALLEST)
     classes, hessian = classes_of(steps), hessian.float()
     upper, hessian, order = _sorted(hessian, steps.to(hessian.device), name, damping)
     weight = weight.float()[:, order]

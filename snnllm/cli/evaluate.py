@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
     if args.tasks is None and (args.task_data is not None or args.num_fewshot is not None):
         raise ValueError("--task-data and --num-fewshot belong to tasks; name some with --tasks.")
+    if args.window is not None and args.text is None and args.tasks is not None:
+        raise ValueError("--window belongs to perplexity; name a text with --text.")
     source = args.text or (None if args.tasks is not None else _TEXT)
     text = None if source is None else load_text(source)
     model, tokenizer = open_model(args.model, args)

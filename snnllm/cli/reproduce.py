@@ -147,9 +147,19 @@ def run(args: argparse.Namespace) -> int:
     jobs = jobs_of(tables)
     measures = {**standard_measures(settings, lambda label: progress(label)), **drawing.measures()}
     reporter = Reporter(tqdm.write, lambda label: progress(label), _block_bar)
+    if args.dry_run and args.restart:
+        raise ValueError("--dry-run changes nothing; leave --restart out to see what is done.")
     args.output.mkdir(parents=True, exist_ok=True)
     runner = Runner(
-        source, settings, measures, args.output, device, reporter, args.restart, args.keep
+        source,
+        settings,
+        measures,
+        args.output,
+        device,
+        reporter,
+        restart=args.restart,
+        keep=args.keep,
+        look=args.dry_run,
     )
     try:
         if args.dry_run:

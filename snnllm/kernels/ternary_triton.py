@@ -110,7 +110,7 @@ if triton_available():
         threshold = tl.load(threshold_ptr + row, mask=inside, other=1.0)
         for k in range(columns):
             own = tl.sum(tl.where(column[:, None] == k, weight, 0.0), axis=0)
-            count = _count(own / threshold, steps)
+            count = _count(tl.div_rn(own, threshold), steps)
             error = own - count * threshold
             later = (column < columns) & (column > k)
             spread = tl.load(spread_ptr + k * columns + column, mask=later, other=0.0)
@@ -143,7 +143,7 @@ if triton_available():
             threshold = tl.load(threshold_ptr + at, mask=inside, other=1.0)
             before = tl.load(count_ptr + at, mask=inside, other=0.0)
             diagonal = tl.load(hessian_ptr + k * columns + k)
-            count = _count(before + own / (diagonal * threshold), tl.load(steps_ptr + k))
+            count = _count(before + tl.div_rn(own, diagonal * threshold), tl.load(steps_ptr + k))
             change = (count - before) * threshold
             later = (column < columns) & (column > k)
             local = tl.load(hessian_ptr + k * columns + column, mask=later, other=0.0)

@@ -90,7 +90,7 @@ class TritonBackend:
             return "the package triton is not installed (pip install 'snnllm[triton]')"
         if interpreted():
             return None
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() or torch.version.hip is not None:
             return "there is no CUDA device"
         capability = torch.cuda.get_device_capability()
         if capability < _LEAST_CAPABILITY:
@@ -140,8 +140,8 @@ class TritonBackend:
         check_input(x, spec.channels, spec.name)
         plan, _ = _plan(spec, segments_of(spec.sizes), x.device)
         count, threshold, zero_point, _ = encode_plan(x.reshape(-1, spec.channels), plan)
-        original = torch.empty(x.numel() // spec.channels, spec.channels, dtype=torch.uint8)
-        original = original.to(x.device)
+        shape = (x.numel() // spec.channels, spec.channels)
+        original = torch.empty(shape, dtype=torch.uint8, device=x.device)
         real = plan.order >= 0
         original[:, plan.order[real].long()] = count[:, real]
         lead = x.shape[:-1]

@@ -209,6 +209,7 @@ def speed_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
             line |= {"prompt": found["prompt"], "context": found["context"]}
             for what, header in (("prefill", "prefill ms"), ("decode", "decode ms a token")):
                 line[header] = 1e3 * timing[f"{what}_seconds"]
-                line[f"{what}, dense / this"] = base[f"{what}_seconds"] / timing[f"{what}_seconds"]
+                own = timing[f"{what}_seconds"]  # of decoding: a difference, of noise if very short
+                line[f"{what}, dense / this"] = base[f"{what}_seconds"] / own if own > 0 else None
             made.append(line)
     return made

@@ -251,7 +251,7 @@ def _speed(settings: Settings, subject: Subject) -> dict[str, Any]:
 
 
 def stated_steps(model: Any) -> dict[str, Any]:
-    """What a spiking model spends: time steps and stored bytes.
+    """What a spiking model spends: the time steps of its activations.
 
     Returns:
         `mean_steps`, the time steps of a channel, mean over the channels of all spiking linears (None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import platform
 import subprocess
@@ -18,6 +19,7 @@ from snnllm.paper.published import Published, published_values, recognise
 from snnllm.paper.recipes import Line, Table
 from snnllm.paper.runner import Job, Runner, jobs_of
 from snnllm.sources import Source
+from snnllm.work import write_durably
 
 __all__ = ["manifest", "published_lines", "table_lines", "write_results"]
 
@@ -198,13 +200,14 @@ def _times(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _write_csv(lines: Sequence[Line], path: Path) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _columns(lines), extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(lines)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, _columns(lines), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_durably(path, file.getvalue().encode())
     return path
 
 
 def _write_json(values: Any, path: Path) -> Path:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_durably(path, json.dumps(values, indent=2).encode() + b"\n")
     return path

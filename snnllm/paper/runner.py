@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ class Runner:
         reporter: Shows progress.
         restart: Discard what an earlier run has left.
         keep: Keep the checkpoints.
+        look: Only look; `run.json` is not written.
 
     Attributes:
         run: Description of the run, as in `run.json`.
@@ -116,6 +118,7 @@ class Runner:
         reporter: Reporter,
         restart: bool = False,
         keep: bool = False,
+        look: bool = False,
     ) -> None:
         self._source, self._settings, self._measures = source, settings, measures
         self._device, self._reporter, self._keep = device, reporter, keep
@@ -133,7 +136,7 @@ class Runner:
         self._rows.mkdir(parents=True, exist_ok=True)
         self._lock = locked(output, f"{output} is in use: another process reproduces into it.")
         try:
-            self._take(restart)
+            self._take(restart, look)
         except BaseException:
             self._lock.close()
             raise
@@ -146,7 +149,7 @@ class Runner:
         """Let the folder go."""
         self._lock.close()
 
-    def _take(self, restart: bool) -> None:
+    def _take(self, restart: bool, look: bool) -> None:
         """Read what an earlier run has left, or discard or refuse it."""
         path = self.output / "run.json"
         if restart:
@@ -155,15 +158,17 @@ class Runner:
             self._rows.mkdir()
             path.unlink(missing_ok=True)
         wanted = json.loads(json.dumps(self.run))
-        if path.is_file() and (found := json.loads(path.read_text())) != wanted:
+        rows = list(self._rows.glob("*.json"))
+        if rows and path.is_file() and (found := json.loads(path.read_text())) != wanted:
             raise ValueError(
                 f"{self.output} holds results of another run: "
                 f"{'; '.join(differences(found, wanted))}. Give the same settings to continue it, "
                 "another --output, or --restart to discard them."
             )
-        write_durably(path, json.dumps(wanted, indent=2).encode() + b"\n")
+        if not look:
+            write_durably(path, json.dumps(wanted, indent=2).encode() + b"\n")
         self.records: dict[str, dict[str, Any]] = {
-            file.stem: json.loads(file.read_text()) for file in self._rows.glob("*.json")
+            file.stem: json.loads(file.read_text()) for file in rows
         }
 
     def record(self, row: Row) -> dict[str, Any]:
@@ -211,6 +216,7 @@ class Runner:
         row, name = job.row, job.row.name
         record = self.records.setdefault(name, self.record(row))
         record["title"], record["kind"], record["errors"] = row.title, job.kind, {}
+        record["versions"] = {p: metadata.version(p) for p in ("snnllm", "torch", "transformers")}
         if row.conversion is not None:
             record["recipe"] = row.conversion.to_dict()
         folder = self.output / "checkpoints" / name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -95,7 +97,7 @@ def _ternary(
 ) -> Row:
     spike = SpikeConfig.preset(preset, **fields)
     made = Conversion(Pipeline.GPTQ, spike, options or GptqOptions())
-    return Row(f"ternary, {label}", preset.removeprefix("T"), made, quick)
+    return Row(f"ternary, {label}", preset, made, quick)
 
 
 def _rival(
@@ -112,7 +114,10 @@ def _rival(
         "options": dataclasses.asdict(options),
     }
     name = "".join(c if c.isalnum() else "-" for c in label.lower())
-    made = Baseline(name, settings, partial(_build, partial(quantiser, **arguments), options))
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    made = Baseline(
+        f"{name}-{digest[:10]}", settings, partial(_build, partial(quantiser, **arguments), options)
+    )
     return Row(label, "A16", made, quick)
 
 

@@ -42,7 +42,10 @@ def read(file: str, folder: str | None = None, **_: Any) -> dict[str, Any]:
             f"{FOLDER_VARIABLE} to the folder that holds tasks/{file}."
         )
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # By line feeds only: JSON strings may hold the other separators that `splitlines` knows.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:

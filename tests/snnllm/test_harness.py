@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from snnllm.cli import main
-from snnllm.harness import TaskScore, evaluate_tasks, mean_accuracy
+from snnllm.harness import TaskScore, evaluate_tasks, mean_accuracy, task_score
 from snnllm.modeling import load
 from snnllm.zeroshot import DEFINITIONS, ZERO_SHOT_TASKS
 
@@ -244,3 +244,30 @@ def test_the_mean_takes_each_convention():
     assert mean_accuracy(scores, normalised=True) == pytest.approx(0.5)
     assert mean_accuracy([score(f1=0.1)], normalised=True) is None
     assert mean_accuracy([], normalised=True) is None
+
+
+def test_a_metric_behind_two_filters_has_two_names():
+    values = {
+        "acc,none": 0.5,
+        "exact_match,strict-match": 0.1,
+        "exact_match_stderr,strict-match": 0.01,
+        "exact_match,flexible-extract": 0.35,
+        "alias": "task",
+    }
+    results = {
+        "results": {"task": values},
+        "n-samples": {"task": {"effective": 3, "original": 9}},
+        "versions": {},
+    }
+    score = task_score(results, "task")
+    assert score.metrics == {
+        "acc": 0.5,
+        "exact_match (strict-match)": 0.1,
+        "exact_match (flexible-extract)": 0.35,
+    }
+    assert score.stderr == {"exact_match (strict-match)": 0.01}
+
+
+def test_windows_belong_to_a_text(stories_dir, capsys):
+    assert main(["eval", str(stories_dir), "--tasks", "piqa", "--window", "8"]) == 2
+    assert "--window belongs to perplexity" in capsys.readouterr().err

@@ -312,6 +312,26 @@ def test_two_runs_do_not_share_a_folder(command, tmp_path, capsys):
     lock.close()
 
 
+def test_a_dry_run_changes_nothing(command, tmp_path, capsys):
+    assert main(command(tmp_path, "--rows", "float")) == 0
+    rows = sorted(p.name for p in (tmp_path / "rows").iterdir())
+    assert main(command(tmp_path, "--dry-run", "--restart")) == 2
+    assert "--dry-run changes nothing" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "rows").iterdir()) == rows
+    fresh = tmp_path / "fresh"
+    assert main(command(fresh, "--dry-run")) == 0
+    assert not (fresh / "run.json").exists()
+    assert main(command(fresh, "--dry-run", "--seed", "7")) == 0
+
+
+def test_a_rival_with_other_settings_is_another_model():
+    names = {row.name for row in TABLES["gptq"](Training()).rows}
+    plain = {row.name for row in TABLES["gptq"](Training()).rows if "PB-LLM 94.3" in row.label}
+    assert len(plain) == 2
+    assert plain < names
+    assert all(len(name.rsplit("-", 1)[1]) == 10 for name in plain)
+
+
 def test_a_dry_run_lists_rows_and_measures_nothing(command, tmp_path, capsys):
     assert main(command(tmp_path, "--rows", "float", "rtn")) == 0
     capsys.readouterr()
