@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "clipped",
     "encode_row",
     "normalized",
     "quotient",
@@ -54,11 +55,12 @@ def spike_parameters(lo, hi, capacity, clip):  # type: ignore[no-untyped-def]
 @triton.jit
 def spike_count(x, threshold, bias, capacity):  # type: ignore[no-untyped-def]
     """``q = clip(floor(x / s + bias), 0, qmax)`` as int32."""
-    return _clipped(tl.div_rn(x, threshold) + bias, capacity)
+    return clipped(tl.div_rn(x, threshold) + bias, capacity)
 
 
 @triton.jit
-def _clipped(charged, capacity):  # type: ignore[no-untyped-def]
+def clipped(charged, capacity):  # type: ignore[no-untyped-def]
+    """``clip(floor(charged), 0, capacity)`` as int32."""
     # Clipped first, the floor is the truncation of the conversion: the same integer.
     return tl.minimum(tl.maximum(charged, 0.0), capacity).to(tl.int32)
 
@@ -71,9 +73,11 @@ def quotient(x, divisor, inverse):  # type: ignore[no-untyped-def]
     remainder (Markstein 1990: a faithful quotient and a correctly rounded inverse give a correctly
     rounded quotient). Where the remainder would be subnormal, ``|x| < 2**-100``, it may be off.
     """
+    # Negated here, where it costs nothing: Triton negates by subtracting from zero.
+    minus = -divisor
     first = x * inverse
-    second = tl.fma(tl.fma(-first, divisor, x), inverse, first)
-    return tl.fma(tl.fma(-second, divisor, x), inverse, second)
+    second = tl.fma(tl.fma(first, minus, x), inverse, first)
+    return tl.fma(tl.fma(second, minus, x), inverse, second)
 
 
 @triton.jit
@@ -86,7 +90,7 @@ def _count_by_inverse(x, threshold, inverse, bias, capacity):  # type: ignore[no
         charged = quotient(x, zeros + threshold, zeros + inverse) + bias
     else:
         charged = tl.div_rn(x, threshold) + bias
-    return _clipped(charged, capacity)
+    return clipped(charged, capacity)
 
 
 @triton.jit
