@@ -172,12 +172,12 @@ def contenders(rows: int, channels: int, seed: int) -> dict[str, Contender]:
         "original order, 2 groups": Contender((x,), in_place(two), lambda x: two.encoder.encode(x)),
         "norm, 2 groups": Contender(
             (x,),
-            lambda x: rms_norm_encode(x, None, two.gain, EPS, *two.layout())[:4],
+            lambda x: rms_norm_encode(x, None, two.gain, EPS, *two.layout(), runs=two.runs)[:4],
             lambda x: two.expected(rms_norm(x, two.gain, EPS)),
         ),
         "residual, norm, 2 groups": Contender(
             (x, y),
-            lambda x, y: rms_norm_encode(x, y, two.gain, EPS, *two.layout())[:5],
+            lambda x, y: rms_norm_encode(x, y, two.gain, EPS, *two.layout(), runs=two.runs)[:5],
             lambda x, y: two.expected(rms_norm(x + y, two.gain, EPS)),
         ),
         "SiLU * up, 2 groups": Contender(

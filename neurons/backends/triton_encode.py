@@ -96,16 +96,10 @@ def encode_rows(
     positions = padded(x.shape[-1]) if order is None else order.shape[0]
     check_rows(x)
     check_layout(order, table, capacities, clip, offset, x.shape[1])
-    if runs is not None:
-        _check_runs(runs, positions, table.shape[0], capacities.numel())
-    elif (
-        order is None and table.shape[0] == capacities.numel() == 1 and positions <= MOST_POSITIONS
-    ):
-        runs = (0, positions, x.shape[1], 0)
+    known = known_runs(runs, order, table, capacities, x.shape[1])
     return EncodedRows(
         *torch.ops.neurons.encode_rows(
-            *(x.detach(), order, table, capacities, clip, shared, offset, positions),
-            None if runs is None else list(runs),
+            x.detach(), order, table, capacities, clip, shared, offset, positions, known
         )
     )
 
@@ -186,12 +180,25 @@ def check_layout(
         )
 
 
-def _check_runs(runs: Sequence[int], positions: int, segments: int, groups: int) -> None:
+def known_runs(
+    runs: Sequence[int] | None,
+    order: Tensor | None,
+    table: Tensor,
+    capacities: Tensor,
+    channels: int,
+) -> list[int] | None:
+    """The runs of :func:`encode_rows`, checked, or those that need no description."""
+    segments, groups = table.shape[0], capacities.numel()
+    positions = padded(channels) if order is None else order.shape[0]
+    if runs is None:
+        trivial = order is None and segments == groups == 1 and positions <= MOST_POSITIONS
+        return [0, positions, channels, 0] if trivial else None
     if len(runs) != 4 * groups or segments != groups or runs[-3] != positions:
         raise ValueError(
             f"runs must be what runs_of says of the same layout, {groups} groups in as many segments "
             f"of {positions} positions, got {list(runs)} for {segments} segments."
         )
+    return list(runs)
 
 
 def _table(segments: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -15,6 +15,8 @@ __all__ = [
     "encode_row",
     "normalized",
     "quotient",
+    "quotient_of",
+    "range_bits",
     "rounded",
     "spike_count",
     "spike_parameters",
@@ -73,11 +75,26 @@ def quotient(x, divisor, inverse):  # type: ignore[no-untyped-def]
     remainder (Markstein 1990: a faithful quotient and a correctly rounded inverse give a correctly
     rounded quotient). Where the remainder would be subnormal, ``|x| < 2**-100``, it may be off.
     """
-    # Negated here, where it costs nothing: Triton negates by subtracting from zero.
-    minus = -divisor
+    return quotient_of(x, -divisor, inverse)
+
+
+@triton.jit
+def quotient_of(x, minus, inverse):  # type: ignore[no-untyped-def]
+    """:func:`quotient` for minus the divisor: Triton negates by subtracting from zero."""
     first = x * inverse
     second = tl.fma(tl.fma(first, minus, x), inverse, first)
     return tl.fma(tl.fma(second, minus, x), inverse, second)
+
+
+@triton.jit
+def range_bits(lo, hi):  # type: ignore[no-untyped-def]
+    """``-lo`` and ``hi``, not negative, as integers in a last axis of two, of which a maximum is taken.
+
+    The bits of floats from zero on are in their order, NaN beyond infinity; a warp takes the maximum
+    of integers in one instruction.
+    """
+    # Without the sign, which a NaN may have.
+    return tl.join(-lo, hi).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit

@@ -14,7 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neurons.backends.triton_encode_row import clipped, normalized, quotient, spike_parameters
+from neurons.backends.triton_encode_row import (
+    clipped,
+    normalized,
+    quotient_of,
+    range_bits,
+    spike_parameters,
+    wider,
+)
 
 __all__ = ["MOST_POSITIONS", "encode_tiles", "launch_tiles", "runs_of", "tiles_of"]
 
@@ -190,18 +197,12 @@ def _charges(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _range(own, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``-min(0, min x)`` and ``max(0, max x)`` lane by lane, as bits ``[TILE, 2]``.
-
-    The bits of floats from zero on are in their order, and NaN beyond infinity; a warp takes the
-    maximum of integers in one instruction.
-    """
+    """Range of a group lane by lane, as ``range_bits``."""
     below = tl.zeros([TILE], tl.float32)
     above = tl.zeros([TILE], tl.float32)
     for tile in tl.static_range(len(own)):
-        below = tl.minimum(below, own[tile], propagate_nan=tl.PropagateNan.ALL)
-        above = tl.maximum(above, own[tile], propagate_nan=tl.PropagateNan.ALL)
-    # Without the sign, which a NaN may have.
-    return tl.join(-below, above).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        below, above = wider(below, above, own[tile], own[tile])
+    return range_bits(below, above)
 
 
 @triton.jit
@@ -250,14 +251,14 @@ def _counts(  # type: ignore[no-untyped-def]
     zeros = tl.zeros([TILE], tl.float32)
     divisor = threshold * SCALE
     inverse = zeros + tl.div_rn(tl.full([], 1.0, tl.float32), divisor)
-    divisor = zeros + divisor
+    minus = zeros - divisor
     for first in tl.static_range(0, LENGTH, TILE):
         at = START + first + lane
         if first < MANY:
             charge = own[first // TILE]
             if SCALE != 1.0:
                 charge *= SCALE
-            count = clipped(quotient(charge, divisor, inverse) + bias, capacity)
+            count = clipped(quotient_of(charge, minus, inverse) + bias, capacity)
             if first + TILE > MANY:
                 count = tl.where(first + lane < MANY, count, 0)
             total += count
