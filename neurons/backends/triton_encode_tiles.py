@@ -33,6 +33,8 @@ _VECTOR = 4
 _PAIR = 2
 """Channels of a thread in a tile that is gathered: a warp then stays within one or two cache lines."""
 _FEW_ROWS = 64
+_REGISTERS = 64
+"""Of a thread where rows are many: 32 warps on a multiprocessor hide more than a few spills cost."""
 
 
 def runs_of(order: Tensor | None, segments: Tensor, groups: int, channels: int) -> list[int] | None:
@@ -75,7 +77,7 @@ def runs_of(order: Tensor | None, segments: Tensor, groups: int, channels: int) 
 
 def tiles_of(rows: int, positions: int, gather: bool) -> tuple[int, int]:
     """Positions of a tile, and warps: 20 to 50 positions for a thread, or few where rows are few."""
-    most, each = (32, 256) if rows <= _FEW_ROWS else (16, 1536)
+    most, each = (32, 320) if rows <= _FEW_ROWS else (16, 1536)
     warps = min(most, triton.next_power_of_2(triton.cdiv(positions, each)))
     return 32 * warps * (_PAIR if gather else _VECTOR), warps
 
@@ -124,23 +126,22 @@ def encode_tiles(  # type: ignore[no-untyped-def]
     thresholds, zeros = spike_parameters(low, high, capacities, clips)
     tl.store(threshold_ptr + number, thresholds, mask=number < GROUPS)
     tl.store(zero_ptr + number, zeros.to(tl.int32), mask=number < GROUPS)
-    for group in tl.static_range(GROUPS):
-        threshold = _of(thresholds, number, group)
-        bias = _of(zeros, number, group) + 0.5
-        capacity = _of(capacities, number, group)
-        # `quotient` takes divisors below 2**100. A power of two off both changes no quotient, but
-        # of those so small that the bias absorbs them.
-        if threshold < 1e30:
-            total = _counts(
-                *(charges[group], threshold, bias, capacity, count_ptr, lane),
-                *(RUNS, group, 1.0, TILE),
-            )
-        else:
-            total = _counts(
-                *(charges[group], threshold, bias, capacity, count_ptr, lane),
-                *(RUNS, group, 2.0**-64, TILE),
-            )
-        tl.store(sum_ptr + group, tl.sum(total, 0))
+    # `quotient_of` takes divisors below 2**100. A power of two off both changes no quotient, but of
+    # those so small that the bias absorbs them.
+    if tl.max(thresholds, 0) < 1e30:
+        totals = _all_counts(
+            *(charges, thresholds, zeros, capacities, count_ptr, lane),
+            *(RUNS, GROUPS, 1.0, TILE),
+        )
+    else:
+        totals = _all_counts(
+            *(charges, thresholds, zeros, capacities, count_ptr, lane),
+            *(RUNS, GROUPS, 2.0**-64, TILE),
+        )
+    sums = tl.sum(totals, 0)
+    if GROUPS > 1:
+        sums = tl.reshape(sums, [PADDED])
+    tl.store(sum_ptr + number, sums, mask=number < GROUPS)
 
 
 @triton.jit
@@ -206,22 +207,56 @@ def _range(own, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _ranges(ranges, GROUPS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ends of the ranges of all groups, float32 ``[PADDED]``: one reduction, one wait for the warps."""
-    if PADDED == 1:
-        both = ranges[0]
-    elif PADDED == 2:
-        both = tl.join(ranges[0], ranges[1])
+def _stacked(parts, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What there is of each group in last axes: one reduction for all, one wait for the warps."""
+    if GROUPS == 1:
+        both = parts[0]
+    elif GROUPS == 2:
+        both = tl.join(parts[0], parts[1])
     else:
         # A third group stands for the fourth, too.
-        both = tl.join(tl.join(ranges[0], ranges[2]), tl.join(ranges[1], ranges[GROUPS - 1]))
-    both = tl.reshape(tl.max(both, 0), [2, PADDED])
+        both = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[GROUPS - 1]))
+    return both
+
+
+@triton.jit
+def _ranges(ranges, GROUPS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ends of the ranges of all groups, float32 ``[PADDED]``."""
+    both = tl.reshape(tl.max(_stacked(ranges, GROUPS), 0), [2, PADDED])
     if SHARED:
         both = tl.broadcast_to(tl.max(both, 1)[:, None], [2, PADDED])
     below = tl.arange(0, 2)[:, None] == 0
     low = tl.sum(tl.where(below, both, 0), 0).to(tl.float32, bitcast=True)
     high = tl.sum(tl.where(below, 0, both), 0).to(tl.float32, bitcast=True)
     return -low, high
+
+
+@triton.jit
+def _all_counts(  # type: ignore[no-untyped-def]
+    charges,
+    thresholds,
+    zeros,
+    capacities,
+    count_ptr,
+    lane,
+    RUNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Store the counts of all groups; returns their sums lane by lane, ``_stacked``."""
+    number = tl.arange(0, thresholds.shape[0])
+    totals = ()
+    for group in tl.static_range(GROUPS):
+        threshold = _of(thresholds, number, group)
+        bias = _of(zeros, number, group) + 0.5
+        capacity = _of(capacities, number, group)
+        total = _counts(
+            *(charges[group], threshold, bias, capacity, count_ptr, lane),
+            *(RUNS, group, SCALE, TILE),
+        )
+        totals += (total,)
+    return _stacked(totals, GROUPS)
 
 
 @triton.jit
@@ -317,6 +352,10 @@ def launch_tiles(
     groups = capacities.shape[0]
     gather = min(runs[3::4]) < 0
     tile, warps = tiles_of(x.shape[0], outputs[0].shape[1], gather)
+    flags = {"num_warps": warps, "enable_fp_fusion": False}
+    # The longest rows have 16 warps, and need more registers.
+    if x.shape[0] > _FEW_ROWS and warps < 16:
+        flags["maxnreg"] = _REGISTERS
     launch: Any = _encode_rows_in_tiles[(x.shape[0],)]
     launch(
         *(x, x if order is None else order, capacities, clip, x if offset is None else offset),
@@ -328,6 +367,5 @@ def launch_tiles(
         HAS_OFFSET=offset is not None,
         EARLY=early,
         TILE=tile,
-        num_warps=warps,
-        enable_fp_fusion=False,
+        **flags,
     )
