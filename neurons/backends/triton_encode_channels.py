@@ -141,17 +141,17 @@ def _encode(  # type: ignore[no-untyped-def]
     group_row = group_ptr + head * group_stride
     count_row = count_ptr + row * CHANNELS
     column = tl.arange(0, COLUMNS)
-    charges = ()
-    numbers = ()
+    charges = ()  # type: tuple[Any, ...]
+    numbers = ()  # type: tuple[Any, ...]
     for first in tl.static_range(0, CHANNELS, COLUMNS):
         inside = _inside(inside_row, first, column, CHANNELS, COLUMNS)
         at = (first + column).to(tl.int64) * channel_stride
         x = tl.load(x_row[:, None] + at[None, :], mask=inside, other=0.0)
         charges += (x.to(tl.float32),)
         numbers += (_number(group_row, first, column, inside, GROUPS),)
-    thresholds = ()
-    zeros = ()
-    capacities = ()
+    thresholds = ()  # type: tuple[Any, ...]
+    zeros = ()  # type: tuple[Any, ...]
+    capacities = ()  # type: tuple[Any, ...]
     largest = tl.zeros([ROWS], tl.float32)
     for group in tl.static_range(GROUPS):
         if group == 0 or not SHARED:
@@ -221,8 +221,8 @@ def _counts(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
 ):
     """Store the counts of all tiles."""
-    minuses = ()
-    inverses = ()
+    minuses = ()  # type: tuple[Any, ...]
+    inverses = ()  # type: tuple[Any, ...]
     for group in tl.static_range(GROUPS):
         divisor = thresholds[group] * SCALE
         minuses += (-divisor,)

@@ -113,8 +113,8 @@ def encode_tiles(  # type: ignore[no-untyped-def]
     number = tl.arange(0, PADDED)
     capacities = tl.load(capacity_ptr + number, mask=number < GROUPS, other=1.0)
     clips = tl.load(clip_ptr + number, mask=number < GROUPS, other=1.0)
-    charges = ()
-    ranges = ()
+    charges = ()  # type: tuple[Any, ...]
+    ranges = ()  # type: tuple[Any, ...]
     for group in tl.static_range(GROUPS):
         own = _charges(
             *(x_ptr, gain_ptr, scale, order_ptr, offset_ptr, lane, RUNS, group),
@@ -164,7 +164,7 @@ def _charges(  # type: ignore[no-untyped-def]
     START: tl.constexpr = RUNS[4 * group]
     MANY: tl.constexpr = RUNS[4 * group + 2]
     FIRST: tl.constexpr = RUNS[4 * group + 3]
-    own = ()
+    own = ()  # type: tuple[Any, ...]
     for first in tl.static_range(0, MANY, TILE):
         channel = FIRST + first + lane
         if first + TILE <= MANY:
@@ -246,7 +246,7 @@ def _all_counts(  # type: ignore[no-untyped-def]
 ):
     """Store the counts of all groups; returns their sums lane by lane, ``_stacked``."""
     number = tl.arange(0, thresholds.shape[0])
-    totals = ()
+    totals = ()  # type: tuple[Any, ...]
     for group in tl.static_range(GROUPS):
         threshold = _of(thresholds, number, group)
         bias = _of(zeros, number, group) + 0.5
