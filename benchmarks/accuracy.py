@@ -1,4 +1,4 @@
-"""Perplexity of the pipelines, tables of configurations side by side.
+"""Perplexity of the pipelines, tables of configurations side by side; those of the paper: `snnllm reproduce`.
 
     python benchmarks/accuracy.py MODEL --text wikitext2:test --calibration wikitext2:train
 
@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from snnllm.config import SpikeConfig
-from snnllm.conversion import convert
-from snnllm.data import load_text, random_windows, token_windows, tokenize
-from snnllm.evaluate import token_perplexity
-from snnllm.modeling import load
+from snnllm.paper.lines import perplexity_lines
+from snnllm.paper.measures import Settings, standard_measures
+from snnllm.paper.recipes import Conversion, Measure, Row, Table, Training
+from snnllm.paper.report import markdown
+from snnllm.paper.runner import Reporter, Runner, jobs_of
+from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import PAPER_FIELDS, Execution, OmniQuantOptions
 from snnllm.pipelines.rotated import RotatedOptions
-from snnllm.sources import dense_model, open_source
+from snnllm.sources import open_source
 
 SCORES = ("first_order", "abs", "gauss_newton", "max_abs", "random")
 FLOAT = {"attention": "float"}
@@ -181,22 +182,24 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
 }
 
 
-def trained(args: argparse.Namespace, parts: Any) -> Any:
-    """The options of a row with what the command line says about training."""
-    if not isinstance(parts, OmniQuantOptions):
-        return parts
-    given = {"epochs": args.epochs, "batch": args.train_batch, "execution": args.execution}
-    return dataclasses.replace(parts, **{k: v for k, v in given.items() if v is not None})
-
-
-def step_time(blocks: Any) -> str:
-    """Mean time of a training step, ms; `-` where nothing is trained."""
-    times = [b.step_ms for b in blocks if b.step_ms is not None]
-    return f"{sum(times) / len(times):.1f}" if times else "-"
+def table(name: str, training: Training, names: Sequence[str]) -> Table:
+    """A table of `ROWS` for `snnllm.paper`: rows whose name contains one of the texts."""
+    rows = []
+    for label, preset, overrides in ROWS[name]:
+        fields = dict(overrides)
+        pipeline = Pipeline(fields.pop("pipeline", "rtn"))
+        options = fields.pop("options", None)
+        if isinstance(options, OmniQuantOptions):
+            options = training.applied(options)
+        conversion = Conversion(pipeline, SpikeConfig.preset(preset, **fields), options)
+        rows.append(Row(label, preset, conversion))
+    measures = (Measure.PERPLEXITY,)
+    found = Table(name, name, tuple(rows), measures, perplexity_lines, {"convert s": ".1f"}, "")
+    return found.chosen(False, names)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the table and print it."""
+    """Run the tables and print them; 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2", help="dense LLaMA (%(default)s)")
     parser.add_argument("--text", default="pydoc:test", help="evaluation text (file or dataset)")
@@ -210,69 +213,47 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--rows",
         nargs="+",
-        default=[""],
-        help="only rows whose name and preset contain one of these texts",
+        default=[],
+        help="only rows whose name or preset contains one of these texts",
     )
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of rows that train")
     parser.add_argument("--train-batch", type=int, help="windows of a training step")
     parser.add_argument("--execution", choices=[*Execution], help="how a training step runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--output", type=Path, help="keep the rows here; a killed run continues")
     args = parser.parse_args(argv)
 
     source = open_source(args.model)
-    tokenizer = source.tokenizer()
-    windows = token_windows(tokenize(load_text(args.text), tokenizer), args.window, args.limit)
-    ids = tokenize(load_text(args.calibration), tokenizer)
-    calibration = random_windows(
-        ids, args.calibration_window or args.window, args.calibration_windows, 0
+    training = Training(args.epochs, args.train_batch, args.execution)
+    tables = [table(name, training, args.rows) for name in args.tables]
+    dense = dataclasses.replace(tables[0], rows=(Row("float", "-", None),))
+    settings = Settings(
+        texts=(args.text,),
+        calibration=args.calibration,
+        calibration_windows=args.calibration_windows,
+        calibration_window=args.calibration_window or args.window,
+        window=args.window,
+        limit=args.limit,
+        batch_size=args.batch,
     )
-    dense = dense_model(source).to(args.device)
-    base = token_perplexity(dense, windows, batch_size=args.batch)
-    del dense
-    print(
-        f"{len(windows)} windows of {args.window}, {args.text}, {args.device}, torch {torch.__version__}"
+    reporter = Reporter(
+        lambda line: print(line, flush=True), lambda _: None, lambda *_: lambda _: None
     )
-    print(
-        "| configuration | preset | perplexity | convert s | step ms | eval s | "
-        "SQNR dB: mean (worst) |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    print(f"| float | - | {base.perplexity:.2f} | - | - | {base.seconds:.1f} | - |", flush=True)
-    rows = [{"configuration": "float", **base.to_dict()}]
-    for table in args.tables:
-        for label, preset, overrides in ROWS[table]:
-            if not any(part in f"{label} {preset}" for part in args.rows):
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                options = dict(overrides)
-                pipeline = options.pop("pipeline", "rtn")
-                parts = trained(args, options.pop("options", None))
-                spike = SpikeConfig.preset(preset, **options)
-                report = convert(
-                    source,
-                    f"{folder}/out",
-                    spike,
-                    calibration,
-                    pipeline=pipeline,
-                    options=parts,
-                    device=args.device,
-                )
-                start = time.perf_counter()
-                result = token_perplexity(
-                    load(f"{folder}/out").to(args.device), windows, batch_size=args.batch
-                )
-                sqnr = [b.sqnr_db for b in report.blocks]
-                print(
-                    f"| {label} | {preset} | {result.perplexity:.2f} | {report.seconds:.1f} | "
-                    f"{step_time(report.blocks)} | {time.perf_counter() - start:.1f} | "
-                    f"{sum(sqnr) / len(sqnr):.1f} ({min(sqnr):.1f}) |",
-                    flush=True,
-                )
-                rows.append({"configuration": label, **report.to_dict(), **result.to_dict()})
-    if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
-    return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        output = args.output or Path(scratch)
+        output.mkdir(parents=True, exist_ok=True)
+        measures, device = standard_measures(settings, reporter.windows), torch.device(args.device)
+        runner = Runner(source, settings, measures, output, device, reporter)
+        try:
+            done = runner.execute(jobs_of([dense, *tables]))
+        finally:
+            runner.close()
+    print(f"{args.device}, torch {torch.__version__}, {settings}")
+    for shown in tables:
+        rows = (*dense.rows, *shown.rows)
+        lines = shown.lines([(row, runner.record(row)) for row in rows])
+        print("\n".join(["", *markdown(lines, shown.formats)]), flush=True)
+    return 0 if done else 1
 
 
 if __name__ == "__main__":

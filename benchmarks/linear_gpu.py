@@ -199,19 +199,21 @@ def table(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
 
 def sweep(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
     """Print the time of every candidate, best first."""
-    chosen = triton_backend.choose_config
+    from snnllm.kernels import triton_ops
+
+    chosen = triton_ops.choose_config
     for n, k in shapes:
         for m in all_rows:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             spec = random_linear(n, k, 0.1, 2, 4)
             graphs: dict[str, Contender] = {"bf16": dense(x, n)}
             for config in CANDIDATES[min(CANDIDATES, key=lambda c: abs(c - m))]:
-                triton_backend.choose_config = lambda *_, config=config: config
+                triton_ops.choose_config = lambda *_, config=config: config
                 try:
                     graphs[str(config)] = ours(x, spec, encoded=True)
                 except Exception as error:  # out of shared memory or registers
                     print(f"{config}: {str(error).splitlines()[0][:90]}")
-            triton_backend.choose_config = chosen
+            triton_ops.choose_config = chosen
             time = medians(graphs)
             ranking = sorted(time.items(), key=lambda item: item[1])
             print(f"{n}x{k} M={m}: " + ", ".join(f"{c} {t:.1f}" for c, t in ranking), flush=True)

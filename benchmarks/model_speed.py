@@ -9,16 +9,13 @@ contenders are interleaved in one process; the table gives medians and ratios to
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
@@ -26,23 +23,7 @@ from snnllm.data import load_text, random_windows, tokenize
 from snnllm.execution import View, use_view
 from snnllm.modeling import load
 from snnllm.sources import Source, dense_model, open_source
-
-
-def generate(model: Any, ids: Tensor, tokens: int) -> float:
-    """Seconds of greedy generation of `tokens` tokens after the prompt `ids`."""
-    start = time.perf_counter()
-    model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
-    return time.perf_counter() - start
-
-
-def prefill(model: Any, ids: Tensor) -> float:
-    """Seconds to the first token."""
-    return generate(model, ids, 1)
-
-
-def decode(model: Any, ids: Tensor, tokens: int) -> float:
-    """Seconds a token of decoding with a dynamic cache, the prompt taken off."""
-    return (generate(model, ids, tokens + 1) - generate(model, ids, 1)) / tokens
+from snnllm.speed import Contender, time_contenders
 
 
 def spiking_model(checkpoint: Path | None, source: Source) -> Any:
@@ -51,13 +32,14 @@ def spiking_model(checkpoint: Path | None, source: Source) -> Any:
         return load(checkpoint)
     ids = tokenize(load_text("pydoc:train"), source.tokenizer())
     with tempfile.TemporaryDirectory() as folder:
+        windows = random_windows(ids, 128, 2, 0)
+        spike = SpikeConfig.preset("W4A4T2")
         convert(
-            source, f"{folder}/out", SpikeConfig.preset("W4A4T2"), random_windows(ids, 128, 2, 0)
-        )
+            source, f"{folder}/out", spike, windows, pipeline="rtn"
+        )  # for its time, the quick one
         return load(f"{folder}/out")
 
 
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -74,17 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     vocabulary = dense.config.vocab_size
     ids = torch.randint(vocabulary, (1, args.prompt), generator=torch.Generator().manual_seed(0))
 
-    def run(view: str, task: Callable[..., float], *rest: Any) -> float:
-        if view == "dense":
-            return task(dense, *rest)
-        with use_view(spiking, view):
-            return task(spiking, *rest)
-
-    tasks = {
-        f"prefill {args.prompt}": (prefill, ids),
-        f"decode after {args.context}": (decode, ids[:, : args.context], args.tokens),
-    }
-    contenders = ["dense", *args.views]
+    contenders = {"dense": Contender(dense)}
+    contenders |= {v: Contender(spiking, partial(use_view, spiking, v)) for v in args.views}
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {spiking.config.spike.label}"
     )
@@ -96,14 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         + " |"
     )
     print("|---" * (1 + len(contenders) + len(args.views)) + "|")
-    for name, (task, *rest) in tasks.items():
-        seconds: dict[str, list[float]] = {c: [] for c in contenders}
-        for repetition in range(args.repeat + 1):
-            for contender in contenders:
-                value = run(contender, task, *rest)
-                if repetition > 0:  # the first repetition warms up
-                    seconds[contender].append(value)
-        median = {c: statistics.median(s) for c, s in seconds.items()}
+    timings = time_contenders(contenders, ids, ids[:, : args.context], args.tokens, args.repeat)
+    for name, field in (
+        (f"prefill {args.prompt}", "prefill_seconds"),
+        (f"decode after {args.context}", "decode_seconds"),
+    ):
+        median = {c: getattr(timing, field) for c, timing in timings.items()}
         times = " | ".join(f"{1e3 * median[c]:.1f} ms" for c in contenders)
         ratios = " | ".join(f"{median['dense'] / median[v]:.2f}x" for v in args.views)
         print(f"| {name} | {times} | {ratios} |", flush=True)

@@ -29,6 +29,7 @@ __all__ = [
 
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _FLOAT32_EPS = 2.0**-23
+_MAX_TICKS = 10
 
 
 def firing_rate(trace: LayerTrace) -> NDArray[np.float64]:
@@ -249,7 +250,7 @@ def plot_sweep(
     baseline: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw a measure against a parameter, one line per series.
+    """Draw a measure against a parameter, one line per series (at most 18 that can be told apart).
 
     Args:
         series: Points ``(parameter, measure)`` by name of the series.
@@ -267,9 +268,12 @@ def plot_sweep(
         for number, (name, points) in enumerate(series.items()):
             x, y = zip(*sorted(points), strict=True)
             style = {"color": SERIES[number % 6], "marker": markers[number % 6]}
+            style |= {"ls": ("-", "--", ":")[number // 6 % 3]}
+            style |= {"fillstyle": ("full", "none", "left")[number // 6 % 3]}
             ax.plot(x, y, lw=1.4, ms=5, label=name, **style)  # type: ignore[arg-type]
         ticks = sorted({x for points in series.values() for x, _ in points})
-        ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        if len(ticks) <= _MAX_TICKS:
+            ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
         if baseline is not None:
             ax.axhline(baseline, color=GREY, ls="--", lw=1, label=f"dense model ({baseline:.4g})")
         ax.grid(axis="y", color="0.9", lw=0.6)

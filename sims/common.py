@@ -24,6 +24,7 @@ from snnllm.config import PRESETS, SpikeConfig
 from snnllm.conversion import convert
 from snnllm.data import load_text, random_windows, tokenize
 from snnllm.modeling import MODEL_TYPE, load, register
+from snnllm.pipelines import Pipeline
 from snnllm.sources import DEMO_MODEL, Source, open_source
 
 __all__ = [
@@ -127,6 +128,7 @@ def converted(source: Source, spike: SpikeConfig, conversion: Conversion) -> Ite
                 folder,
                 spike,
                 windows,
+                pipeline=Pipeline.RTN,  # maps of steps and a quick look
                 seed=conversion.seed,
                 on_block=lambda _: bar.update(),
             )

@@ -40,6 +40,8 @@ _PUBLIC_NAMES = {
     "convert": "snnllm.conversion",
     "PerplexityResult": "snnllm.evaluate",
     "token_perplexity": "snnllm.evaluate",
+    "TaskResults": "snnllm.harness",
+    "evaluate_tasks": "snnllm.harness",
     "load_text": "snnllm.data",
     "random_windows": "snnllm.data",
     "token_windows": "snnllm.data",

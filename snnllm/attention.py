@@ -223,7 +223,7 @@ def integer_product(a: Tensor, b: Tensor, bound_a: int, bound_b: int) -> Tensor:
         bound_b: Likewise.
     """
     batch, heads, rows, dim = a.shape
-    if max(bound_a, bound_b) <= _INT8_MAX:
+    if max(bound_a, bound_b) <= _INT8_MAX and not torch.compiler.is_compiling():
         left, right = (t.to(torch.int8).reshape(batch * heads, -1, dim) for t in (a, b))
         product = get_backend("auto", a.device).int_bmm(left, right)
         return product.view(batch, heads, rows, b.shape[-2])

@@ -82,6 +82,14 @@ def _weights(spike: SpikeConfig) -> str:
     if spike.weight_bits == 16:
         return "float"
     size = spike.weight_group_size
+    if spike.mean_steps is not None:
+        share = (
+            "of an output channel" if size is None else f"per {size} columns of an output channel"
+        )
+        return (
+            f"ternary spike trains of {spike.mean_steps:g} steps on average, one threshold for the "
+            f"columns with the same steps, {share}"
+        )
     per = "per output channel" if size is None else f"per group of {size} inputs"
     return f"{spike.weight_bits}-bit integer levels, one scale {per}"
 

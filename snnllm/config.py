@@ -13,15 +13,29 @@ from typing import Any
 from neurons import Capacity as Capacity
 from neurons import ValueRange as ValueRange
 from snnllm.kernels.spec import MAX_GROUPS
+from snnllm.step_allocation import GROUP_SIZE, MAX_STEPS
 
 SCHEMA_VERSION = 2
 FLOAT_BITS = 16
 """Bit width that stands for "left in floating point" (`W16`: float weights, `A16`: float activations)."""
 
-_PRESET = re.compile(r"^(?:W(?P<w>\d+))?A(?P<a>\d+)(?:T(?P<t>\d+))?$")
+_PRESET = re.compile(r"^(?:W(?P<w>\d+)|TW(?P<m>\d+(?:\.\d+)?))?A(?P<a>\d+)(?:T(?P<t>\d+))?$")
 _RATIO_OF_STEPS = {1: 0.0, 2: 0.10, 4: 0.05}
-PRESETS = ("W4A4T2", "W4A4T4", "W4A4", "W4A8", "W2A8", "W8A8", "A4T2", "A4")
-"""Examples of preset names; any `W<bits>A<bits>T<steps>` is understood."""
+_TERNARY_BITS = 2
+PRESETS = (
+    "W4A4T2",
+    "W4A4T4",
+    "W4A4",
+    "W4A8",
+    "W2A8",
+    "W8A8",
+    "A4T2",
+    "A4",
+    "TW1.4A16",
+    "TW1.4A4T2",
+)
+"""Examples of preset names; any `W<bits>A<bits>T<steps>` is understood, and `TW<mean steps>` for
+weights that are ternary spike trains."""
 
 
 class Score(StrEnum):
@@ -87,6 +101,11 @@ class SpikeConfig:
             the `rotated` pipeline.
         activation_clip: Factor on the range of a token in (0, 1]; below 1 the largest values saturate.
         weight_group_size: Input channels that share one weight scale; None for one scale per output channel.
+            Of ternary weights: columns with the same number of steps that share a threshold.
+        mean_steps: Time steps of a weight on average, for weights that are ternary spike trains
+            (method.md section 6; `weight_bits` is then 2, those of a ternary spike); None for levels.
+        weight_columns: Steps and numbers of columns, `((T, columns), ...)` with T ascending, of the
+            ternary linears; set by the pipeline, which finds them.
         modules_to_not_convert: Names (suffixes) of linears that stay dense; the head always does.
         group_steps: Steps of the channel groups of single modules, for explicit allocation maps.
     """
@@ -108,6 +127,8 @@ class SpikeConfig:
     query_groups: bool = False
     activation_clip: float = 1.0
     weight_group_size: int | None = None
+    mean_steps: float | None = None
+    weight_columns: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     modules_to_not_convert: tuple[str, ...] = ("lm_head",)
     group_steps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -147,6 +168,7 @@ class SpikeConfig:
                 "weight_bits=16 with activation_bits=16 leaves the model dense: nothing would be "
                 "converted. Choose at most 8 bits for one of them."
             )
+        self._check_ternary()
         for name, values in steps.items():
             if not values or min(values) < 1:
                 raise ValueError(f"group_steps[{name!r}] must hold steps >= 1, got {values}.")
@@ -157,6 +179,38 @@ class SpikeConfig:
 
         if self.capacity is Capacity.POWER_OF_TWO:
             self._check_powers()
+
+    def _check_ternary(self) -> None:
+        """Check and normalise what describes ternary weights."""
+        columns = {
+            name: tuple((int(steps), int(count)) for steps, count in classes)
+            for name, classes in dict(self.weight_columns).items()
+        }
+        object.__setattr__(self, "weight_columns", columns)
+        if self.mean_steps is None:
+            if columns:
+                raise ValueError("weight_columns describes ternary weights; give mean_steps too.")
+            return
+        object.__setattr__(self, "mean_steps", _number("mean_steps", self.mean_steps))
+        if not 1.0 <= self.mean_steps <= MAX_STEPS:
+            raise ValueError(f"mean_steps must be in 1..{MAX_STEPS}, got {self.mean_steps}.")
+        if self.weight_bits != _TERNARY_BITS or self.segment_scales:
+            raise ValueError(
+                "mean_steps makes the weights ternary spike trains: weight_bits must be 2 and "
+                f"segment_scales False, got {self.weight_bits} and {self.segment_scales}. The preset "
+                "TW1.4A16 sets them."
+            )
+        for name, classes in columns.items():
+            steps = [t for t, _ in classes]
+            if (
+                not steps
+                or steps != sorted(set(steps))
+                or not 1 <= steps[0] <= steps[-1] <= MAX_STEPS
+            ):
+                raise ValueError(
+                    f"weight_columns[{name!r}] must hold (steps, columns) with steps ascending in "
+                    f"1..{MAX_STEPS}, got {classes}."
+                )
 
     def _check_powers(self) -> None:
         """Refuse steps that have no capacity `2**(b + log2 T) - 1`."""
@@ -176,7 +230,8 @@ class SpikeConfig:
     def __hash__(self) -> int:
         """Equal configs are equal keys, the mapping `group_steps` included."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["group_steps"] = frozenset(self.group_steps.items())
+        for name in ("group_steps", "weight_columns"):
+            values[name] = frozenset(values[name].items())
         return hash(tuple(values.items()))
 
     @property
@@ -204,14 +259,7 @@ class SpikeConfig:
         """JSON-serialisable form with the schema version; inverse of `from_dict`."""
         out: dict[str, Any] = {"quant_method": "spikellm", "schema_version": SCHEMA_VERSION}
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, StrEnum):
-                value = str(value)
-            elif isinstance(value, tuple):
-                value = list(value)
-            elif isinstance(value, Mapping):
-                value = {k: list(v) for k, v in value.items()}
-            out[f.name] = value
+            out[f.name] = _plain(getattr(self, f.name))
         return out
 
     @classmethod
@@ -240,7 +288,8 @@ class SpikeConfig:
     def preset(cls, name: str, **overrides: Any) -> SpikeConfig:
         """Build a config from a name such as `W4A4T2`; `overrides` replace single fields.
 
-        `W` is the weight width (float if absent), `A` the bits of one spike, `T` the steps of the
+        `W` is the weight width (float if absent), `TW` the mean steps of weights that are ternary spike
+        trains (with thresholds for groups of 128 columns), `A` the bits of one spike (16: float), `T` the steps of the
         salient channels. The ratio follows method.md section 4: T = 2 on 10 %, T = 4 on 5 % (both
         4.1 bits on average at A4), no salient channels without T.
 
@@ -253,7 +302,7 @@ class SpikeConfig:
                 f"Unknown preset {name!r}. Presets look like W<bits>A<bits>T<steps>, for example "
                 f"{', '.join(PRESETS)}."
             )
-        weight, steps = match["w"], int(match["t"] or 1)
+        weight, mean, steps = match["w"], match["m"], int(match["t"] or 1)
         _check_int("T (salient steps)", steps, 1, 64)
         if int(match["a"]) == FLOAT_BITS and steps > 1:
             raise ValueError(
@@ -266,12 +315,17 @@ class SpikeConfig:
             "salient_steps": steps,
             "salient_ratio": _RATIO_OF_STEPS.get(steps, 0.10),
         }
+        if mean is not None or (weight is None and overrides.get("mean_steps") is not None):
+            ternary = {"weight_bits": _TERNARY_BITS, "weight_group_size": GROUP_SIZE}
+            values |= {**ternary, "mean_steps": float(mean or 1.0)}
         return cls(**{**values, **overrides})
 
     @property
     def label(self) -> str:
         """Short name such as `W4A4T2`, for tables and file names."""
         weight = "" if self.weight_bits == FLOAT_BITS else f"W{self.weight_bits}"
+        if self.mean_steps is not None:
+            weight = f"TW{self.mean_steps:g}"
         steps = f"T{self.salient_steps}" if self.salient_ratio > 0 else ""
         return f"{weight}A{self.activation_bits}{steps}"
 
@@ -285,6 +339,17 @@ _ENUMS: dict[str, type[StrEnum]] = {
     "weight_range": WeightRange,
     "rotation": Rotation,
 }
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON has it."""
+    if isinstance(value, StrEnum):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
 
 
 def _member(enum: type[StrEnum], name: str, value: Any) -> StrEnum:

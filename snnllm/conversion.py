@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,24 +20,21 @@ from snnllm import checkpoint
 from snnllm.checks import (
     check_converts,
     check_names,
-    check_unfilled,
     check_windows,
     linear_names,
 )
 from snnllm.config import SpikeConfig
 from snnllm.memory import Estimate, estimate, plan, shard_bytes
 from snnllm.modeling import spiking_config
-from snnllm.pipelines import Pipeline, omniquant, rotated, rtn
-from snnllm.pipelines.omniquant_options import OmniQuantOptions
-from snnllm.pipelines.report import BlockReport, peak_mib
-from snnllm.pipelines.rotated import RotatedOptions
+from snnllm.pipelines import Pipeline
+from snnllm.pipelines.report import BlockReport, peak_mib, with_weight_columns
+from snnllm.pipelines.start import Options, default_pipeline, options_of, start_pipeline
 from snnllm.pipelines.streaming import Run, stored
 from snnllm.saliency import allocate_map
 from snnllm.sources import ModelSource, Source, SourceError, open_source
 from snnllm.work import WorkFolder, source_digest
 from snnllm.writer import ShardWriter
 
-Options = RotatedOptions | OmniQuantOptions
 _PACKAGES = ("snnllm", "torch", "transformers", "spikingjelly", "numpy")
 
 
@@ -85,7 +82,7 @@ def convert(
     spike: SpikeConfig,
     windows: Tensor,
     *,
-    pipeline: Pipeline | str = Pipeline.RTN,
+    pipeline: Pipeline | str | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     allocation: Mapping[str, Tensor] | None = None,
@@ -105,11 +102,13 @@ def convert(
         output: The checkpoint folder to make; must not exist or be empty.
         spike: The spiking configuration.
         windows: Calibration token ids `[n, S]` (`random_windows` of `snnllm.data`); never test text.
-        pipeline: `rtn`, `rotated` or `omniquant`.
+        pipeline: `rtn`, `rotated`, `omniquant` or `gptq`; None for `rotated`, or what the configuration
+            needs (`pipelines.start.default_pipeline`).
         seed: Seed of everything random.
         device: Where a block runs during conversion.
         allocation: Explicit maps channel -> steps per full module name (`model.layers.0.mlp...`).
-        options: `RotatedOptions` or `OmniQuantOptions`; None for the defaults of the pipeline.
+        options: `RotatedOptions`, `OmniQuantOptions` or `GptqOptions`; None for the defaults of the
+            pipeline.
         on_block: Called after each block, for progress.
         restart: Discard the work folder of an interrupted conversion.
         max_memory_mib: Keep activations in a file when they would exceed this; None never does.
@@ -125,7 +124,8 @@ def convert(
         FileExistsError: The output is not empty.
         OSError: The output cannot be written.
     """
-    start, pipeline, target = time.perf_counter(), Pipeline(pipeline), Path(output)
+    start, target = time.perf_counter(), Path(output)
+    pipeline = Pipeline(pipeline or default_pipeline(spike, allocation or {}))
     source = as_source(model)
     spike = with_allocation(source, spike, allocation or {})
     check_windows(windows, source)
@@ -156,6 +156,7 @@ def convert(
             if on_block is not None:
                 on_block(report)
             del block
+        spike = with_weight_columns(spike, reports)
         sizes = publish(target, work, source, spike, provenance, shard_bytes(max_memory_mib))
         finished = True
     finally:
@@ -223,50 +224,6 @@ def publish(
         "linear_bytes": linear_bytes,
         "linear_weights": linear_weights,
     }
-
-
-def start_pipeline(
-    pipeline: Pipeline,
-    source: Source,
-    spike: SpikeConfig,
-    run: Run,
-    allocation: Mapping[str, Tensor],
-    options: Options | None,
-) -> tuple[Source, SpikeConfig, Iterator[tuple[nn.Module, BlockReport]]]:
-    """The model and configuration that a pipeline really converts, and its blocks.
-
-    Raises:
-        ValueError: Something that belongs to the other pipeline.
-    """
-    if isinstance(options, OmniQuantOptions):
-        return omniquant.start(source, spike, run, options, allocation)
-    if isinstance(options, RotatedOptions):
-        if allocation:
-            raise ValueError(
-                "The rotated pipeline chooses its channels before the rotation; explicit allocation "
-                "maps go with pipeline='rtn'."
-            )
-        return rotated.start(source, spike, run, options)
-    check_unfilled(spike, "rotated")
-    return source, spike, rtn.convert_blocks(source, spike, run, allocation)
-
-
-def options_of(pipeline: Pipeline, options: Options | None) -> Options | None:
-    """The options of a pipeline, its defaults if none are given.
-
-    Raises:
-        ValueError: Options of another pipeline.
-    """
-    kind = {Pipeline.ROTATED: RotatedOptions, Pipeline.OMNIQUANT: OmniQuantOptions}.get(pipeline)
-    if kind is None and options is None:
-        return None
-    if kind is None or not isinstance(options, kind | None):
-        raise ValueError(
-            f"options: {type(options).__name__} belongs to another pipeline than {pipeline}; the "
-            "rotated pipeline takes RotatedOptions, omniquant takes OmniQuantOptions, rtn none."
-        )
-    made: Options = kind() if options is None else options
-    return made
 
 
 def _finite(source: Source, name: str) -> dict[str, Tensor]:
@@ -359,8 +316,13 @@ def make_provenance(
             "window": windows.shape[1],
             "sha256": hashlib.sha256(windows.to(torch.int64).numpy().tobytes()).hexdigest(),
         },
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **package_versions()},
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this package and of those that results depend on."""
+    return {package: _version(package) for package in _PACKAGES}
 
 
 def _version(package: str) -> str:

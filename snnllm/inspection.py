@@ -11,6 +11,7 @@ from neurons import SpikeEncoder
 from snnllm.attention import SpikingLlamaAttention
 from snnllm.config import FLOAT_BITS
 from snnllm.linear import SpikingLinear
+from snnllm.ternary_linear import TernaryLinear
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,26 @@ def matmuls(model: nn.Module) -> list[MatmulRow]:
 
 def _linear_row(name: str, module: SpikingLinear) -> MatmulRow:
     layout = module.layout
+    if isinstance(module, TernaryLinear):
+        return _ternary_row(name, module)
     spiking = layout.activation_bits != FLOAT_BITS
     weight = "float" if layout.weight_bits == FLOAT_BITS else f"int{layout.weight_bits} levels"
     coding = f"{_coding(module.encoder)} x {weight}" if spiking else f"float x {weight}"
     steps = _steps(module.encoder) if spiking else "-"
     shape = f"{module.out_features}x{module.in_features}"
     return MatmulRow(name, spiking, coding, steps, shape, _bytes(module))
+
+
+def _ternary_row(name: str, module: TernaryLinear) -> MatmulRow:
+    shares = ", ".join(
+        f"T={c.steps} on {100 * c.columns / module.in_features:.3g} %"
+        for c in module.layout.classes
+    )
+    spiking = module.layout.activation_bits != FLOAT_BITS
+    coding = f"{_coding(module.encoder) if spiking else 'float'} x ternary spikes"
+    steps = f"{_steps(module.encoder)}; W {shares}" if spiking else f"W {shares}"
+    shape = f"{module.out_features}x{module.in_features}"
+    return MatmulRow(name, True, coding, steps, shape, _bytes(module))
 
 
 def _attention_rows(name: str, module: nn.Module) -> list[MatmulRow]:

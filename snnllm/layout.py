@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from snnllm.config import Rotation, SpikeConfig
+from snnllm.step_allocation import StepClass
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class LinearLayout:
         capacity: `steps` or `power_of_two`.
         group_size: Input channels (in encoded order) that share a weight scale, or None.
         segment_scales: Whether every channel group has weight scales of its own.
+        classes: Steps and numbers of columns of a ternary weight, steps ascending; empty for levels.
         offset: Whether a fixed offset is taken from the input, and its image added to the output.
         rotated: Salient ratio of an online rotation in front of the encoder, or None.
         clip: Factor on the range of a token.
@@ -34,6 +36,7 @@ class LinearLayout:
     clip: float = 1.0
     segment_scales: bool = False
     offset: bool = False
+    classes: tuple[StepClass, ...] = ()
 
     @classmethod
     def of(cls, config: SpikeConfig, module: str) -> LinearLayout:
@@ -50,6 +53,7 @@ class LinearLayout:
             config.activation_clip,
             config.segment_scales,
             config.input_offset,
+            tuple(StepClass(*c) for c in config.weight_columns.get(module, ())),
         )
 
 

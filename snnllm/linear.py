@@ -83,17 +83,7 @@ class SpikingLinear(SpikingModule):
         if layout.weight_bits == FLOAT_BITS:
             self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=dtype))
         else:
-            groups = len(run_sizes(in_features, layout.group_size))
-            if layout.segment_scales:
-                groups = len(layout.steps)
-            width = packed_width(in_features, layout.weight_bits)
-            self.register_buffer(
-                "weight_codes", torch.zeros(out_features, width, dtype=torch.uint8)
-            )
-            self.register_buffer("weight_scale", torch.zeros(out_features, groups))
-            self.register_buffer(
-                "weight_zero", torch.zeros(out_features, groups, dtype=torch.uint8)
-            )
+            self._make_weight()
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
         self.rotation: OnlineRotation | None = None
         if layout.rotated is not None:
@@ -104,6 +94,17 @@ class SpikingLinear(SpikingModule):
             self.register_buffer("offset_output", torch.zeros(out_features))
         self._spec: LinearSpec | None = None
         self._prepared: tuple[Backend, PreparedLinear] | None = None
+
+    def _make_weight(self) -> None:
+        """Register the buffers of an integer weight."""
+        layout, n = self.layout, self.out_features
+        groups = len(run_sizes(self.in_features, layout.group_size))
+        if layout.segment_scales:
+            groups = len(layout.steps)
+        width = packed_width(self.in_features, layout.weight_bits)
+        self.register_buffer("weight_codes", torch.zeros(n, width, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.zeros(n, groups))
+        self.register_buffer("weight_zero", torch.zeros(n, groups, dtype=torch.uint8))
 
     # -- content -----------------------------------------------------------------------------------
 
@@ -213,26 +214,28 @@ class SpikingLinear(SpikingModule):
 
     def _build_spec(self) -> LinearSpec:
         bits = self.layout.weight_bits
-        self.encoder.check_groups()
-        sizes = self.group_sizes
         offset = 1 << (bits - 1)
         runs = torch.tensor(run_sizes(self.in_features, self.weight_groups))
         positions = torch.repeat_interleave(torch.arange(len(runs)), runs)
         return LinearSpec(
-            encoder=EncoderSpec(
-                order=self.order,
-                sizes=sizes,
-                capacities=tuple(self.encoder.capacities),
-                shared=self.layout.value_range == "shared",
-                name=self.name,
-                clip=tuple(self.encoder.clip.tolist()),
-            ),
+            encoder=self._encoder_spec(),
             levels=(self.codes().to(torch.int16) - offset).to(torch.int8),
             scale=self.weight_scale,
             zero=self.weight_zero.to(torch.int32) - offset,
             bias=self.total_bias(),
-            segments=segments_of(sizes, positions),
+            segments=segments_of(self.group_sizes, positions),
             weight_bits=bits,
+        )
+
+    def _encoder_spec(self) -> EncoderSpec:
+        self.encoder.check_groups()
+        return EncoderSpec(
+            order=self.order,
+            sizes=self.group_sizes,
+            capacities=tuple(self.encoder.capacities),
+            shared=self.layout.value_range == "shared",
+            name=self.name,
+            clip=tuple(self.encoder.clip.tolist()),
         )
 
     def prepared(self) -> tuple[Backend, PreparedLinear]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,14 @@ from snnllm.pipelines.report import peak_mib
 from snnllm.sources import Source
 
 _SHARD = 1 << 30
-_STREAMS = {Pipeline.RTN: (2, 0), Pipeline.ROTATED: (4, 2), Pipeline.OMNIQUANT: (3, 0)}
+_STREAMS = {
+    Pipeline.RTN: (2, 0),
+    Pipeline.ROTATED: (4, 2),
+    Pipeline.GPTQ: (4, 2),
+    Pipeline.OMNIQUANT: (3, 0),
+}
 """Activations of all windows that a pipeline keeps: of the hidden size, of the intermediate size."""
-_PASSES = {Pipeline.RTN: 2, Pipeline.ROTATED: 10, Pipeline.OMNIQUANT: 8}
+_PASSES = {Pipeline.RTN: 2, Pipeline.ROTATED: 10, Pipeline.GPTQ: 8, Pipeline.OMNIQUANT: 8}
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,13 @@ def _block_weights(config: LlamaConfig) -> int:
 def _disk_bytes(source: Source, spike: SpikeConfig) -> float:
     """Converted blocks in a checkpoint, bytes."""
     element = source.tensor("model.norm.weight").element_size()
-    bits = spike.weight_bits if spike.weight_bits != FLOAT_BITS else 8 * element
+    bits: float = spike.weight_bits if spike.weight_bits != FLOAT_BITS else 8 * element
+    if (
+        spike.mean_steps is not None
+    ):  # digits of base 2 T + 1, a float16 threshold a group, an index
+        bits = (
+            1.05 * math.log2(2 * spike.mean_steps + 1) + 16 / (spike.weight_group_size or 128) + 0.1
+        )
     return float(_block_weights(source.config) * bits / 8 * source.config.num_hidden_layers)
 
 
@@ -143,9 +155,10 @@ def estimate(
 ) -> Estimate:
     """Estimate time, memory and disk of `convert` from shapes and a short timing of a matmul.
 
-    Passes over every block (two for `rtn`, ten for `rotated`, which rounds the weights six times
-    besides, eight for `omniquant` and three an epoch), the second moments of its inputs, and float
-    attention; measured against a float32 matmul on this machine. Expect a factor of two.
+    Passes over every block (two for `rtn`, ten for `rotated` and eight for `gptq`, which round the
+    weights several times besides, eight for `omniquant` and three an epoch), the second moments of
+    its inputs, and float attention; measured against a float32 matmul on this machine. Expect a
+    factor of two.
     """
     pipeline = Pipeline(pipeline)
     c, weights = source.config, _block_weights(source.config)
@@ -153,7 +166,7 @@ def estimate(
     moments = 3 * hidden**2 + c.intermediate_size**2
     attention = 6 * hidden * window
     passes = _PASSES[pipeline] + 3 * epochs
-    rounding = 12 * weights * hidden if pipeline is Pipeline.ROTATED else 0
+    rounding = 12 * weights * hidden if pipeline in (Pipeline.ROTATED, Pipeline.GPTQ) else 0
     forward = tokens * (passes * weights + moments + (min(passes, 4) / 2 + epochs) * attention)
     flops = (forward + rounding) * c.num_hidden_layers * 2
     rate = _matmul_rate(hidden)

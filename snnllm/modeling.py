@@ -20,6 +20,7 @@ from snnllm.hf_quantizer import register_quantizer
 from snnllm.layout import LinearLayout
 from snnllm.linear import SpikingLinear
 from snnllm.precision import FLOAT32_BUFFERS
+from snnllm.ternary_linear import TernaryLinear
 
 _log = logging.getLogger(__name__)
 MODEL_TYPE = "spiking_llama"
@@ -95,7 +96,8 @@ def spike_block(
 
 def spiking_linear(dense: nn.Linear, spike: SpikeConfig, name: str) -> SpikingLinear:
     """An empty spiking linear of the shape of `dense`."""
-    return SpikingLinear(
+    kind = SpikingLinear if spike.mean_steps is None else TernaryLinear
+    return kind(
         dense.in_features,
         dense.out_features,
         dense.bias is not None,

@@ -6,6 +6,7 @@ Definitions (the columns of the tables):
     rate       e / sum of the capacities T_c (L - 1)          events per binary event slot
     unary      sum q                                          unsigned code, about z events too many
     SynOps     linear  e x out_features                       one addition of a weight level each
+               ternary weights: one addition of an activation per weight spike that meets one
                Q K^T   sum over visible (i, j) of sum_c |k_jc - z_j|: a K event adds the integer
                        (q_ic - z_i) to the score of every query that sees its token
                P V     sum over visible (i, j) of sum_c |v_jc - z_j|: a V event adds the float P_ij
@@ -254,7 +255,7 @@ class OperationReport:
         Effective ACs are the SynOps on the signed re-encoding; effective MACs what stays float;
         sparsity is that of the binary signed event trains.
         """
-        rows = [row for row in self.rows if row.spikes is None]
+        rows = [row for row in self.rows if not row.work.encoded]
         float_macs = sum(part.macs for part in self.float_parts) + self.total("macs", rows)
         dense = self.total("macs") + sum(part.macs for part in self.float_parts)
         return {

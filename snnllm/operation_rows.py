@@ -12,6 +12,8 @@ from snnllm.attention import SpikingLlamaAttention
 from snnllm.config import FLOAT_BITS
 from snnllm.linear import SpikingLinear
 from snnllm.operation_report import FP16_ACE, Kind, OperationRow, SpikeStatistics
+from snnllm.step_allocation import column_steps
+from snnllm.ternary_linear import TernaryLinear
 
 __all__ = ["AttentionCall", "float_attention_rows", "linear_row", "spike_statistics"]
 
@@ -79,6 +81,8 @@ def linear_row(name: str, module: SpikingLinear, x: Tensor) -> OperationRow:
         module: The linear.
         x: Its input, `[tokens, K]`.
     """
+    if isinstance(module, TernaryLinear):
+        return _ternary_row(name, module, x)
     layout, outputs = module.layout, module.out_features
     macs = x.shape[0] * module.in_features * outputs
     encoded = layout.activation_bits != FLOAT_BITS
@@ -105,6 +109,55 @@ def linear_row(name: str, module: SpikingLinear, x: Tensor) -> OperationRow:
         weights=module.in_features * outputs,
         weight_bytes=_weight_bytes(module),
         scale_operations=x.shape[0] * _scales(module),
+    )
+
+
+def _ternary_row(name: str, module: TernaryLinear, x: Tensor) -> OperationRow:
+    """Operations of a linear whose weight is ternary spikes; a weight spike adds an activation.
+
+    With float inputs the spikes are those of the weight and the other operand is float. With spiking
+    inputs a weight spike adds `q - z` in one addition; the unary code of both would add q times.
+    """
+    layout, outputs, tokens = module.layout, module.out_features, len(x)
+    levels = module.levels().long().abs()
+    at = module.weight_order.long()
+    weight_steps = column_steps(layout.classes).to(at.device)
+    weight_bits = 2  # of a ternary spike
+    encoded = layout.activation_bits != FLOAT_BITS
+    spikes = None
+    if encoded:
+        encoding = module.encoder.encode(module.encoder_input(x))
+        centred = module.encoder.centre(encoding)
+        spikes = spike_statistics(module.encoder, encoding.count, centred)
+        heard, events = (centred != 0)[:, at].sum(0), encoding.count[:, at].sum(0)
+        group = module.encoder.channel_group.long()[at]
+        steps = torch.tensor(module.encoder.steps, device=at.device)[group]
+        effort = int((steps * weight_steps).sum()) * layout.activation_bits * weight_bits
+        scales = module.in_features + 2 * outputs * len(module.spec().segments)
+    else:
+        heard = events = (x != 0)[:, at].sum(0)
+        effort = int(weight_steps.sum()) * FLOAT_BITS * weight_bits
+        scales = outputs * len(module.spec().segments)
+    level_bits = torch.log2(2.0 * weight_steps + 1).ceil()
+    per_channel = levels.sum(0)
+    return OperationRow(
+        name=name,
+        kind=Kind.LINEAR,
+        steps=module.encoder.steps if encoded else tuple(c.steps for c in layout.classes),
+        activation_bits=layout.activation_bits if encoded else weight_bits,
+        weight_bits=weight_bits if encoded else FLOAT_BITS,
+        count_bits=_count_bits(module.encoder) if encoded else float(level_bits.mean()),
+        fan_in=module.in_features,
+        spikes=spikes,
+        query=None,
+        synaptic_operations=int((heard * per_channel).sum()),
+        unary_operations=int((events * per_channel).sum()),
+        effective_macs=int((heard * (levels > 0).sum(0)).sum()),
+        macs=tokens * module.in_features * outputs,
+        ace=tokens * outputs * effort,
+        weights=module.in_features * outputs,
+        weight_bytes=_weight_bytes(module),
+        scale_operations=tokens * scales,
     )
 
 

@@ -60,3 +60,75 @@ def unpack(packed: Tensor, channels: int, bits: int) -> Tensor:
     stream = ((packed.unsqueeze(-1) >> shifts) & 1).reshape(rows, width * 8)[:, : channels * bits]
     weights = 1 << torch.arange(bits, dtype=torch.uint8, device=packed.device)
     return (stream.reshape(rows, channels, bits) * weights).sum(-1, dtype=torch.uint8)
+
+
+def digit_word(base: int) -> tuple[int, int]:
+    """Bytes of a word and digits of `base` in it: the fewest bits a digit, 5 trits in a byte.
+
+    Args:
+        base: 2..255.
+    """
+    words = [(size, _digits(base, size)) for size in (1, 4)]
+    return min(words, key=lambda word: word[0] / word[1])
+
+
+def _digits(base: int, size: int) -> int:
+    count = 0
+    while base ** (count + 1) <= 256**size:
+        count += 1
+    return count
+
+
+def digits_width(columns: int, base: int) -> int:
+    """Bytes of one packed row of `columns` digits."""
+    size, digits = digit_word(base)
+    return -(-columns // digits) * size
+
+
+def pack_digits(values: Tensor, base: int) -> Tensor:
+    """Pack digits of any base into little-endian words, row by row.
+
+    Args:
+        values: Integers `[N, K]` in `0..base-1`.
+        base: 2..255; 3 packs five digits into a byte (1.6 bits each).
+
+    Returns:
+        uint8 `[N, digits_width(K, base)]`.
+    """
+    size, digits = digit_word(base)
+    rows, columns = values.shape
+    padded = torch.nn.functional.pad(values.to(torch.int64), (0, -columns % digits))
+    weights = base ** torch.arange(digits, device=values.device)
+    words = (padded.view(rows, padded.shape[1] // digits, digits) * weights).sum(-1)
+    shifts = 8 * torch.arange(size, device=values.device)
+    return ((words.unsqueeze(-1) >> shifts) & 255).to(torch.uint8).flatten(1)
+
+
+def unpack_digits(packed: Tensor, columns: int, base: int) -> Tensor:
+    """Inverse of `pack_digits`.
+
+    Args:
+        packed: uint8 `[N, digits_width(columns, base)]`.
+        columns: K.
+        base: As in `pack_digits`.
+
+    Returns:
+        uint8 `[N, K]`.
+
+    Raises:
+        ValueError: The row has another number of bytes than K digits need.
+    """
+    size, digits = digit_word(base)
+    width = digits_width(columns, base)
+    if packed.shape[1] != width:
+        raise ValueError(
+            f"{columns} digits of base {base} take {width} bytes a row, got {packed.shape[1]}."
+        )
+    kind = torch.int16 if size == 1 else torch.int64
+    shifts = 8 * torch.arange(size, device=packed.device)
+    words = (
+        (packed.view(len(packed), width // size, size).to(torch.int64) << shifts).sum(-1).to(kind)
+    )
+    weights = (base ** torch.arange(digits, device=packed.device)).to(kind)
+    values = torch.div(words.unsqueeze(-1), weights, rounding_mode="floor") % base
+    return values.to(torch.uint8).flatten(1)[:, :columns].contiguous()

@@ -52,7 +52,9 @@ class WorkFolder:
     def __init__(self, output: Path, job: Mapping[str, Any], restart: bool = False) -> None:
         self.folder = output.parent / f"{output.name}.work"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self._locked()
+        self._lock = locked(
+            self.folder, f"{self.folder} is in use: another process converts into the same output."
+        )
         try:
             if restart:
                 self._clear()
@@ -60,17 +62,6 @@ class WorkFolder:
         except BaseException:
             self._lock.close()
             raise
-
-    def _locked(self) -> IO[str]:
-        lock = (self.folder / _LOCK).open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            raise BlockingIOError(
-                f"{self.folder} is in use: another process converts into the same output."
-            ) from error
-        return lock
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -155,6 +146,21 @@ class WorkFolder:
         if remove:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
+
+
+def locked(folder: Path, message: str) -> IO[str]:
+    """Take a folder for this process, until the returned file is closed or the process ends.
+
+    Raises:
+        BlockingIOError: Another process has it; says `message`.
+    """
+    lock = (folder / _LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise BlockingIOError(message) from error
+    return lock
 
 
 def write_durably(path: Path, data: bytes) -> None:

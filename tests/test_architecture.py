@@ -20,9 +20,10 @@ LIBRARY_MODULES = [path for path in MODULES if path.relative_to(ROOT).parts[0] !
 MAY_PRINT = ("snnllm/cli/", "snnllm/__main__.py")
 MAX_LINES = 400
 
-# neurons -> snnllm -> sims: what each package may not import. One exception: `snnllm simulate` and
-# `snnllm demo` are the command line's door to the scripts, imported when the command runs.
-REACHES_UP = {"snnllm/cli/simulate.py"}
+# neurons -> snnllm -> sims: what each package may not import. Exceptions: `snnllm simulate`
+# (and `demo`) and `snnllm reproduce` are the command line's doors to the scripts, imported when the
+# command runs.
+REACHES_UP = {"snnllm/cli/simulate.py", "snnllm/cli/reproduce.py"}
 FORBIDDEN = {"neurons": {"snnllm", "sims"}, "snnllm": {"sims"}, "sims": set[str]()}
 NEURONS_MAY_IMPORT = {"neurons", "torch", "spikingjelly", *sys.stdlib_module_names}
 # Optional, and imported when a kernel is launched only.

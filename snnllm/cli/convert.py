@@ -14,15 +14,17 @@ from snnllm.cli.options import (
     add_spike_options,
     calibration_windows,
     checked_device,
+    chosen_pipeline,
+    pipeline_options,
     progress,
     spike_config,
-    training_options,
     window_length,
 )
 from snnllm.conversion import ConversionReport, convert, estimate, write_report
 from snnllm.data import load_text, token_windows, tokenize
 from snnllm.evaluate import token_perplexity
 from snnllm.modeling import load
+from snnllm.pipelines.omniquant_options import OmniQuantOptions
 from snnllm.sources import dense_model, open_source
 
 
@@ -62,7 +64,9 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, report, and write the model card."""
-    spike, options = spike_config(args), training_options(args)
+    spike = spike_config(args)
+    pipeline = chosen_pipeline(args, spike)
+    options = pipeline_options(args, pipeline)
     checkpoint.check_output(args.output)
     device = checked_device(args.device)
     source = open_source(args.model)
@@ -73,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
         length = window_length(None, windows.shape[1], source.config)
         text_windows = token_windows(ids, length, args.limit)
     blocks = source.config.num_hidden_layers
-    epochs = 0 if options is None else options.epochs
+    epochs = options.epochs if isinstance(options, OmniQuantOptions) else 0
     count, length = windows.shape
-    need = estimate(source, spike, count, length, args.pipeline, epochs, args.max_memory)
+    need = estimate(source, spike, count, length, pipeline, epochs, args.max_memory)
     if args.dry_run:
         print(f"{source.name}: {blocks} blocks, {spike.label}, {len(windows)} calibration windows")
         print(f"estimated time    {need.seconds / 60:.1f} min on this CPU (within a factor of two)")
@@ -96,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             args.output,
             spike,
             windows,
-            pipeline=args.pipeline,
+            pipeline=pipeline,
             seed=args.seed,
             device=device,
             options=options,
@@ -129,7 +133,7 @@ def summary(report: ConversionReport) -> dict[str, str]:
     return {
         "spiking modules": str(report.spiking_modules),
         "weights on disk": f"{report.weight_bytes / 2**20:.1f} MiB",
-        "bytes per converted weight": f"{report.linear_bytes / max(1, report.linear_weights):.3f}",
+        "bits per converted weight": f"{8 * report.linear_bytes / max(1, report.linear_weights):.3f}",
         "block SQNR, mean / worst": f"{sum(sqnr) / len(sqnr):.1f} / {min(sqnr):.1f} dB",
         "spike rate, mean of blocks": f"{sum(b.spike_rate for b in report.blocks) / len(sqnr):.4f}",
         "conversion time": f"{report.seconds:.1f} s",

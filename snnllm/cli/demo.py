@@ -23,9 +23,9 @@ from snnllm.cli.options import (
     add_spike_options,
     calibration_windows,
     open_model,
+    pipeline_options,
     progress,
     spike_config,
-    training_options,
     window_length,
 )
 from snnllm.cli.simulate import simulate
@@ -34,6 +34,7 @@ from snnllm.conversion import ConversionReport, convert
 from snnllm.data import load_text, token_windows, tokenize
 from snnllm.evaluate import PerplexityResult, token_perplexity
 from snnllm.modeling import LINEARS
+from snnllm.pipelines import Pipeline
 from snnllm.sources import Source, dense_model, open_source
 
 _PROMPT = "The capital of France is"
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     windows = token_windows(tokenize(load_text(args.text), tokenizer), length, args.limit)
     print(f"2/5 dense perplexity on {args.text} and a sentence")
     dense = _measure("dense", dense_model(source), tokenizer, windows, args.prompt)
-    print(f"3/5 converting to {args.preset}, pipeline {args.pipeline}")
+    print(f"3/5 converting to {spike.label}, pipeline {args.pipeline}")
     report = _convert(args, source, spike, checkpoint)
     print("4/5 spiking perplexity and a sentence")
     model, tokenizer = open_model(str(checkpoint), args)
@@ -191,7 +192,7 @@ def _convert(
             spike,
             calibration_windows(args, source),
             pipeline=args.pipeline,
-            options=training_options(args),
+            options=pipeline_options(args, Pipeline(args.pipeline)),
             seed=args.seed,
             on_block=lambda _: bar.update(),
         )

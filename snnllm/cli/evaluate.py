@@ -1,4 +1,4 @@
-"""`snnllm eval`: token perplexity of a spiking or dense model."""
+"""`snnllm eval`: token perplexity and zero-shot tasks of a spiking or dense model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 from snnllm.cli.options import add_run_options, open_model, progress, window_length
 from snnllm.data import load_text, token_windows, tokenize
 from snnllm.evaluate import token_perplexity
+from snnllm.harness import evaluate_tasks
+from snnllm.zeroshot import ZERO_SHOT_TASKS
 
+_TEXT = "pydoc:test"
 _WINDOW = 2048
 
 
@@ -18,40 +21,87 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "eval",
-        help="perplexity of a spiking or dense model",
+        help="perplexity and zero-shot tasks of a spiking or dense model",
         description="Token perplexity on non-overlapping windows: exp of the mean negative "
-        "log-likelihood, the protocol of the GPTQ, OmniQuant and SpikeLLM papers.",
+        "log-likelihood, the protocol of the GPTQ, OmniQuant and SpikeLLM papers; and tasks of "
+        "lm-evaluation-harness (pip install 'snnllm[eval]'), with both accuracy conventions: acc, "
+        "and acc_norm (log-likelihood per byte of the answer).",
     )
     parser.add_argument("model", help="spiking checkpoint, or a dense LLaMA to compare with")
     parser.add_argument(
         "--text",
-        default="pydoc:test",
         help="text file, JSONL file (field 'text') or dataset name: pydoc:test, wikitext2:test "
-        "(default: %(default)s)",
+        f"(default: {_TEXT}, or none with --tasks)",
     )
     parser.add_argument(
         "--window",
         type=int,
         help="tokens a window (default: 2048, or the context of a smaller model)",
     )
-    parser.add_argument("--limit", type=int, help="only so many windows, spread over the text")
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="only so many windows, spread over the text, and so many samples of each task",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="windows (default: 1) or task requests (default: 8) a pass"
+    )
+    add_task_options(parser)
     parser.add_argument("--json", type=Path, help="write the result here, too")
     add_run_options(parser)
     parser.set_defaults(run=run)
 
 
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """Options that choose tasks of the harness."""
+    tasks = parser.add_argument_group("zero-shot tasks")
+    tasks.add_argument(
+        "--tasks",
+        type=lambda names: [name.strip() for name in names.split(",") if name.strip()],
+        metavar="NAME,NAME",
+        help=f"tasks of lm-evaluation-harness; those of the paper: {','.join(ZERO_SHOT_TASKS)}",
+    )
+    tasks.add_argument(
+        "--task-data",
+        type=Path,
+        metavar="FOLDER",
+        help="read the tasks of the paper from JSONL files here (piqa_val.jsonl ...), no network",
+    )
+    tasks.add_argument(
+        "--num-fewshot", type=int, help="examples before each question (default: as the task says)"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
-    text = load_text(args.text)
+    if args.tasks is None and (args.task_data is not None or args.num_fewshot is not None):
+        raise ValueError("--task-data and --num-fewshot belong to tasks; name some with --tasks.")
+    source = args.text or (None if args.tasks is not None else _TEXT)
+    text = None if source is None else load_text(source)
     model, tokenizer = open_model(args.model, args)
-    length = window_length(args.window, _WINDOW, model.config)
-    windows = token_windows(tokenize(text, tokenizer), length, args.limit)
-    result = token_perplexity(model, windows, args.batch_size, progress("eval"))
-    print(
-        f"{result.metric} {result.perplexity:.4f}  ({args.text}, {result.windows} windows, "
-        f"{result.tokens} predicted tokens, {result.seconds:.1f} s)"
-    )
+    values: dict[str, Any] = {}
+    if text is not None:
+        length = window_length(args.window, _WINDOW, model.config)
+        windows = token_windows(tokenize(text, tokenizer), length, args.limit)
+        batch = 1 if args.batch_size is None else args.batch_size
+        result = token_perplexity(model, windows, batch, progress("eval"))
+        values = result.to_dict()
+        print(
+            f"{result.metric} {result.perplexity:.4f}  ({source}, {result.windows} windows, "
+            f"{result.tokens} predicted tokens, {result.seconds:.1f} s)"
+        )
+    if args.tasks is not None:
+        scores = evaluate_tasks(
+            model,
+            tokenizer,
+            args.tasks,
+            task_data=args.task_data,
+            limit=args.limit,
+            batch_size=8 if args.batch_size is None else args.batch_size,
+            num_fewshot=args.num_fewshot,
+        )
+        values["tasks"] = scores.to_dict()
+        print(f"{scores.to_markdown()}\n(lm-eval {scores.harness}, {scores.seconds:.1f} s)")
     if args.json is not None:
-        args.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        args.json.write_text(json.dumps(values, indent=2) + "\n")
     return 0

@@ -27,15 +27,18 @@ from snnllm.evaluate import trained_context
 from snnllm.execution import View, set_view, spiking_modules
 from snnllm.modeling import load
 from snnllm.pipelines import Pipeline
+from snnllm.pipelines.gptq import WEIGHT_SCORES, GptqOptions
 from snnllm.pipelines.omniquant_options import (
     Execution,
     OmniQuantOptions,
     Recipe,
     recipe_config,
 )
+from snnllm.pipelines.start import default_pipeline
 from snnllm.sources import Source, dense_model, open_source
 
 CALIBRATION_WINDOW = 512
+_PRESET, _TERNARY_PRESET = "W4A4T2", "TW1.4A16"
 
 _OVERRIDES = {
     "ratio": "salient_ratio",
@@ -49,6 +52,7 @@ _OVERRIDES = {
     "activation_clip": "activation_clip",
     "capacity": "capacity",
     "kv_steps": "kv_salient_steps",
+    "mean_steps": "mean_steps",
 }
 
 
@@ -57,18 +61,18 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pipeline",
         choices=[*Pipeline],
-        default=Pipeline.RTN,
-        help="rtn: saliency masks and rounding; rotated: rotation inside the saliency groups and "
-        "GPTQ, much closer to full precision, about twice the time; omniquant: transformation and "
-        "clipping trained block by block (default: %(default)s)",
+        help="rotated: rotation inside the saliency groups and GPTQ; rtn: saliency masks and rounding, "
+        "half the time, far from full precision; gptq: weights as ternary spike trains, linears that "
+        "only add; omniquant: trained block by block (default: rotated; gptq for ternary weights, rtn "
+        "for float activations)",
     )
     _add_training_options(parser)
+    _add_gptq_options(parser)
     spike = parser.add_argument_group("what is computed")
     spike.add_argument(
         "--preset",
-        default="W4A4T2",
-        help=f"W<weight bits>A<spike bits>T<salient steps>, e.g. {', '.join(PRESETS)} "
-        "(default: %(default)s)",
+        help="W<weight bits>A<spike bits>T<salient steps>, or TW<mean steps> for ternary weights, e.g. "
+        f"{', '.join(PRESETS)} (default: {_PRESET}; pipeline gptq: {_TERNARY_PRESET})",
     )
     spike.add_argument("--ratio", type=float, help="fraction of channels that is salient, 0..1")
     spike.add_argument("--steps", type=int, help="time steps T of the salient channels")
@@ -79,7 +83,9 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
         "--attention", choices=[*Operands], help="encode Q, K, V or leave them float"
     )
     spike.add_argument("--weight-range", choices=[*WeightRange], help="min/max or clip search")
-    spike.add_argument("--group-size", type=int, help="inputs that share a weight scale")
+    spike.add_argument(
+        "--group-size", type=int, help="inputs that share a weight scale or threshold"
+    )
     spike.add_argument(
         "--activation-clip", type=float, help="factor on the range of a token, 0..1: below 1 clips"
     )
@@ -125,7 +131,75 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def training_options(args: argparse.Namespace) -> OmniQuantOptions | None:
+def _add_gptq_options(parser: argparse.ArgumentParser) -> None:
+    weights = parser.add_argument_group("how ternary weights are found (pipeline gptq)")
+    weights.add_argument(
+        "--mean-steps", type=float, help="time steps of a weight on average, 1..7 (1.4: the preset)"
+    )
+    weights.add_argument(
+        "--column-score", choices=[*WEIGHT_SCORES], help="ranks the weight columns"
+    )
+    weights.add_argument(
+        "--salient-column-steps",
+        type=int,
+        help="two classes of columns, this many steps and one (default: any number, by the score)",
+    )
+    weights.add_argument(
+        "--damping", type=float, help="of the Hessian, in units of its mean diagonal"
+    )
+    weights.add_argument(
+        "--refinements", type=int, help="passes over all columns after the sweep (default: 2)"
+    )
+    weights.add_argument(
+        "--no-compensate",
+        dest="compensate",
+        action="store_false",
+        default=None,
+        help="encode the original weights instead of weights fitted to the float model's outputs",
+    )
+    weights.add_argument("--ridge", type=float, help="weight of the original weights in that fit")
+
+
+_GPTQ = {
+    "column_score": "score",
+    "salient_column_steps": "salient_steps",
+    "damping": "damping",
+    "refinements": "refinements",
+    "compensate": "compensate",
+    "ridge": "ridge",
+}
+
+
+def chosen_pipeline(args: argparse.Namespace, spike: SpikeConfig) -> Pipeline:
+    """The pipeline that the user named, else the default of the configuration."""
+    return Pipeline(args.pipeline or default_pipeline(spike, {}))
+
+
+def pipeline_options(
+    args: argparse.Namespace, pipeline: Pipeline
+) -> GptqOptions | OmniQuantOptions | None:
+    """The options of the pipeline that was chosen; None for one that has none here.
+
+    Raises:
+        ValueError: Options of another pipeline, or out of range.
+    """
+    given = {
+        field: getattr(args, option)
+        for option, field in _GPTQ.items()
+        if getattr(args, option) is not None
+    }
+    training = training_options(args, pipeline)
+    if pipeline is Pipeline.GPTQ:
+        return GptqOptions(**given)
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: this is for ternary weights, which the pipeline {pipeline} "
+            "does not make."
+        )
+    return training
+
+
+def training_options(args: argparse.Namespace, pipeline: Pipeline) -> OmniQuantOptions | None:
     """The options of the omniquant pipeline; None for another pipeline.
 
     Raises:
@@ -136,10 +210,10 @@ def training_options(args: argparse.Namespace) -> OmniQuantOptions | None:
         for name in ("rotate", "epochs", "batch", "second_loss", "execution")
         if getattr(args, name) is not None
     }
-    if args.pipeline != Pipeline.OMNIQUANT:
+    if pipeline is not Pipeline.OMNIQUANT:
         if given or args.recipe is not None:
             names = ", ".join(given) or "recipe"
-            raise ValueError(f"{names}: nothing is trained by the pipeline {args.pipeline}.")
+            raise ValueError(f"{names}: nothing is trained by the pipeline {pipeline}.")
         return None
     return OmniQuantOptions.recipe(args.recipe or Recipe.DEFAULT, **given)
 
@@ -166,7 +240,11 @@ def spike_config(args: argparse.Namespace) -> SpikeConfig:
     if args.modules_to_not_convert is not None:
         given["modules_to_not_convert"] = ("lm_head", *args.modules_to_not_convert)
     given = {k: v for k, v in given.items() if v is not None}
-    return recipe_config(args.recipe or Recipe.DEFAULT, args.preset, **given)
+    preset = args.preset
+    if preset is None:
+        ternary = args.pipeline == Pipeline.GPTQ or "mean_steps" in given
+        preset = _TERNARY_PRESET if ternary else _PRESET
+    return recipe_config(args.recipe or Recipe.DEFAULT, preset, **given)
 
 
 def calibration_windows(args: argparse.Namespace, source: Source) -> Tensor:

@@ -43,6 +43,8 @@ def exact_dtype(bound: int, device: torch.device) -> torch.dtype:
 
 def _full_precision() -> bool:
     """Whether torch must not lower float32 matmuls to bfloat16 or TF32."""
+    if torch.compiler.is_compiling():  # the setting cannot be read, and may differ at run time
+        return False
     try:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # somebody set the precision of a single backend, torch will not say which

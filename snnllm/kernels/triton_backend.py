@@ -68,7 +68,7 @@ class TritonLinear(PreparedLinear):
     Attributes:
         plan: how its input is encoded.
         arguments: weight, segment table, scale, zero, row sums, shift and bias, as
-            `triton_linear.launch` takes them.
+            `triton_ops.encoded_linear` takes them.
         bits: 2, 4 or 8, the width of a packed code.
     """
 
@@ -256,41 +256,14 @@ def multiply(
     dtype: torch.dtype,
 ) -> Tensor:
     """Outputs `[M, N]`, or int32 accumulators `[S, M, N]`."""
-    from neurons.backends.triton_encode import EARLY_ROWS, early_launch
-    from snnllm.kernels.triton_linear import launch
+    from snnllm.kernels.triton_ops import encoded_linear  # needs Triton
 
-    count, threshold, zero_point, count_sum = encoded
-    rows = len(count)
-    shape: tuple[int, ...] = (rows, layer.out_features)
-    if dtype == torch.int32:
-        shape = (len(layer.plan.segments), *shape)
-    out = torch.empty(shape, dtype=dtype, device=count.device)
-    if out.numel() == 0:
-        return out
+    count, *parameters = encoded
     if layer.shifted:
         count = count ^ 128
-    launch(
-        (count.view(torch.int8), threshold, zero_point, count_sum),
-        layer.arguments,
-        out,
-        layer.bits,
-        choose_config(rows, layer.out_features),
-        rows <= EARLY_ROWS and early_launch(count.device),
-    )
+    count = count.view(torch.int8)
+    out: Tensor = encoded_linear(count, *parameters, *layer.arguments, layer.bits, dtype)
     return out
-
-
-def choose_config(rows: int, columns: int) -> tuple[int, ...]:
-    """Tile sizes of `triton_linear.launch` for a product of M rows and N columns."""
-    if rows <= 4:
-        return (0, 4, 256, 2) if columns <= 4096 else (0, 8, 64, 4)
-    if rows <= 16:
-        return (16, 32, 2, 6, 0)
-    if rows <= 32:
-        return (32, 64, 4, 4, 0)
-    if rows <= 256:
-        return (64, 128, 4, 3, 168)
-    return (64, 128, 4, 4, 0)
 
 
 def _triton(prepared: PreparedLinear) -> TritonLinear:

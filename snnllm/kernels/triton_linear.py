@@ -15,114 +15,21 @@ Scaling follows `snnllm.kernels.epilogue` operation by operation (no fused multi
 outputs are those of the reference backend, bit for bit.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from snnllm.kernels.triton_dot import dot_product, early
+from snnllm.kernels.triton_dot import early
 
 BLOCK = 128
 """Positions of a block of packed weights; segments are padded to it."""
 WORDS = ("start", "stop", "group", "weight_group")
 """Columns of the segment table, in positions of the padded K axis."""
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-
-def launch(
-    encoded: tuple[Tensor, Tensor, Tensor, Tensor],
-    layer: tuple[Any, ...],
-    out: Tensor,
-    bits: int,
-    config: tuple[int, ...],
-    starts_early: bool = False,
-) -> None:
-    """Write `y` of encoded rows, or their centred accumulators when `out` is int32.
-
-    Args:
-        encoded: counts int8 `[M, P]` (minus 128 if the layer is shifted) in padded encoded order,
-            thresholds float32 `[M, G]`, zero points int32 `[M, G]`, sums of the true counts per
-            segment int32 `[M, S]`.
-        layer: packed codes uint8 `[N, P * bits / 8]` (signed levels if `bits` is 8); the segment
-            table int32 `[S, 4]` (`WORDS`); scales float32 `[N, J]`; zero points of the codes int32
-            `[N, J]`; `sum_k u - zu K` per segment int32 `[N, S]`; `128 sum_k u` per segment if the
-            counts are shifted, or None; bias float32 `[N]` or None.
-        out: `[M, N]` in a float type, or int32 `[S, M, N]`.
-        bits: 2, 4 or 8.
-        config: `(0, BN, KW, warps)` for the dp4a kernel, KW the words of weights of a step; or
-            `(BM, BN, warps, stages, registers)` for tensor cores, registers 0 for no limit.
-        starts_early: start while the kernel in front still runs, to prefetch weights (programmatic dependent
-            launch, compute capability 9.0); for few rows.
-    """
-    count, threshold, zero_point, count_sum = encoded
-    weight, segments, scale, weight_zero, row_sum, shift, bias = layer
-    (rows, width), columns = count.shape, len(weight)
-    arguments = (
-        *(threshold, zero_point, count_sum, segments, scale, weight_zero, row_sum),
-        *(count if shift is None else shift, threshold if bias is None else bias, out),
-        *(rows, columns, width, threshold.shape[1], scale.shape[1], segments.shape[0]),
-    )
-    flags: dict[str, Any] = {
-        "BITS": bits,
-        "SHIFT": shift is not None,
-        "HAS_BIAS": bias is not None,
-        "enable_fp_fusion": False,
-    }
-    accumulators = out.dtype == torch.int32
-    with torch.cuda.device(count.device if count.is_cuda else -1):
-        kernel: Any
-        if config[0] == 0:
-            _, bn, words, warps = config
-            kernel = dot_product[(triton.cdiv(columns, bn), rows)]
-            kernel(
-                *(count.view(torch.int32), weight.view(torch.int32), *arguments),
-                ACCUMULATORS=accumulators,
-                **_early_flags(starts_early),
-                ASM=not _INTERPRETED,
-                BN=bn,
-                KW=words,
-                num_warps=warps,
-                **flags,
-            )
-            return
-        bm, bn, warps, stages, registers = config
-        flags |= {"num_warps": warps, "num_stages": stages}
-        if registers:
-            flags["maxnreg"] = registers
-        kernel = _matmul[(triton.cdiv(rows, bm) * triton.cdiv(columns, bn),)]
-        kernel(
-            *(count, weight, *arguments),
-            ACCUMULATORS=accumulators,
-            **_early_flags(starts_early),
-            UNPACK=() if _INTERPRETED else _unpacking(bits),
-            UNROLL=segments.shape[0] if segments.shape[0] <= 2 else 0,
-            BM=bm,
-            BN=bn,
-            **flags,
-        )
-
-
-def _unpacking(bits: int) -> tuple[str, ...]:
-    """PTX that takes one plane of codes out of four packed bytes, for every plane."""
-    mask = f"0x{((1 << bits) - 1) * 0x01010101:08X}"
-    return tuple(
-        f"{{ .reg .b32 t; shr.b32 t, $1, {shift}; and.b32 $0, t, {mask}; }}"
-        for shift in range(0, 8, bits)
-    )
-
-
-def _early_flags(starts_early: bool) -> dict[str, bool]:
-    return {"EARLY": early, "launch_pdl": True} if starts_early else {"EARLY": False}
 
 
 @triton.jit
 def _plane(packed, PLANE: tl.constexpr, BITS: tl.constexpr, UNPACK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes of one plane of bits of packed bytes, as int8."""
-    if UNPACK == ():
+    if UNPACK is None:
         return ((packed >> (PLANE * BITS)) & ((1 << BITS) - 1)).to(tl.int8)
     # Four bytes in a register: Triton would unpack int8 tensors one by one.
     return tl.inline_asm_elementwise(UNPACK[PLANE], "=r,r", [packed], tl.int8, True, 4)
@@ -242,7 +149,7 @@ def _tile(rows, columns, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _matmul(  # type: ignore[no-untyped-def]
+def matmul(  # type: ignore[no-untyped-def]
     count_ptr,
     weight_ptr,
     threshold_ptr,
@@ -271,6 +178,7 @@ def _matmul(  # type: ignore[no-untyped-def]
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
+    """One tile of outputs, on tensor cores; arguments as `triton_ops.encoded_linear` describes them."""
     first_m, first_n = _tile(rows, columns, BM, BN)
     out_m, out_n = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN)
     # Transposed, neighbours in memory are neighbours in the tile.

@@ -9,9 +9,11 @@ class Pipeline(StrEnum):
     Attributes:
         RTN: Saliency masks, weights rounded to nearest (method.md sections 2 to 4).
         ROTATED: Rotation inside the saliency groups, GPTQ weights.
+        GPTQ: Weights as ternary spike trains, linears that only add (section 6).
         OMNIQUANT: Learned transformation and clipping, trained block by block (section 5).
     """
 
     RTN = "rtn"
     ROTATED = "rotated"
+    GPTQ = "gptq"
     OMNIQUANT = "omniquant"

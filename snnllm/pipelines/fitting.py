@@ -106,13 +106,20 @@ class Moments:
         mean = self._input / self._total
         return self.second_moment - torch.outer(mean, mean)
 
-    def least_squares(self, ridge: float) -> Tensor:
-        """`W'` of the module docstring, with lambda = `ridge` times the mean variance, `[N, K]`."""
-        covariance = self.covariance.double()
+    def least_squares(self, ridge: float, centred: bool = True) -> Tensor:
+        """`W'` of the module docstring, `[N, K]`.
+
+        Args:
+            ridge: lambda in units of the mean variance.
+            centred: The means go into an output offset; False where the linear has none.
+        """
+        covariance = (self.covariance if centred else self.second_moment).double()
         damping = ridge * covariance.diagonal().mean() + 1e-12
         covariance.diagonal().add_(damping)
         mean_in, mean_out = self._input / self._total, self._missing / self._total
-        cross = (self._cross / self._total - torch.outer(mean_out, mean_in)).double()
+        cross = (self._cross / self._total).double()
+        if centred:
+            cross -= torch.outer(mean_out, mean_in).double()
         fitted: Tensor = self.weight + torch.linalg.solve(covariance, cross.T).T.float()
         return fitted
 

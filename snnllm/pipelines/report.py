@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snnllm.config import FLOAT_BITS
+from snnllm.config import FLOAT_BITS, SpikeConfig
 from snnllm.execution import spiking_modules
 from snnllm.linear import SpikingLinear
 
@@ -30,6 +32,7 @@ class BlockReport:
         loss_before: Calibration loss before training; None where nothing is trained.
         loss_after: The same after it.
         step_ms: Mean time of a training step, ms.
+        weight_columns: `[[T, columns], ...]` of the ternary linears, by their path in the block.
     """
 
     index: int
@@ -41,6 +44,7 @@ class BlockReport:
     loss_before: float | None = None
     loss_after: float | None = None
     step_ms: float | None = None
+    weight_columns: Mapping[str, list[list[int]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line for the log."""
@@ -82,6 +86,15 @@ class SpikeRateMeter:
         self._events += float(encoder.centre(encoder.encode(rows)).abs().sum())
         capacity = torch.tensor(encoder.capacities)[encoder.channel_group.long().cpu()].sum()
         self._possible += float(capacity) * rows.shape[0]
+
+
+def with_weight_columns(spike: SpikeConfig, reports: Sequence[BlockReport]) -> SpikeConfig:
+    """The configuration with what the blocks report about their ternary linears."""
+    columns: dict[str, Any] = dict(spike.weight_columns)
+    for report in reports:
+        prefix = f"model.layers.{report.index}."
+        columns |= {prefix + path: found for path, found in report.weight_columns.items()}
+    return dataclasses.replace(spike, weight_columns=columns)
 
 
 def sqnr_db(target: Sequence[Tensor], actual: Sequence[Tensor]) -> float:

@@ -17,7 +17,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,8 @@ from snnllm.gptq import gptq
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import spiking_linear
 from snnllm.pipelines.basis import Basis, find_basis, rotate_source
-from snnllm.pipelines.batches import Batches
-from snnllm.pipelines.fitting import SAMPLE_ROWS, Moments, clip_ratios, weighted_mean
+from snnllm.pipelines.fitting import Moments, clip_ratios, weighted_mean
+from snnllm.pipelines.inputs import InputData, bias_of, each_input
 from snnllm.pipelines.report import (
     BlockReport,
     SpikeRateMeter,
@@ -55,8 +55,6 @@ from snnllm.transforms import group_rotation, sorted_groups
 from snnllm.weights import QuantizedWeight, dequantize
 
 _log = logging.getLogger(__name__)
-WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-"""Linears that write to the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +160,8 @@ def convert_blocks(
         generator = job.rotations(index)
         _spike_attention(block, index, job, generator)
         block.to(device)
-        for paths in INPUT_GROUPS:
-            _convert_input(spiking, floating, index, paths, job, generator)
+        for paths, data in each_input(spiking, floating, index, spike):
+            _fit_input(block, index, paths, data, job, generator)
         round_to_storage(block, source.tensor("model.norm.weight").dtype)
         with SpikeRateMeter(block) as rate:
             stream.advance(block)
@@ -201,81 +199,11 @@ def _spike_attention(
     choose_views(attention)
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What linears that share an input read, and what they should write; a batch at a time.
-
-    Attributes:
-        inputs: `[b, S, K]` per batch.
-        weights: Token weights `[b S]` per batch.
-        outputs: Wanted outputs `[b S, N]` of a batch.
-    """
-
-    inputs: Batches
-    weights: list[Tensor]
-    outputs: Callable[[int], Tensor]
-
-    def encoder_inputs(self, module: SpikingLinear) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the encoder of a linear sees, `[tokens, K]`, and token weights."""
-        device = module.encoder.clip.device
-        for x, weight in zip(self.inputs, self.weights, strict=True):
-            yield module.encoder_input(x.to(device).flatten(0, 1)).float(), weight
-
-    def sample(self, module: SpikingLinear) -> tuple[Tensor, Tensor]:
-        """About `SAMPLE_ROWS` tokens of `encoder_inputs`, spread over all batches."""
-        total = sum(len(w) for w in self.weights)
-        generator = torch.Generator().manual_seed(0)
-        kept = (torch.rand(total, generator=generator) * total < SAMPLE_ROWS).split(
-            [len(w) for w in self.weights]
-        )
-        parts = [
-            (x[k.to(x.device)], w[k.to(w.device)])
-            for k, (x, w) in zip(kept, self.encoder_inputs(module), strict=True)
-        ]
-        return torch.cat([x for x, _ in parts]), torch.cat([w for _, w in parts])
-
-
-def _convert_input(
-    spiking: StagedBlock,
-    floating: StagedBlock,
-    index: int,
-    paths: tuple[str, ...],
-    job: _Job,
-    generator: torch.Generator | None,
-) -> None:
-    """Convert the linears that share one input, and move both streams on where they write."""
-    writes = paths[0] in WRITERS
-    inputs, targets = spiking.inputs(paths[0]), floating.inputs(paths[0])
-    before = spiking.residual
-    if writes:
-        floating.write(paths[0], targets)
-    kept = job.spike.modules_to_not_convert
-    converted = [p for p in paths if not f"model.layers.{index}.{p}".endswith(kept)]
-    dense = [linear_of(floating.block, p) for p in converted]
-
-    def outputs(batch: int) -> Tensor:
-        device = dense[0].weight.device
-        if writes:
-            wanted = floating.residual[batch].to(device) - before[batch].to(device)
-            return wanted.flatten(0, 1)
-        x = targets[batch].to(device).flatten(0, 1)
-        with torch.no_grad():
-            return torch.cat([linear(x) for linear in dense], dim=1)
-
-    if converted:
-        device = dense[0].weight.device
-        weights = [token_weights(paths[0], r).to(device) for r in before]
-        data = _Data(inputs, weights, outputs)
-        _fit_input(spiking.block, index, converted, data, job, generator)
-    if writes:
-        spiking.write(paths[0], inputs)
-
-
 def _fit_input(
     block: nn.Module,
     index: int,
     paths: list[str],
-    data: _Data,
+    data: InputData,
     job: _Job,
     generator: torch.Generator | None,
 ) -> None:
@@ -308,7 +236,9 @@ def _fit_input(
         taken = first.get_buffer("offset_input").clone()
         given = weight @ taken
         if options.compensate:
-            given = moments.output_offset(rounded) - torch.cat([_bias(linear) for linear in dense])
+            given = moments.output_offset(rounded) - torch.cat(
+                [bias_of(linear) for linear in dense]
+            )
         for module, part in zip(
             modules, given.split([m.out_features for m in modules]), strict=True
         ):
@@ -341,13 +271,6 @@ def _store(
         setattr(block.get_submodule(parent), name, module)
 
 
-def _bias(linear: nn.Linear) -> Tensor:
-    bias: Tensor | None = linear.bias
-    if bias is None:
-        return linear.weight.new_zeros(linear.out_features)
-    return bias.detach().float()
-
-
 def _quantize(
     module: SpikingLinear, weight: Tensor, moments: Moments, job: _Job
 ) -> tuple[QuantizedWeight | None, Tensor]:
@@ -363,20 +286,3 @@ def _quantize(
     rounded = torch.empty_like(weight)
     rounded[:, order] = dequantize(quantized, module.weight_groups)
     return quantized, rounded
-
-
-def token_weights(path: str, hidden: Tensor) -> Tensor:
-    """How much an error of a linear's output matters at each token, `[tokens]`.
-
-    What o_proj and down_proj write is divided by the size of the residual stream at the next norm. A
-    few tokens have massive activations there; unweighted, they alone would decide how the weights
-    are rounded, though an error at them is the one that matters least.
-
-    Args:
-        path: The linear in its block.
-        hidden: Residual stream that it writes to, `[b, tokens, hidden]`.
-    """
-    if path not in WRITERS:
-        return hidden.new_ones(hidden.shape[:-1].numel(), dtype=torch.float32)
-    mean_square = hidden.float().square().mean(-1).flatten()
-    return 1.0 / (mean_square + 1e-6 * mean_square.mean() + 1e-12)

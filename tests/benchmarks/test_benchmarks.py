@@ -57,13 +57,32 @@ def test_the_speed_of_a_model(
     if converted:
         source = open_source(stories_dir)
         ids = tokenize(load_text("pydoc:train")[:10_000], source.tokenizer())
-        convert(source, tmp_path / "out", SpikeConfig.preset("W8A8"), random_windows(ids, 16, 1, 0))
+        convert(
+            source,
+            tmp_path / "out",
+            SpikeConfig.preset("W8A8"),
+            random_windows(ids, 16, 1, 0),
+            pipeline="rtn",
+        )
         arguments += ["--checkpoint", str(tmp_path / "out")]
     assert benchmark(repository, "model_speed").main([*arguments, "--repeat", "1"]) == 0
     text = capsys.readouterr().out
     assert ("W8A8" if converted else "W4A4T2") in text
     assert "| prefill 8 |" in text
     assert "| decode after 4 |" in text
+
+
+def test_the_accuracy_of_chosen_rows(repository: Path, stories_dir: Path, capsys: Any) -> None:
+    module = benchmark(repository, "accuracy")
+    arguments = [str(stories_dir), "--window", "24", "--limit", "2", "--calibration-windows", "1"]
+    tables, rows = ("issue", "omniquant"), ("no saliency, attention float", "rtn, split")
+    arguments += ["--device", "cpu", "--tables", *tables, "--rows", *rows]
+    assert module.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "token_ppl@24" in text
+    assert text.count("| float | - |") == 2
+    assert text.count("| no saliency, attention float | W4A4 |") == 1
+    assert text.count("| rtn, split | W4A4T2 |") == 1
 
 
 def test_the_speed_of_encoding(

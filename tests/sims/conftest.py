@@ -18,7 +18,7 @@ def spiking_stories_dir(stories_dir: Path, tmp_path_factory: pytest.TempPathFact
     """stories260K as a W4A4T2 checkpoint."""
     folder = tmp_path_factory.mktemp("sims") / "stories-w4a4t2"
     windows = torch.randint(3, 500, (2, 32), generator=torch.Generator().manual_seed(0))
-    convert(stories_dir, folder, SpikeConfig.preset("W4A4T2"), windows)
+    convert(stories_dir, folder, SpikeConfig.preset("W4A4T2"), windows, pipeline="rtn")
     return folder
 
 

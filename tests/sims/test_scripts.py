@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import math
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from sims import equivalence, membrane, raster, sweep
 from sims.common import Conversion, encode_prompt, load_subject
 from sims.traces import Recording
+from snnllm.config import SpikeConfig
+from snnllm.conversion import convert
 from snnllm.execution import View
 from snnllm.kernels import NativeBackend, get_backend
 from snnllm.kernels.attention import NativeAttention
@@ -316,3 +319,18 @@ def test_recording_does_not_change_what_a_model_computes(
         before = model(input_ids=prompt_ids[None]).logits
         record(model, prompt_ids)
         assert torch.equal(model(input_ids=prompt_ids[None]).logits, before)
+
+
+@pytest.mark.parametrize("preset", ["TW1.4A16", "TW1.4A4T2"])
+def test_equivalence_of_ternary_weights(
+    stories_dir: Path, prompt_ids: Any, tmp_path: Path, preset: str
+) -> None:
+    windows = prompt_ids[:4].reshape(1, 4)
+    spike = SpikeConfig.preset(preset)
+    convert(stories_dir, tmp_path / "out", spike, windows, pipeline="gptq")
+    result = equivalence.audit(load(tmp_path / "out"), prompt_ids[:3])
+    linears = [layer for layer in result.layers if layer.kind == "linear"]
+    assert all(layer.compared > 0 and layer.differing == 0 for layer in linears)
+    assert {layer.rounded for layer in linears} == {preset == "TW1.4A16"}
+    assert result.agrees
+    assert not dataclasses.replace(result, logits_difference=result.logits_magnitude).agrees

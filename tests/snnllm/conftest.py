@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,17 @@ def make_llama() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def spike_for() -> Callable[..., SpikeConfig]:
+    """A configuration that a pipeline converts: `(pipeline, **overrides)`."""
+
+    def choose(pipeline: Any, **overrides: Any) -> SpikeConfig:
+        preset = "TW1.4A4T2" if pipeline == "gptq" else "W4A4T2"
+        return SpikeConfig.preset(preset, **overrides)
+
+    return choose
+
+
+@pytest.fixture(scope="session")
 def token_ids() -> Tensor:
     """Six windows of 24 random ids without special tokens, for the tiny models."""
     return torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -82,7 +94,13 @@ def convert_tiny(
     ) -> tuple[Any, Path]:
         dense = llama(**config)
         folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
-        convert(dense, folder, SpikeConfig.preset(preset, **(overrides or {})), token_ids[:1])
+        convert(
+            dense,
+            folder,
+            SpikeConfig.preset(preset, **(overrides or {})),
+            token_ids[:1],
+            pipeline="rtn",
+        )
         return dense, folder
 
     return run
@@ -119,7 +137,7 @@ def stories_checkpoint(
     """The W4A4T2 checkpoint of stories260K. Shared: do not change it."""
     folder = tmp_path_factory.mktemp("stories") / "checkpoint"
     spike = SpikeConfig.preset("W4A4T2")
-    convert(stories_dir, folder, spike, random_windows(stories_ids, 128, 4, seed=0))
+    convert(stories_dir, folder, spike, random_windows(stories_ids, 128, 4, seed=0), pipeline="rtn")
     return folder
 
 
@@ -160,3 +178,46 @@ def make_linear() -> Callable[..., SpikingLinear]:
         return module.eval()
 
     return build
+
+
+# Made up for these tests, short, in the format of the published data.
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "piqa_val": [
+        {"goal": "keep milk fresh", "sol1": "a cold box", "sol2": "a hot oven", "label": 0},
+        {"goal": "see at night", "sol1": "close both eyes", "sol2": "a lamp", "label": 1},
+    ],
+    "arc_easy_test": [
+        {
+            "question": "What do plants need?",
+            "choices": {"text": ["light", "shoes", "a hat"], "label": ["A", "B", "C"]},
+            "answerKey": "A",
+        },
+        {
+            "question": "What melts?",
+            "choices": {"text": ["a stone", "ice"], "label": ["1", "2"]},
+            "answerKey": "2",
+        },
+    ],
+    "boolq_val": [
+        {"passage": "A cat -- It is small.", "question": "is a cat small", "label": 1},
+        {"passage": "Snow -- It is white.", "question": "is snow black", "label": 0},
+    ],
+    "hellaswag_val": [
+        {"query": "Play: A boy", "choices": ["ran.", "flew off.", "sat", "is a car"], "label": 2},
+        {"query": "Cook: Mom", "choices": ["sings a song", "cuts.", "is red", "x"], "label": 1},
+    ],
+    "winogrande_val": [
+        {"sentence": "Tom saw Tim, so _ ran.", "option1": "Tom", "option2": "Tim", "answer": "1"},
+        {"sentence": "The cup or the _ fell.", "option1": "lid", "option2": "box", "answer": "2"},
+    ],
+}
+ROWS["arc_challenge_test"] = ROWS["arc_easy_test"][::-1]
+
+
+@pytest.fixture(scope="session")
+def task_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two rows of each task."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, rows in ROWS.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

@@ -188,7 +188,7 @@ def test_an_output_that_is_in_use_is_not_touched(make_llama, token_ids, tmp_path
     precious = output / "precious" if kind == "folder" else output
     precious.write_text("x")
     with pytest.raises(FileExistsError, match="exists and is not empty; choose another output"):
-        convert(make_llama(), output, SpikeConfig(), token_ids[:1])
+        convert(make_llama(), output, SpikeConfig(), token_ids[:1], pipeline="rtn")
     assert precious.read_text() == "x"
     assert contents(tmp_path) == ["out"]
 
@@ -196,7 +196,9 @@ def test_an_output_that_is_in_use_is_not_touched(make_llama, token_ids, tmp_path
 def test_a_file_in_the_path_of_the_output(make_llama, token_ids, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="file"):
-        convert(make_llama(), tmp_path / "file" / "out", SpikeConfig(), token_ids[:1])
+        convert(
+            make_llama(), tmp_path / "file" / "out", SpikeConfig(), token_ids[:1], pipeline="rtn"
+        )
     assert contents(tmp_path) == ["file"]
 
 
@@ -215,12 +217,12 @@ def test_a_full_disk_at_the_end_loses_nothing(
     else:
         monkeypatch.setattr(checkpoint, "file_digest", full)
     with pytest.raises(OSError, match="No space left on device"):
-        convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids[:1])
+        convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids[:1], pipeline="rtn")
     assert contents(tmp_path) == ["out.work"]
     monkeypatch.undo()
     seen: list[int] = []
     monkeypatch.setattr(rtn, "fill_block", lambda *_: seen.append(1))  # no block is converted again
-    convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids[:1])
+    convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids[:1], pipeline="rtn")
     assert contents(tmp_path) == ["out"]
     assert not seen
 
@@ -261,7 +263,9 @@ def test_a_killed_conversion_leaves_nothing_that_loads(
     with pytest.raises(CheckpointError, match="not a finished spiking checkpoint"):
         load(work)
     shutil.rmtree(work)
-    convert(make_llama(), output, SpikeConfig(), token_ids[:1])  # the next try succeeds
+    convert(
+        make_llama(), output, SpikeConfig(), token_ids[:1], pipeline="rtn"
+    )  # the next try succeeds
     assert contents(tmp_path) == ["dense", "out"]
     load(output)
 

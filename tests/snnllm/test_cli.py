@@ -23,9 +23,10 @@ from snnllm.cli.demo import recorded_layers
 from snnllm.cli.generate import prompt_ids
 from snnllm.config import SpikeConfig
 from snnllm.data import load_text
+from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
 
-COMMANDS = ["convert", "eval", "generate", "simulate", "inspect", "demo"]
+COMMANDS = ["convert", "eval", "generate", "simulate", "inspect", "reproduce", "demo"]
 CALIBRATION = ["--nsamples", "2", "--seqlen", "48"]
 
 
@@ -94,7 +95,7 @@ def test_convert_reports_and_writes_a_card(stories_dir, text_file, tmp_path, cap
     options = ["--calibration", text_file, *CALIBRATION, "--preset", "W4A4T2", "--ratio", "0.2"]
     run("convert", stories_dir, output, *options, "--eval", text_file, "--limit", "3")
     text = capsys.readouterr().out
-    for what in ("spiking modules", "bytes per converted weight", "block SQNR", "peak memory"):
+    for what in ("spiking modules", "bits per converted weight", "block SQNR", "peak memory"):
         assert what in text
     assert "perplexity, dense" in text
     assert "perplexity, spiking (token_ppl@48" in text
@@ -111,6 +112,8 @@ def test_convert_reports_and_writes_a_card(stories_dir, text_file, tmp_path, cap
 NO_OPTION = {
     *("weight_bits", "activation_bits", "group_steps"),
     *("rotation", "input_offset", "segment_scales", "query_groups"),  # set by a pipeline
+    "weight_columns",
+    "mean_steps",  # has one, for presets with ternary or without weights: tested below
 }
 OPTIONS = {
     "--ratio": (0.3, "salient_ratio", 0.3),
@@ -168,10 +171,64 @@ def test_convert_trains_and_says_so(stories_dir, text_file, tmp_path, capsys):
     assert all(b["loss_after"] > 0 and b["step_ms"] > 0 for b in values["blocks"])
 
 
+def test_convert_makes_ternary_weights(stories_dir, text_file, tmp_path, capsys):
+    output = tmp_path / "out"
+    common = ["--calibration", text_file, *CALIBRATION, "--pipeline", "gptq"]
+    given = ["--mean-steps", "2", "--group-size", "64", "--column-score", "gauss_newton"]
+    given += ["--refinements", "1", "--damping", "0.02", "--no-compensate", "--ridge", "1"]
+    given += ["--salient-column-steps", "4", "--max-memory", "100000"]
+    run("convert", stories_dir, output, *common, *given)
+    assert "bits per converted weight" in capsys.readouterr().out
+    values = json.loads((output / "conversion.json").read_text())
+    assert values["spike"]["mean_steps"] == 2.0
+    assert values["spike"]["weight_group_size"] == 64
+    assert values["provenance"]["options"] == {
+        "score": "gauss_newton",
+        "salient_steps": 4,
+        "damping": 0.02,
+        "refinements": 1,
+        "compensate": False,
+        "ridge": 1.0,
+        "steps": {},
+    }
+    assert "ternary spike trains of 2 steps" in (output / "README.md").read_text()
+    run("inspect", output)
+    assert "float x ternary spikes" in capsys.readouterr().out
+    run("generate", output, "Once", "--view", "unrolled", "--max-new-tokens", "2")
+    run("convert", stories_dir, tmp_path / "dry", *common, "--dry-run")
+    assert "TW1.4A16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", ["A8", "TW1.2A8"])
+def test_the_mean_steps_may_be_changed(preset):
+    given = ["convert", "in", "out", "--pipeline", "gptq", "--preset", preset, "--mean-steps", "3"]
+    spike = cli_options.spike_config(build_parser().parse_args(given))
+    assert (spike.label, spike.weight_bits, spike.weight_group_size) == ("TW3A8", 2, 128)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], "rotated"),
+        (["--preset", "W8A8"], "rotated"),
+        (["--preset", "W2A16"], "rtn"),
+        (["--preset", "TW1.2A8"], "gptq"),
+        (["--mean-steps", "2"], "gptq"),
+        (["--pipeline", "omniquant"], "omniquant"),
+    ],
+)
+def test_the_default_pipeline_is_what_the_configuration_needs(given, expected):
+    args = build_parser().parse_args(["convert", "in", "out", *given])
+    assert cli_options.chosen_pipeline(args, cli_options.spike_config(args)) == expected
+
+
 def test_the_recipe_may_be_changed_in_single_fields():
     given = ["convert", "in", "out", "--pipeline", "omniquant", "--recipe", "paper"]
     args = build_parser().parse_args([*given, "--range", "split", "--execution", "compiled"])
-    spike, options = cli_options.spike_config(args), cli_options.training_options(args)
+    spike, options = (
+        cli_options.spike_config(args),
+        cli_options.training_options(args, Pipeline.OMNIQUANT),
+    )
     assert (spike.value_range, spike.weight_range) == ("split", "minmax")
     assert options == OmniQuantOptions.recipe("paper", execution="compiled")
 
@@ -205,8 +262,26 @@ def test_an_interrupted_conversion_resumes_or_restarts(
 
 CONVERT_ERRORS = {
     "unknown_preset": (["--preset", "int4"], "Unknown preset 'int4'. Presets look like W<bits>"),
-    "training": (["--epochs", "3"], "epochs: nothing is trained by the pipeline rtn"),
-    "recipe": (["--recipe", "paper"], "recipe: nothing is trained by the pipeline rtn"),
+    "training": (["--epochs", "3"], "epochs: nothing is trained by the pipeline rotated"),
+    "recipe": (["--recipe", "paper"], "recipe: nothing is trained by the pipeline rotated"),
+    "no_columns": (
+        ["--damping", "0.1"],
+        "damping: this is for ternary weights, which the pipeline",
+    ),
+    "levels": (
+        ["--preset", "W4A4T2", "--mean-steps", "2"],
+        "mean_steps makes the weights ternary spike trains",
+    ),
+    "pipeline": (
+        ["--pipeline", "rtn", "--preset", "TW1.4A16"],
+        "the pipeline rtn makes integer levels",
+    ),
+    "no_budget": (
+        ["--pipeline", "gptq", "--preset", "W4A4"],
+        "gptq pipeline makes ternary weights",
+    ),
+    "budget": (["--pipeline", "gptq", "--mean-steps", "8"], "mean_steps must be in 1..7, got 8"),
+    "refinements": (["--pipeline", "gptq", "--refinements", "-1"], "refinements must be >= 0"),
     "memory": (["--max-memory", "5"], "max_memory is 5 MiB, but about"),
     "no_steps": (["--preset", "W4A4T0"], "T (salient steps) must be in 1..64, got 0"),
     "ratio": (["--ratio", "1.5"], "salient_ratio is a fraction of the channels in [0, 1], got 1.5"),

@@ -41,7 +41,9 @@ def dense(make_llama):
 def test_the_report_tells_what_was_done(dense, token_ids, tmp_path):
     seen = []
     output, spike = tmp_path / "out", SpikeConfig.preset("W4A4T2")
-    report = convert(dense, output, spike, token_ids[:2], seed=3, on_block=seen.append)
+    report = convert(
+        dense, output, spike, token_ids[:2], seed=3, on_block=seen.append, pipeline="rtn"
+    )
     assert report.output == output
     assert report.spike == spike
     assert tuple(seen) == report.blocks
@@ -82,7 +84,7 @@ def test_weights_are_stored_at_their_bit_width(
         hidden_size=128, intermediate_size=256, num_key_value_heads=4, num_hidden_layers=1
     )
     spike = SpikeConfig(weight_bits=bits, weight_group_size=group_size)
-    report = convert(model, tmp_path / "out", spike, token_ids[:1])
+    report = convert(model, tmp_path / "out", spike, token_ids[:1], pipeline="rtn")
     assert report.linear_bytes / report.linear_weights <= limit
     # On disk: the linears, the embedding, the head, and little else.
     tables = 2 * 128 * 128 * 4
@@ -93,8 +95,8 @@ def test_weights_are_stored_at_their_bit_width(
 def test_the_same_seed_gives_the_same_files(dense, token_ids, tmp_path, score):
     spike = SpikeConfig(score=score, salient_ratio=0.25)
     for name in ("a", "b"):
-        convert(dense, tmp_path / name, spike, token_ids[:2], seed=5)
-    convert(dense, tmp_path / "c", spike, token_ids[:2], seed=6)
+        convert(dense, tmp_path / name, spike, token_ids[:2], seed=5, pipeline="rtn")
+    convert(dense, tmp_path / "c", spike, token_ids[:2], seed=6, pipeline="rtn")
     files = {p.name for p in (tmp_path / "a").iterdir()}
     assert files == {p.name for p in (tmp_path / "b").iterdir()}
     for name in files:
@@ -106,17 +108,17 @@ def test_the_same_seed_gives_the_same_files(dense, token_ids, tmp_path, score):
 def test_the_source_is_not_changed(make_llama, token_ids, tmp_path):
     model = make_llama()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    convert(model, tmp_path / "out", SpikeConfig(), token_ids[:1])
+    convert(model, tmp_path / "out", SpikeConfig(), token_ids[:1], pipeline="rtn")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("pipeline", list(Pipeline))
-def test_a_source_stays_dense(make_llama, token_ids, tmp_path, pipeline):
+def test_a_source_stays_dense(make_llama, token_ids, tmp_path, pipeline, spike_for):
     model = make_llama()
     model.save_pretrained(tmp_path / "dense")
     source = open_source(tmp_path / "dense")
-    spike = SpikeConfig(salient_ratio=0.25)
+    spike = spike_for(pipeline, salient_ratio=0.25)
     convert(source, tmp_path / "out", spike, token_ids[:1], pipeline=pipeline)
     assert source.config.model_type == "llama"
     assert torch.equal(logits(dense_model(source), token_ids), logits(model, token_ids))
@@ -129,8 +131,8 @@ def test_the_rotated_pipeline_refuses_what_it_cannot_do(dense, token_ids, tmp_pa
         convert(dense, output, SpikeConfig(), windows, pipeline="rotated", allocation=maps)
     with pytest.raises(ValueError, match="rotated pipeline needs spiking activations"):
         convert(dense, output, SpikeConfig.preset("W4A16"), windows, pipeline="rotated")
-    with pytest.raises(ValueError, match="'gptq' is not a valid Pipeline"):
-        convert(dense, output, SpikeConfig(), windows, pipeline="gptq")
+    with pytest.raises(ValueError, match="'spinquant' is not a valid Pipeline"):
+        convert(dense, output, SpikeConfig(), windows, pipeline="spinquant")
     assert not list(tmp_path.iterdir())
 
 
@@ -166,7 +168,7 @@ def test_counts_beyond_eight_bits_convert_and_run_unrolled(
 )
 def test_rtn_refuses_what_only_the_rotated_pipeline_fills(make_llama, token_ids, tmp_path, fields):
     with pytest.raises(ValueError, match="only the rotated pipeline makes use of this"):
-        convert(make_llama(), tmp_path / "out", SpikeConfig(**fields), token_ids)
+        convert(make_llama(), tmp_path / "out", SpikeConfig(**fields), token_ids, pipeline="rtn")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,9 @@ def test_explicit_maps_are_followed(dense, token_ids, tmp_path):
     steps = torch.ones(64, dtype=torch.int64)
     steps[[3, 10]], steps[[0, 63]] = 4, 2
     spike = SpikeConfig.preset("W4A4T2")
-    report = convert(dense, tmp_path / "out", spike, token_ids[:2], allocation={name: steps})
+    report = convert(
+        dense, tmp_path / "out", spike, token_ids[:2], allocation={name: steps}, pipeline="rtn"
+    )
     assert report.spike.group_steps == {name: (1, 2, 4)}
     model = load(tmp_path / "out")
     module = model.get_submodule(name)
@@ -292,7 +296,7 @@ def test_maps_that_do_not_fit(dense, name, steps, message):
 def test_group_steps_that_nothing_fills(dense, token_ids, tmp_path, group_steps, message):
     spike = SpikeConfig(group_steps=group_steps)
     with pytest.raises(ValueError, match=message):
-        convert(dense, tmp_path / "out", spike, token_ids[:1])
+        convert(dense, tmp_path / "out", spike, token_ids[:1], pipeline="rtn")
     assert not list(tmp_path.iterdir())
 
 
@@ -311,7 +315,7 @@ def test_group_steps_that_nothing_fills(dense, token_ids, tmp_path, group_steps,
 )
 def test_windows_that_the_model_cannot_read(dense, tmp_path, windows, message):
     with pytest.raises(ValueError, match=message):
-        convert(dense, tmp_path / "out", SpikeConfig(), windows)
+        convert(dense, tmp_path / "out", SpikeConfig(), windows, pipeline="rtn")
     assert not list(tmp_path.iterdir())
 
 
@@ -328,7 +332,7 @@ def test_nothing_converted_is_an_error(dense, token_ids, tmp_path):
     with pytest.raises(
         ValueError, match="Nothing was converted: every linear is in modules_to_not"
     ):
-        convert(dense, tmp_path / "out", spike, token_ids[:1])
+        convert(dense, tmp_path / "out", spike, token_ids[:1], pipeline="rtn")
     assert not list(tmp_path.iterdir())
 
 
@@ -344,7 +348,14 @@ def test_steps_beyond_the_counts_are_refused(dense, token_ids, tmp_path):
     name = "model.layers.0.mlp.down_proj"
     allocation = {name: torch.full((64,), 3000)}
     with pytest.raises(ValueError, match="capacity 45000 exceeds 32767; use fewer steps or bits"):
-        convert(dense, tmp_path / "out", SpikeConfig(), token_ids[:1], allocation=allocation)
+        convert(
+            dense,
+            tmp_path / "out",
+            SpikeConfig(),
+            token_ids[:1],
+            allocation=allocation,
+            pipeline="rtn",
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -356,7 +367,7 @@ def test_the_estimate_is_near(make_llama, token_ids, tmp_path, preset):
     model = make_llama(hidden_size=64, intermediate_size=256, head_dim=32)
     spike = SpikeConfig.preset(preset)
     need = estimate(as_source(model), spike, 2, 24)
-    report = convert(model, tmp_path / "out", spike, token_ids[:2])
+    report = convert(model, tmp_path / "out", spike, token_ids[:2], pipeline="rtn")
     assert 0.7 < need.disk_mib / (report.weight_bytes / 2**20) < 1.3
     assert need.seconds > 0
     assert need.memory_mib > 10
@@ -409,7 +420,7 @@ def test_a_trained_model_keeps_its_perplexity(
     windows = random_windows(stories_ids, 128, 4, seed=1)
     before = token_perplexity(stories_model, windows).perplexity
     quality = [token_perplexity(load(stories_checkpoint), windows).perplexity]
-    convert(stories_dir, tmp_path / "w8", SpikeConfig.preset("W8A8"), windows[:2])
+    convert(stories_dir, tmp_path / "w8", SpikeConfig.preset("W8A8"), windows[:2], pipeline="rtn")
     quality.append(token_perplexity(load(tmp_path / "w8"), windows).perplexity)
     assert abs(quality[1] / before - 1) < 0.02
     assert quality[0] / before < 2
@@ -420,4 +431,4 @@ def test_a_trained_model_keeps_its_perplexity(
 def test_a_name_that_matches_no_linear_is_refused(make_llama, token_ids, tmp_path):
     spike = SpikeConfig(modules_to_not_convert=("lm_head", "dwon_proj"))
     with pytest.raises(ValueError, match="names 'dwon_proj', but no linear"):
-        convert(make_llama(), tmp_path / "out", spike, token_ids)
+        convert(make_llama(), tmp_path / "out", spike, token_ids, pipeline="rtn")

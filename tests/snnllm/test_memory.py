@@ -62,20 +62,20 @@ def test_a_full_disk_says_what_to_do(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("pipeline", list(Pipeline))
 def test_activations_in_a_file_give_the_same_bits(
-    make_llama, token_ids, tmp_path, monkeypatch, pipeline
+    make_llama, token_ids, tmp_path, monkeypatch, pipeline, spike_for
 ):
     arguments: dict[str, Any] = {"pipeline": pipeline}
     if pipeline is Pipeline.OMNIQUANT:
         arguments["options"] = OmniQuantOptions(epochs=1, batch=2, second_loss=0.5)
     model = make_llama()
-    convert(model, tmp_path / "memory", SpikeConfig(), token_ids, **arguments)
+    convert(model, tmp_path / "memory", spike_for(pipeline), token_ids, **arguments)
     written: list[int] = []
     write = DiskBatches._write
     monkeypatch.setattr(
         DiskBatches, "_write", lambda *a: (written.append(a[2].numel()), write(*a))[1]
     )
     monkeypatch.setattr(conversion, "plan", lambda *_: Plan(500.0, 1.0, True))
-    convert(model, tmp_path / "file", SpikeConfig(), token_ids, **arguments)
+    convert(model, tmp_path / "file", spike_for(pipeline), token_ids, **arguments)
     assert sum(written) > 2 * token_ids.numel() * 32
     weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("memory", "file")]
     assert weights[0] == weights[1]
@@ -94,7 +94,14 @@ def test_the_plan_spills_only_what_does_not_fit(make_llama):
 
 def test_too_little_memory_is_refused(make_llama, token_ids, tmp_path):
     with pytest.raises(ValueError, match="max_memory is 10 MiB, but about .* MiB are needed"):
-        convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids, max_memory_mib=10.0)
+        convert(
+            make_llama(),
+            tmp_path / "out",
+            SpikeConfig(),
+            token_ids,
+            max_memory_mib=10.0,
+            pipeline="rtn",
+        )
     assert shard_bytes(None) == 1 << 30
     assert shard_bytes(80.0) == 10 << 20
 

@@ -19,6 +19,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    StaticCache,
 )
 
 from snnllm.checkpoint import MANIFEST, SHIM
@@ -408,13 +409,15 @@ def test_generate_batched_with_left_padding_equals_alone(model, token_ids, cache
 # -- torch.compile ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=torch._dynamo.exc.Unsupported,
-    reason="the backend choice and the weight preparation are no traceable code",
-)
-def test_compile_fullgraph(tiny_checkpoint, token_ids):
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_compile_fullgraph(tiny_checkpoint, token_ids, static):
     model = load(tiny_checkpoint)
+    for module in model.modules():
+        if isinstance(module, SpikingLinear):
+            module.backend = "reference"
     expected = logits(model, token_ids)  # prepares the weights
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.equal(logits(compiled, token_ids), expected)
+    cache = StaticCache(config=model.config, max_cache_len=64) if static else None
+    out = compiled(token_ids, past_key_values=cache, use_cache=static)
+    assert torch.equal(out.logits, expected)

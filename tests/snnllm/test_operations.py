@@ -55,7 +55,7 @@ def spiking_linear(
 def stories(tmp_path_factory: pytest.TempPathFactory, stories_dir: Path) -> SpikingLlamaForCausalLM:
     folder = tmp_path_factory.mktemp("stories") / "W4A4T2"
     windows = torch.randint(3, 500, (2, 32), generator=torch.Generator().manual_seed(0))
-    convert(stories_dir, folder, SpikeConfig.preset("W4A4T2"), windows)
+    convert(stories_dir, folder, SpikeConfig.preset("W4A4T2"), windows, pipeline="rtn")
     return load(folder)
 
 
@@ -306,7 +306,13 @@ def test_other_configurations(
     tiny_llama: Any, tmp_path: Path, preset: str, overrides: dict[str, Any]
 ) -> None:
     windows = torch.randint(3, 120, (2, 16), generator=torch.Generator().manual_seed(0))
-    convert(tiny_llama, tmp_path / "model", SpikeConfig.preset(preset, **overrides), windows)
+    convert(
+        tiny_llama,
+        tmp_path / "model",
+        SpikeConfig.preset(preset, **overrides),
+        windows,
+        pipeline="rtn",
+    )
     report = count_operations(load(tmp_path / "model"), windows)
     products = [row for row in report.rows if row.kind is not Kind.LINEAR]
     assert {row.macs for row in products} == {2 * (16 * 17 // 2) * 32}

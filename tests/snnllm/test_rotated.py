@@ -15,7 +15,7 @@ from snnllm.execution import View, use_view
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
 from snnllm.operations import count_operations, cross_check
-from snnllm.pipelines.rotated import token_weights
+from snnllm.pipelines.inputs import token_weights
 from snnllm.sources import dense_model, open_source
 
 

@@ -207,7 +207,7 @@ def test_a_corrupt_shard_is_named(dense, tmp_path):
 def test_a_missing_tensor_is_named(folder, token_ids, tmp_path, name):
     change_weights(folder, lambda tensors: tensors.pop(name))
     with pytest.raises(SourceError, match=f"has no tensor {name}; the checkpoint is incomplete"):
-        convert(folder, tmp_path / "out", SpikeConfig(), token_ids[:1])
+        convert(folder, tmp_path / "out", SpikeConfig(), token_ids[:1], pipeline="rtn")
     assert not (tmp_path / "out").exists()
     with pytest.raises(SourceError, match=f"lacks {name}; the checkpoint is incomplete"):
         dense_model(open_source(folder))
@@ -234,7 +234,7 @@ def test_a_missing_tensor_in_a_block_is_named(folder, token_ids, tmp_path):
     with pytest.raises(
         ValueError, match=r"(?s)Block 1 of .* does not fit its config: .*mlp\.up_proj"
     ):
-        convert(folder, tmp_path / "out", SpikeConfig(), token_ids[:1])
+        convert(folder, tmp_path / "out", SpikeConfig(), token_ids[:1], pipeline="rtn")
     assert not (tmp_path / "out").exists()
 
 
@@ -261,7 +261,7 @@ def test_weights_that_are_not_finite_are_named(folder, token_ids, tmp_path, name
     with pytest.raises(
         ValueError, match=f"{name} holds NaN or infinite values; the source is broken"
     ):
-        convert(folder, tmp_path / "out", SpikeConfig(), token_ids[:1])
+        convert(folder, tmp_path / "out", SpikeConfig(), token_ids[:1], pipeline="rtn")
     assert not (tmp_path / "out").exists()
 
 

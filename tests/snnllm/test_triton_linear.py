@@ -80,7 +80,7 @@ def check(spec: LinearSpec, x: Tensor) -> None:
 @pytest.fixture(params=CONFIGS, ids=["dp4a", "16x32", "32x16"])
 def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...]:
     chosen: tuple[int, ...] = request.param
-    monkeypatch.setattr("snnllm.kernels.triton_backend.choose_config", lambda *_: chosen)
+    monkeypatch.setattr("snnllm.kernels.triton_ops.choose_config", lambda *_: chosen)
     return chosen
 
 
@@ -177,3 +177,14 @@ def test_refusals() -> None:
 
 def test_the_kernels_know_the_block_of_the_packing() -> None:
     assert triton_linear.BLOCK == BLOCK
+
+
+def test_the_compiler_knows_the_shapes() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    spec, backend = make_spec(0), TritonBackend()
+    prepared = backend.prepare(spec)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = mode.from_tensor(rows(0, 3, 163))
+        assert backend.linear(x, prepared).shape == (3, 12)
+        assert backend.accumulate(x, prepared).shape == (2, 3, 12)

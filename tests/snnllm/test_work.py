@@ -36,7 +36,9 @@ source, output, pipeline, windows = sys.argv[1:]
 options = OmniQuantOptions(epochs=1, batch=2) if pipeline == "omniquant" else None
 ids = torch.tensor(json.loads(windows))
 print("start", flush=True)
-convert(source, output, SpikeConfig(score="random"), ids, pipeline=pipeline, options=options)
+preset = "TW1.4A4T2" if pipeline == "gptq" else "W4A4T2"
+spike = SpikeConfig.preset(preset, score="random")
+convert(source, output, spike, ids, pipeline=pipeline, options=options)
 """
 
 
@@ -98,7 +100,9 @@ def interrupted(model: Any, output: Path, ids: Any, after: int = 0, **arguments:
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        convert(model, output, SpikeConfig(), ids, on_block=stop, **arguments)
+        convert(
+            model, output, SpikeConfig(), ids, on_block=stop, **{"pipeline": "rtn", **arguments}
+        )
     assert (output.parent / f"{output.name}.work" / f"block-{after:05d}.safetensors").is_file()
 
 
@@ -152,7 +156,8 @@ def test_what_has_changed_is_said(make_llama, token_ids, tmp_path, change, messa
     if "model" in change:
         model.model.norm.weight.data *= change["model"]
     ids, spike = token_ids[change.get("ids", slice(0, 2))], change.get("spike", SpikeConfig())
-    arguments: dict[str, Any] = {k: change[k] for k in ("seed", "pipeline") if k in change}
+    arguments: dict[str, Any] = {"pipeline": "rtn"}
+    arguments |= {k: change[k] for k in ("seed", "pipeline") if k in change}
     if "allocation" in change:
         steps = torch.full((32,), change["allocation"])
         arguments["allocation"] = {"model.layers.0.mlp.up_proj": steps}
@@ -202,11 +207,11 @@ def test_a_full_disk_loses_no_block(make_llama, token_ids, tmp_path, monkeypatch
             monkeypatch.setattr(work, "save_file", full_as_safetensors_says)
 
     with pytest.raises(OSError, match="No space left .*; free some space .* resumes at block 1"):
-        convert(model, output, SpikeConfig(), token_ids, on_block=fill)
+        convert(model, output, SpikeConfig(), token_ids, on_block=fill, pipeline="rtn")
     monkeypatch.undo()
     assert sorted(files(tmp_path / "out.work")) == ["block-00000.safetensors", "job.json", "lock"]
-    convert(model, output, SpikeConfig(), token_ids)
-    convert(model, tmp_path / "whole", SpikeConfig(), token_ids)
+    convert(model, output, SpikeConfig(), token_ids, pipeline="rtn")
+    convert(model, tmp_path / "whole", SpikeConfig(), token_ids, pipeline="rtn")
     assert files(output) == files(tmp_path / "whole")
 
 
@@ -216,9 +221,9 @@ def test_a_damaged_block_is_named(make_llama, token_ids, tmp_path):
     path = tmp_path / "out.work" / "block-00000.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"block-00000\.safetensors is damaged .*; remove it to"):
-        convert(make_llama(), output, SpikeConfig(), token_ids)
+        convert(make_llama(), output, SpikeConfig(), token_ids, pipeline="rtn")
     path.unlink()
-    convert(make_llama(), output, SpikeConfig(), token_ids)
+    convert(make_llama(), output, SpikeConfig(), token_ids, pipeline="rtn")
 
 
 def test_two_processes_do_not_share_a_work_folder(tmp_path):
@@ -246,5 +251,5 @@ def test_leftovers_of_a_killed_run_are_removed(make_llama, token_ids, tmp_path):
     (folder / "block-00001.tmp").write_bytes(b"half")
     (folder / "out.partial-x").mkdir()
     shutil.copy(folder / "job.json", folder / "out.partial-x")
-    convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids)
+    convert(make_llama(), tmp_path / "out", SpikeConfig(), token_ids, pipeline="rtn")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,345 @@
+"""Convert and measure the models of the tables; every finished measurement survives an interruption.
+
+OUTPUT/run.json            on what is measured; another run must agree with it
+OUTPUT/rows/NAME.json      a model: its conversion, measurements and errors, replaced atomically
+OUTPUT/checkpoints/NAME    the converted model, until everything about it is measured
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snnllm import checkpoint
+from snnllm.conversion import ConversionReport, convert
+from snnllm.evaluate import Progress
+from snnllm.modeling import load
+from snnllm.paper.measures import Data, Measures, Settings, Subject, stated_steps
+from snnllm.paper.recipes import Baseline, Conversion, Measure, Row, Table
+from snnllm.pipelines.report import BlockReport, device_mib
+from snnllm.sources import Source, dense_model
+from snnllm.work import differences, locked, source_digest, write_durably
+
+__all__ = ["Job", "Reporter", "Runner", "jobs_of"]
+
+_log = logging.getLogger(__name__)
+_CONVERSION, _LOADING = "conversion", "loading"
+Made = Conversion | Baseline | None
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """How a run shows what it does.
+
+    Attributes:
+        say: Shows one line.
+        windows: Makes the progress wrapper of a perplexity from its label.
+        blocks: Makes the callback of a conversion from its label and the number of blocks.
+    """
+
+    say: Callable[[str], None]
+    windows: Callable[[str], Progress | None]
+    blocks: Callable[[str, int], Callable[[BlockReport], None]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model and everything that the chosen tables measure on it.
+
+    Attributes:
+        row: The first row with this model.
+        measures: What is measured, in the order of the tables.
+    """
+
+    row: Row
+    measures: tuple[Measure, ...]
+
+    @property
+    def kind(self) -> str:
+        """Models of one kind take about the same time."""
+        made = self.row.conversion
+        if isinstance(made, Conversion):
+            return str(made.pipeline)
+        return "float" if made is None else "baseline"
+
+
+def jobs_of(tables: Sequence[Table]) -> list[Job]:
+    """The models of the tables, each once, in the order in which they appear."""
+    rows: dict[str, Row] = {}
+    measures: dict[str, dict[Measure, None]] = {}
+    for table in tables:
+        for row in table.rows:
+            rows.setdefault(row.name, row)
+            measures.setdefault(row.name, {}).update(dict.fromkeys(table.measures_of(row)))
+    return [Job(row, tuple(measures[name])) for name, row in rows.items()]
+
+
+class Runner:
+    """A run in an output folder.
+
+    Args:
+        source: The dense model.
+        settings: On what rows are calibrated and measured.
+        measures: How measurements are taken.
+        output: The folder.
+        device: Where models run.
+        reporter: Shows progress.
+        restart: Discard what an earlier run has left.
+        keep: Keep the checkpoints.
+
+    Attributes:
+        run: Description of the run, as in `run.json`.
+        records: What is known about each model, by name.
+
+    Raises:
+        ValueError: The folder holds results of another run, or a text is unusable.
+        BlockingIOError: Another process works in the folder.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        settings: Settings,
+        measures: Measures,
+        output: Path,
+        device: torch.device,
+        reporter: Reporter,
+        restart: bool = False,
+        keep: bool = False,
+    ) -> None:
+        self._source, self._settings, self._measures = source, settings, measures
+        self._device, self._reporter, self._keep = device, reporter, keep
+        self.output = output
+        self._tokenizer = source.tokenizer()
+        self._data = Data.load(settings, self._tokenizer)
+        self.run = {
+            "model": Path(source.name).name,
+            "model_sha256": source_digest(source),
+            "device": device.type,
+            "data_sha256": self._data.digest(),
+            "task_rows_sha256": settings.rows_digest(),
+            "settings": _deciding(settings),
+        }
+        self._rows.mkdir(parents=True, exist_ok=True)
+        self._lock = locked(output, f"{output} is in use: another process reproduces into it.")
+        try:
+            self._take(restart)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    @property
+    def _rows(self) -> Path:
+        return self.output / "rows"
+
+    def close(self) -> None:
+        """Let the folder go."""
+        self._lock.close()
+
+    def _take(self, restart: bool) -> None:
+        """Read what an earlier run has left, or discard or refuse it."""
+        path = self.output / "run.json"
+        if restart:
+            for folder in (self._rows, self.output / "checkpoints"):
+                shutil.rmtree(folder, ignore_errors=True)
+            self._rows.mkdir()
+            path.unlink(missing_ok=True)
+        wanted = json.loads(json.dumps(self.run))
+        if path.is_file() and (found := json.loads(path.read_text())) != wanted:
+            raise ValueError(
+                f"{self.output} holds results of another run: "
+                f"{'; '.join(differences(found, wanted))}. Give the same settings to continue it, "
+                "another --output, or --restart to discard them."
+            )
+        write_durably(path, json.dumps(wanted, indent=2).encode() + b"\n")
+        self.records: dict[str, dict[str, Any]] = {
+            file.stem: json.loads(file.read_text()) for file in self._rows.glob("*.json")
+        }
+
+    def record(self, row: Row) -> dict[str, Any]:
+        """What is known about the model of a row; empty parts if nothing is."""
+        empty: dict[str, Any] = {"measures": {}, "seconds": {}, "errors": {}}
+        return self.records.get(row.name, empty)
+
+    def _save(self, name: str) -> None:
+        text = json.dumps(self.records[name], indent=1)
+        write_durably(self._rows / f"{name}.json", text.encode() + b"\n")
+
+    def pending(self, job: Job) -> list[Measure]:
+        """What is not measured yet."""
+        done = self.record(job.row)["measures"]
+        return [measure for measure in job.measures if measure not in done]
+
+    def steps(self, job: Job) -> list[str]:
+        """What a model takes: its conversion, if it is converted, and its measures."""
+        conversion = [_CONVERSION] if isinstance(job.row.conversion, Conversion) else []
+        return [*conversion, *map(str, job.measures)]
+
+    def execute(self, jobs: Sequence[Job]) -> bool:
+        """Convert and measure whatever is not done.
+
+        Returns:
+            Whether everything is done now; errors stand in the records.
+        """
+        unknown = {m for job in jobs for m in job.measures} - self._measures.keys()
+        if unknown:
+            raise ValueError(f"Nothing here measures {', '.join(sorted(unknown))}.")
+        for number, job in enumerate(jobs, start=1):
+            if not self.pending(job):
+                continue
+            say = self._reporter.say
+            say(f"[{number}/{len(jobs)}] {job.row.title}; {self.outlook(jobs)}")
+            start = time.perf_counter()
+            self._work_on(job)
+            errors = self.record(job.row)["errors"]
+            say(f"    {time.perf_counter() - start:.1f} s" + (", FAILED" if errors else ""))
+            for step, message in errors.items():
+                say(f"    {step}: {message}")
+        return not any(self.pending(job) for job in jobs)
+
+    def _work_on(self, job: Job) -> None:
+        row, name = job.row, job.row.name
+        record = self.records.setdefault(name, self.record(row))
+        record["title"], record["kind"], record["errors"] = row.title, job.kind, {}
+        if row.conversion is not None:
+            record["recipe"] = row.conversion.to_dict()
+        folder = self.output / "checkpoints" / name
+        try:
+            self._measure(job, folder)
+        finally:
+            self._forget()
+        if not self._keep and not record["errors"]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _measure(self, job: Job, folder: Path) -> None:
+        row, name = job.row, job.row.name
+        if not self._converted(row.conversion, name, folder):
+            return
+        model = self._attempt(name, _LOADING, partial(self._load, row.conversion, name, folder))
+        if model is None:
+            return
+        subject = Subject(
+            title=row.title,
+            model=model,
+            tokenizer=self._tokenizer,
+            conversion=row.conversion,
+            source=self._source,
+            data=self._data,
+            figures=self.output / "figures",
+        )
+        for measure in self.pending(job):
+            result = self._attempt(name, measure, partial(self._measures[measure], subject))
+            if result is not None:
+                self.records[name]["measures"][str(measure)] = result
+                self._save(name)
+
+    def _attempt(self, name: str, step: str, task: Callable[[], Any]) -> Any:
+        """Run a step; its time or its error goes into the record. None after an error."""
+        record, start = self.records[name], time.perf_counter()
+        try:
+            result = task()
+        except Exception as error:  # one row must not take the others with it
+            _log.info("%s, %s failed", name, step, exc_info=True)
+            record["errors"][str(step)] = f"{type(error).__name__}: {error}"
+            self._save(name)
+            return None
+        record["seconds"][str(step)] = time.perf_counter() - start
+        return result
+
+    def _converted(self, conversion: Made, name: str, folder: Path) -> bool:
+        """Whether there is a checkpoint now, if one is needed; it is made or resumed."""
+        record = self.records[name]
+        finished = (folder / checkpoint.MANIFEST).is_file() and _CONVERSION in record
+        if not isinstance(conversion, Conversion) or finished:
+            return True
+        shutil.rmtree(folder, ignore_errors=True)
+        report = self._attempt(name, _CONVERSION, partial(self._convert, conversion, name, folder))
+        if report is None:
+            return False
+        values = report.to_dict()
+        del values["output"]
+        record[_CONVERSION] = {**values, "device_mib": device_mib(self._device)}
+        self._save(name)
+        return True
+
+    def _convert(self, conversion: Conversion, name: str, folder: Path) -> ConversionReport:
+        return convert(
+            self._source,
+            folder,
+            conversion.spike,
+            self._data.calibration,
+            pipeline=conversion.pipeline,
+            options=conversion.options,
+            seed=self._settings.seed,
+            device=self._device,
+            on_block=self._reporter.blocks(name, self._source.config.num_hidden_layers),
+        )
+
+    def _load(self, conversion: Made, name: str, folder: Path) -> Any:
+        """The model of a row on its device."""
+        facts: dict[str, Any] = {}
+        model: Any
+        if conversion is None:
+            model = dense_model(self._source)
+        elif isinstance(conversion, Baseline):
+            model, facts = conversion.build(
+                self._source, self._data.calibration, self._settings.seed, self._device
+            )
+        else:
+            model = load(folder)
+            facts = stated_steps(model)
+        self.records[name]["model"] = facts
+        return model.to(self._device)
+
+    def _forget(self) -> None:
+        """Give memory back before the next model comes."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    # -- time ----------------------------------------------------------------------------------
+
+    def expected_seconds(self, job: Job, step: str) -> float | None:
+        """Seconds that a step will take, from the same step of models of the same kind, else of any.
+
+        Returns:
+            The mean; None if no such step is done.
+        """
+        same: list[float] = []
+        other: list[float] = []
+        for record in self.records.values():
+            seconds = record["seconds"].get(step)
+            if seconds is not None:
+                (same if record.get("kind") == job.kind else other).append(seconds)
+        times = same or (other if step != _CONVERSION else [])
+        return sum(times) / len(times) if times else None
+
+    def outlook(self, jobs: Sequence[Job]) -> str:
+        """How long the rest takes, as far as finished rows tell."""
+        steps = [
+            self.expected_seconds(job, step)
+            for job in jobs
+            for step in self.steps(job)
+            if step not in self.record(job.row)["seconds"]
+        ]
+        known = [s for s in steps if s is not None]
+        unknown = len(steps) - len(known)
+        hint = f" and {unknown} steps never timed yet" if unknown else ""
+        return f"to do: {sum(known) / 60:.1f} min{hint}"
+
+
+def _deciding(settings: Settings) -> dict[str, Any]:
+    """The settings that decide about results; batch sizes only decide about speed."""
+    values = settings.to_dict()
+    return {k: v for k, v in values.items() if k not in ("batch_size", "task_batch")}

@@ -1,0 +1,87 @@
+"""From the name of a pipeline to its blocks: defaults, options, and what goes with which pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from snnllm.checks import check_unfilled
+from snnllm.config import SpikeConfig
+from snnllm.pipelines import Pipeline, gptq, omniquant, rotated, rtn
+from snnllm.pipelines.gptq import GptqOptions
+from snnllm.pipelines.omniquant_options import OmniQuantOptions
+from snnllm.pipelines.report import BlockReport
+from snnllm.pipelines.rotated import RotatedOptions
+from snnllm.pipelines.streaming import Run
+from snnllm.sources import Source
+
+Options = RotatedOptions | OmniQuantOptions | GptqOptions
+
+
+def default_pipeline(spike: SpikeConfig, allocation: Mapping[str, Tensor]) -> Pipeline:
+    """The best pipeline without training that can make a configuration.
+
+    Returns:
+        `gptq` for ternary weights, `rtn` for float activations or explicit maps of steps, else
+        `rotated`.
+    """
+    if spike.mean_steps is not None:
+        return Pipeline.GPTQ
+    return Pipeline.ROTATED if spike.encodes_activations and not allocation else Pipeline.RTN
+
+
+def start_pipeline(
+    pipeline: Pipeline,
+    source: Source,
+    spike: SpikeConfig,
+    run: Run,
+    allocation: Mapping[str, Tensor],
+    options: Options | None,
+) -> tuple[Source, SpikeConfig, Iterator[tuple[nn.Module, BlockReport]]]:
+    """The model and configuration that a pipeline really converts, and its blocks.
+
+    Raises:
+        ValueError: Something that belongs to the other pipeline.
+    """
+    if isinstance(options, GptqOptions):
+        return source, spike, gptq.start(source, spike, run, options, allocation)
+    if spike.mean_steps is not None:
+        raise ValueError(
+            f"mean_steps: the pipeline {pipeline} makes integer levels; ternary weights go with "
+            "pipeline='gptq'."
+        )
+    if isinstance(options, OmniQuantOptions):
+        return omniquant.start(source, spike, run, options, allocation)
+    if isinstance(options, RotatedOptions):
+        if allocation:
+            raise ValueError(
+                "The rotated pipeline chooses its channels before the rotation; explicit allocation "
+                "maps go with pipeline='rtn'."
+            )
+        return rotated.start(source, spike, run, options)
+    check_unfilled(spike, "rotated")
+    return source, spike, rtn.convert_blocks(source, spike, run, allocation)
+
+
+def options_of(pipeline: Pipeline, options: Options | None) -> Options | None:
+    """The options of a pipeline, its defaults if none are given.
+
+    Raises:
+        ValueError: Options of another pipeline.
+    """
+    kinds: dict[Pipeline, type[Options]] = {
+        Pipeline.ROTATED: RotatedOptions,
+        Pipeline.OMNIQUANT: OmniQuantOptions,
+        Pipeline.GPTQ: GptqOptions,
+    }
+    kind = kinds.get(pipeline)
+    if kind is None and options is None:
+        return None
+    if kind is None or not isinstance(options, kind | None):
+        raise ValueError(
+            f"options: {type(options).__name__} belongs to another pipeline than {pipeline}; rotated "
+            "takes RotatedOptions, omniquant OmniQuantOptions, gptq GptqOptions, rtn none."
+        )
+    made: Options = kind() if options is None else options
+    return made

@@ -1,0 +1,110 @@
+"""How fast models prefill and decode, side by side in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Contender", "Timing", "decode", "generate", "prefill", "time_contenders"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that generates.
+
+    Attributes:
+        model: A causal language model of transformers.
+        using: Makes the context in which it runs, such as a view.
+    """
+
+    model: Any
+    using: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over the repetitions.
+
+    Attributes:
+        prefill_seconds: From the prompt to the first token.
+        decode_seconds: Of one more token.
+    """
+
+    prefill_seconds: float
+    decode_seconds: float
+
+
+def generate(model: Any, ids: Tensor, tokens: int) -> float:
+    """Seconds of greedy generation of `tokens` tokens after the prompt `ids: [1, S]`."""
+    ids = ids.to(model.device)
+    _finish(ids)
+    start = time.perf_counter()
+    with torch.no_grad():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=False,
+        )
+    _finish(ids)
+    return time.perf_counter() - start
+
+
+def _finish(tensor: Tensor) -> None:
+    """Wait for the accelerator, which runs behind the program."""
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
+
+
+def prefill(model: Any, ids: Tensor) -> float:
+    """Seconds to the first token."""
+    return generate(model, ids, 1)
+
+
+def decode(model: Any, ids: Tensor, tokens: int) -> float:
+    """Seconds a token of decoding with a dynamic cache, the prompt taken off."""
+    return (generate(model, ids, tokens + 1) - generate(model, ids, 1)) / tokens
+
+
+def time_contenders(
+    contenders: Mapping[str, Contender], prompt: Tensor, context: Tensor, tokens: int, repeat: int
+) -> dict[str, Timing]:
+    """Time every contender, interleaved so that a busy machine troubles all of them alike.
+
+    Args:
+        contenders: What to time, by name.
+        prompt: Ids of the prefill, `[1, S]`.
+        context: Ids before the decoded tokens, `[1, S']`.
+        tokens: Decoded tokens of a repetition.
+        repeat: Repetitions, at least 1; one more warms up.
+
+    Returns:
+        The medians by name.
+
+    Raises:
+        ValueError: `tokens` or `repeat` is below 1.
+    """
+    if tokens < 1 or repeat < 1:
+        raise ValueError(f"tokens and repeat must be at least 1, got {tokens} and {repeat}.")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for repetition in range(repeat + 1):
+        for name, contender in contenders.items():
+            with contender.using():
+                pair = (
+                    prefill(contender.model, prompt),
+                    decode(contender.model, context, tokens),
+                )
+            if repetition > 0:
+                times[name].append(pair)
+    return {
+        name: Timing(*(statistics.median(column) for column in zip(*pairs, strict=True)))
+        for name, pairs in times.items()
+    }

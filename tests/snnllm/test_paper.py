@@ -1,0 +1,408 @@
+"""The tables of the paper: rows, resume, failures, published values, what is written."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from snnllm.cli import build_parser, main, reproduce
+from snnllm.config import SpikeConfig
+from snnllm.data import load_text
+from snnllm.paper import runner as paper_runner
+from snnllm.paper.lines import efficiency_lines, find, speed_lines
+from snnllm.paper.measures import stated_steps
+from snnllm.paper.recipes import Baseline, Conversion, Measure, Row, Table, Training, spikellm
+from snnllm.paper.report import markdown
+from snnllm.paper.runner import jobs_of
+from snnllm.paper.tables import TABLES
+from snnllm.pipelines import Pipeline
+from snnllm.pipelines.omniquant_options import OmniQuantOptions
+from snnllm.sources import dense_model
+from snnllm.zeroshot import ZERO_SHOT_TASKS
+
+SMALL = [
+    *("--window", "24", "--limit", "2", "--sample-limit", "1", "--nsamples", "2", "--seqlen", "24"),
+    *("--prompt-tokens", "6", "--speed-prompt", "8", "--no-tasks", "--quick"),
+]
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that name a short evaluation text and another calibration text."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name in ("train", "test"):
+        (folder / f"{name}.txt").write_text(load_text(f"pydoc:{name}")[:3000])
+    return ["--text", str(folder / "test.txt"), "--calibration", str(folder / "train.txt")]
+
+
+@pytest.fixture
+def command(stories_dir: Path, texts: list[str]) -> Callable[..., list[str]]:
+    """The arguments of a small run into a folder."""
+
+    def build(output: Path, *more: str) -> list[str]:
+        tables = [m for m in more if m in TABLES or m == "all"] or ["main"]
+        rest = [m for m in more if m not in tables]
+        model = ["--model", str(stories_dir), "--output", str(output)]
+        return ["reproduce", *tables, *model, *texts, *SMALL, *rest]
+
+    return build
+
+
+def untimed(output: Path) -> dict[str, Any]:
+    """Everything measured in a run, without times, memory and paths."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            kept = {
+                k: v for k, v in value.items() if not any(w in k for w in ("second", "mib", "_ms"))
+            }
+            return {k: strip(v) for k, v in kept.items()}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    return {p.stem: strip(json.loads(p.read_text())) for p in (output / "rows").glob("*.json")}
+
+
+# -- the zoo -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_are_distinct_and_have_a_short_run(name):
+    table = TABLES[name](Training())
+    titles = [row.title for row in table.rows]
+    assert len(set(titles)) == len(titles)
+    assert len({row.name for row in table.rows}) == len(titles)
+    assert 0 < len(table.chosen(True, []).rows) < len(titles)
+    assert table.note
+    assert table.name == name
+
+
+def test_the_main_table_has_the_rows_of_the_paper():
+    rows = TABLES["main"](Training()).rows
+    methods = {
+        bits: {r.published for r in rows if r.bits == bits} for bits in ("W4A4", "W2A8", "W2A16")
+    }
+    assert {"OmniQuant", "SpikeLLM T=2", "SpikeLLM T=4"} < methods["W4A4"]
+    assert {"OmniQuant", "SpikeLLM T=2"} < methods["W2A8"]
+    assert "OmniQuant" in methods["W2A16"]
+    narrow = next(r for r in rows if r.bits == "W2A8" and r.published == "SpikeLLM T=2")
+    assert narrow.conversion is not None
+    assert narrow.conversion.spike.salient_ratio == 0.05
+
+
+def test_models_are_shared_between_tables_and_the_training_is_part_of_their_name():
+    tables = [TABLES[name](Training()) for name in ("main", "efficiency", "speed")]
+    jobs = jobs_of(tables)
+    assert len(jobs) == len({row.name for table in tables for row in table.rows})
+    assert len(jobs) < sum(len(table.rows) for table in tables)
+    shared = next(j for j in jobs if j.row.published == "SpikeLLM T=2" and j.row.bits == "W4A4")
+    assert set(shared.measures) >= {Measure.PERPLEXITY, Measure.OPERATIONS, Measure.SPEED}
+    short, published = spikellm("W4A4T2", Training(epochs=1)), spikellm("W4A4T2", Training())
+    assert short.name != published.name
+    assert isinstance(published.options, OmniQuantOptions)
+    assert (published.options.epochs, published.options.rotate) == (20, False)
+    assert str(published.spike.value_range) == "shared"
+
+
+def test_defaults_of_a_pipeline_have_one_name():
+    given = Conversion(Pipeline.OMNIQUANT, SpikeConfig.preset("W4A4"), OmniQuantOptions())
+    assert dataclasses.replace(given, options=None).name == given.name
+
+
+def test_mean_steps_are_those_of_the_masks(tiny_pair, convert_tiny):
+    from snnllm.modeling import load
+
+    steps = stated_steps(load(tiny_pair[1]))  # 20 % of 32 channels is 6, of 64 it is 13
+    assert steps["mean_steps"] == pytest.approx(1 + (6 * 6 + 13) / (6 * 32 + 64), abs=0.01)
+    assert steps["spiking_modules"] == 16
+    assert stated_steps(load(convert_tiny("W2A16")[1]))["mean_steps"] is None
+
+
+# -- running ------------------------------------------------------------------------------------------------
+
+
+def test_all_tables_on_a_small_model(command, tmp_path, capsys):
+    assert main(command(tmp_path, "all")) == 0
+    text = (tmp_path / "results.md").read_text()
+    for name in TABLES:
+        assert f"## {TABLES[name](Training()).title}" in text
+        assert json.loads((tmp_path / f"{name}.json").read_text())["lines"]
+    assert "FAILED" not in text
+    with (tmp_path / "main.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["method"] for r in rows] == [
+        row.label for row in TABLES["main"](Training()).chosen(True, []).rows
+    ]
+    assert all(float(r["test.txt token_ppl@24"]) > 1 for r in rows)
+    (view,) = json.loads((tmp_path / "equivalence.json").read_text())["lines"]
+    assert view["views agree"] == "yes"
+    assert view["compared"] > 0 == view["differing"]
+    drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert drawn >= {
+        *("pareto", "pareto_saliency", "spike_rate", "sqnr", "energy"),
+        *("saliency_q_proj", "saliency_down_proj", "raster_q_proj", "membrane_down_proj"),
+    }
+    for name in drawn:
+        assert f"figures/{name}.png" in text
+    stated = json.loads((tmp_path / "manifest.json").read_text())
+    assert stated["settings"]["limit"] == 2
+    assert stated["versions"]["torch"] == metadata.version("torch")
+    assert str(tmp_path) not in text
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_published_values_stand_beside_measured_ones(command, tmp_path, monkeypatch, capsys):
+    from snnllm.paper import report
+
+    monkeypatch.setattr(report, "recognise", lambda config, name: "LLaMA-2-7B")
+    assert main(command(tmp_path, "--rows", "float model", "SpikeLLM")) == 0
+    text = (tmp_path / "results.md").read_text()
+    assert "published wikitext2" in text
+    assert "11.36 / 11.93" in text
+    assert "## Published values of LLaMA-2-7B" in text
+
+
+def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(
+    command, tmp_path, monkeypatch, capsys
+):
+    arguments = command(tmp_path, "--rows", "float", "rtn")
+    assert main(arguments) == 0
+    before = untimed(tmp_path)
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patch:
+        for name in ("convert", "load", "dense_model"):
+            patch.setattr(paper_runner, name, never)
+        assert main(arguments) == 0
+    assert untimed(tmp_path) == before
+    assert main([*arguments, "--seed", "1"]) == 2
+    assert "seed was 0 and is now 1" in capsys.readouterr().err
+    assert untimed(tmp_path) == before
+    assert main([*arguments, "--seed", "1", "--restart", "--rows", "float"]) == 0
+    assert list(untimed(tmp_path)) == ["float"]
+
+
+def test_a_failing_row_is_reported_and_the_others_stay(command, tmp_path, monkeypatch, capsys):
+    original = paper_runner.convert
+
+    def convert(source: Any, folder: Any, spike: SpikeConfig, *rest: Any, **more: Any) -> Any:
+        if more["pipeline"] is Pipeline.RTN:
+            raise FloatingPointError("the loss of block 1 is nan")
+        return original(source, folder, spike, *rest, **more)
+
+    arguments = command(tmp_path, "--rows", "float", "rtn", "rotated")
+    with monkeypatch.context() as patch:
+        patch.setattr(paper_runner, "convert", convert)
+        assert main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "rtn, W4A4, conversion: FAILED: FloatingPointError: the loss of block 1 is nan" in out
+    lines = json.loads((tmp_path / "main.json").read_text())["lines"]
+    measured = {line["method"]: line.get("test.txt token_ppl@24") for line in lines}
+    assert measured.pop("rtn") is None
+    assert len(measured) == 2
+    assert all(value > 1 for value in measured.values())
+    assert main(arguments) == 0  # tries the failed one again
+    assert "FAILED" not in (tmp_path / "results.md").read_text()
+
+
+def test_a_failing_measure_keeps_the_others(command, tmp_path, monkeypatch):
+    from snnllm.paper import measures
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measures, "count_operations", broken)
+        assert main(command(tmp_path, "efficiency", "--rows", "rotated")) == 1
+    (record,) = untimed(tmp_path).values()
+    assert record["errors"] == {"operations": "RuntimeError: out of memory"}
+    assert set(record["measures"]) == {"sample", "raster"}
+    assert list((tmp_path / "checkpoints").iterdir())  # for the next try
+
+
+def test_a_killed_run_continues(command, tmp_path):
+    """SIGKILL after the first model: what it measured stays, and the end is that of a whole run."""
+    arguments = command(tmp_path / "killed", "--rows", "float", "rtn", "rotated")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snnllm", *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    first = tmp_path / "killed" / "rows" / "float.json"
+    deadline = time.monotonic() + 240
+    while not first.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert first.exists()
+    assert not (tmp_path / "killed" / "results.md").exists()
+    written = first.stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert first.stat().st_mtime_ns == written
+    assert main(command(tmp_path / "whole", "--rows", "float", "rtn", "rotated")) == 0
+    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
+
+
+def test_a_baseline_needs_no_checkpoint(command, tmp_path, monkeypatch):
+    """A table of one's own: a float model with rounded weights beside the dense one."""
+
+    def build(source: Any, windows: torch.Tensor, seed: int, device: torch.device) -> Any:
+        assert windows.shape == (2, 24)
+        model = dense_model(source)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.down_proj.weight.mul_(8).round_().div_(8)
+        return model, {"mean_steps": 1.4, "bits": 2.0}
+
+    def table(training: Training) -> Table:
+        made = Baseline("rounded", {"method": "rounded to eighths"}, build)
+        rows = (Row("float model", "FP", None, True), Row("rounded", "W4", made, True))
+        return dataclasses.replace(TABLES["main"](training), name="own", rows=rows)
+
+    monkeypatch.setitem(reproduce.TABLES, "own", table)
+    arguments = command(tmp_path)
+    arguments[1] = "own"
+    assert main(arguments) == 0
+    dense, rounded = json.loads((tmp_path / "own.json").read_text())["lines"]
+    assert rounded["test.txt token_ppl@24"] != dense["test.txt token_ppl@24"]
+    assert rounded["mean steps"] == 1.4
+    assert untimed(tmp_path)["rounded"]["recipe"] == {"method": "rounded to eighths"}
+
+
+def test_the_table_of_ternary_weights(command, tmp_path):
+    rows = ["no saliency", "PB-LLM 90", "BiLLM, as published", "GPTQ 3 bits"]
+    arguments = [a for a in command(tmp_path, "--rows", *rows) if a != "--quick"]
+    arguments[1] = "gptq"
+    assert main(arguments) == 0
+    lines = {x["method"]: x for x in json.loads((tmp_path / "gptq.json").read_text())["lines"]}
+    assert lines["PB-LLM 90 %"]["additive MACs %"] == pytest.approx(90)
+    assert lines["PB-LLM 90 %"]["steps"] == pytest.approx(1.7)
+    ternary = lines["ternary, no saliency"]
+    assert ternary["steps"] == 1
+    assert 1.6 < ternary["stored bits"] < 4  # tiny layers: scales and orders weigh much
+    assert ternary["additive MACs %"] == lines["BiLLM, as published"]["additive MACs %"] == 100
+    assert lines["GPTQ 3 bits, groups of 128"]["additive MACs %"] == 0
+    assert all(line["seconds"] > 0 for line in lines.values())
+
+
+def test_two_runs_do_not_share_a_folder(command, tmp_path, capsys):
+    from snnllm.work import locked
+
+    lock = locked(tmp_path, "taken")
+    assert main(command(tmp_path)) == 2
+    assert "another process reproduces into it" in capsys.readouterr().err
+    lock.close()
+
+
+def test_a_dry_run_lists_rows_and_measures_nothing(command, tmp_path, capsys):
+    assert main(command(tmp_path, "--rows", "float", "rtn")) == 0
+    capsys.readouterr()
+    assert main(command(tmp_path, "--dry-run")) == 0
+    out = capsys.readouterr().out
+    assert "rtn, W4A4: conversion done in" in out
+    assert "SpikeLLM, T = 2, W4A4: conversion to do, perplexity to do, about" in out
+    assert "main: Perplexity and zero-shot accuracy; to do: " in out
+    assert "counted once: to do: " in out.splitlines()[-1]
+    assert len(untimed(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "nonesuch"], "No row of main contains 'nonesuch'"),
+        (["--limit", "0"], "limit must be at least 1"),
+        (["--calibration", "TEXT"], "is the calibration text, too"),
+        (["--text", "TEXT", "TEXT"], "Two evaluation texts are called"),
+    ],
+)
+def test_bad_options(command, texts, tmp_path, capsys, options, message):
+    options = [texts[1] if o == "TEXT" else o for o in options]
+    assert main([*command(tmp_path), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tasks_without_the_harness_are_refused_before_anything_runs(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(reproduce, "find_spec", lambda name: None)
+    arguments = [a for a in command(tmp_path) if a != "--no-tasks"]
+    assert main(arguments) == 2
+    assert "--no-tasks" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm_eval (snnllm[eval])")
+def test_zero_shot_tasks_stand_in_the_table_and_other_rows_are_refused(
+    command, tmp_path, task_data, capsys
+):
+    arguments = [a for a in command(tmp_path, "--rows", "float") if a != "--no-tasks"]
+    arguments += ["--task-data", str(task_data), "--task-limit", "1"]
+    assert main(arguments) == 0
+    (line,) = json.loads((tmp_path / "main.json").read_text())["lines"]
+    scores = [line[f"{task} acc"] for task in ZERO_SHOT_TASKS]
+    assert set(scores) <= {0.0, 100.0}
+    assert line["mean acc"] == pytest.approx(sum(scores) / 6)
+    assert line["mean acc_norm"] is not None
+    assert "the first 1 samples of piqa" in (tmp_path / "results.md").read_text()
+    others = shutil.copytree(task_data, tmp_path / "others")
+    (others / "piqa_val.jsonl").write_text((task_data / "boolq_val.jsonl").read_text())
+    arguments[arguments.index("--task-data") + 1] = str(others)
+    assert main(arguments) == 2
+    assert "task_rows_sha256 was" in capsys.readouterr().err
+
+
+def test_measures_that_nobody_takes_are_refused(stories_dir, texts, tmp_path):
+    from snnllm.sources import open_source
+
+    args = build_parser().parse_args(
+        ["reproduce", "equivalence", "--model", str(stories_dir), *texts, *SMALL]
+    )
+    source = open_source(stories_dir)
+    settings = reproduce.settings_of(args, source)
+    silent = paper_runner.Reporter(lambda _: None, lambda _: None, lambda *_: lambda _: None)
+    runner = paper_runner.Runner(source, settings, {}, tmp_path, torch.device("cpu"), silent)
+    with pytest.raises(ValueError, match="Nothing here measures equivalence"):
+        runner.execute(jobs_of(reproduce.chosen_tables(args, settings)))
+    runner.close()
+
+
+# -- lines --------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_rows_without_measurements():
+    row = Row("a", "W4A4", None)
+    empty: dict[str, Any] = {"measures": {}}
+    for name in TABLES:
+        lines = TABLES[name](Training()).lines([(row, empty)])
+        assert [line["method"] for line in lines] == ["a"]
+    assert efficiency_lines([]) == speed_lines([]) == []
+    assert find({"a": {"b": 1}}, "a", "b") == 1
+    assert find({"a": 1}, "a", "b") is None
+
+
+def test_markdown_of_numbers_text_and_gaps():
+    lines = [{"name": "x", "value": 1.23456, "empty": None}, {"name": "y", "count": 3}]
+    assert markdown(lines, {"value": ".2f"}) == [
+        "| name | value | count |",
+        "|---|--:|--:|",
+        "| x | 1.23 | - |",
+        "| y | - | 3 |",
+    ]
+    assert markdown([], {}) == ["(no rows)"]
