@@ -18,7 +18,6 @@ __all__ = [
     "quotient_of",
     "range_bits",
     "rounded",
-    "spike_count",
     "spike_parameters",
     "wider",
 ]
@@ -52,12 +51,6 @@ def spike_parameters(lo, hi, capacity, clip):  # type: ignore[no-untyped-def]
     # Adding 3 * 2**22 rounds half to even; -lo / s is at most the capacity, up to rounding.
     zero = (tl.div_rn(-lo, threshold) + 12582912.0) - 12582912.0
     return threshold, tl.minimum(tl.maximum(zero, 0.0), capacity)
-
-
-@triton.jit
-def spike_count(x, threshold, bias, capacity):  # type: ignore[no-untyped-def]
-    """``q = clip(floor(x / s + bias), 0, qmax)`` as int32."""
-    return clipped(tl.div_rn(x, threshold) + bias, capacity)
 
 
 @triton.jit
@@ -99,7 +92,7 @@ def range_bits(lo, hi):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _count_by_inverse(x, threshold, inverse, bias, capacity):  # type: ignore[no-untyped-def]
-    """:func:`spike_count` for a scalar threshold; the inverse is ``1 / s``, rounded."""
+    """``clip(floor(x / s + bias), 0, qmax)`` as int32, s a scalar and the inverse ``1 / s``, rounded."""
     # Thresholds start at 1e-5, and where x is so small that its quotient may be off, the bias of at
     # least 1/2 absorbs it. Ranges near the end of float32 take the plain division.
     if threshold < 1e30:
