@@ -40,19 +40,23 @@ class Layer:
     channels: int
     salient: float
     seed: int = 0
+    first: bool = False  # the salient channels come first, as behind a rotation
 
     def __post_init__(self) -> None:
         """Draw everything on the GPU."""
         from neurons.backends.triton_encode import stable_layout
+        from neurons.backends.triton_encode_tiles import runs_of
         from snnllm.transforms import OnlineRotation, salient_count
 
         generator = torch.Generator().manual_seed(self.seed)
         many = round(self.salient * self.channels)
         group = torch.zeros(self.channels, dtype=torch.uint8)
-        group[torch.randperm(self.channels, generator=generator)[:many]] = 1
+        salient = torch.randperm(self.channels, generator=generator)[:many]
+        group[slice(many // 4 * 4) if self.first else salient] = 1
         steps = (1, 2) if many else (1,)
         self.encoder = SpikeEncoder(group, steps, 4, backend="torch").cuda()
         self.order, self.segments = stable_layout(self.encoder.channel_group, len(steps))
+        self.runs = runs_of(self.order, self.segments, len(steps), self.channels)
         self.capacities = torch.tensor(self.encoder.capacities, dtype=torch.float32).cuda()
         self.offset = torch.randn(self.channels, generator=generator).cuda() * 0.1
         self.gain = torch.rand(self.channels, generator=generator).add(0.5).bfloat16().cuda()
@@ -120,6 +124,7 @@ def contenders(rows: int, channels: int, seed: int) -> dict[str, Contender]:
     from snnllm.norm import rms_norm
 
     one, two = Layer(channels, 0.0, seed), Layer(channels, 0.1, seed)
+    front = Layer(channels, 0.1, seed, first=True)
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def activations() -> Tensor:
@@ -146,23 +151,33 @@ def contenders(rows: int, channels: int, seed: int) -> dict[str, Contender]:
             (x,), lambda x: encode_rows(x, *one.layout(gather=False)), lambda x: one.expected(x)
         ),
         "2 groups": Contender(
+            (x,),
+            lambda x: encode_rows(x, *two.layout(), runs=two.runs),
+            lambda x: two.expected(x),
+        ),
+        "2 groups, salient first": Contender(
+            (x,),
+            lambda x: encode_rows(x, *front.layout(), runs=front.runs),
+            lambda x: front.expected(x),
+        ),
+        "2 groups, the kernel for all layouts": Contender(
             (x,), lambda x: encode_rows(x, *two.layout()), lambda x: two.expected(x)
         ),
         "2 groups, offset": Contender(
             (x,),
-            lambda x: encode_rows(x, *two.layout(offset=True)),
+            lambda x: encode_rows(x, *two.layout(offset=True), runs=two.runs),
             lambda x: two.expected(x, True),
         ),
         "original order, 1 group": Contender((x,), in_place(one), lambda x: one.encoder.encode(x)),
         "original order, 2 groups": Contender((x,), in_place(two), lambda x: two.encoder.encode(x)),
         "norm, 2 groups": Contender(
             (x,),
-            lambda x: rms_norm_encode(x, None, two.gain, EPS, *two.layout())[:4],
+            lambda x: rms_norm_encode(x, None, two.gain, EPS, *two.layout(), runs=two.runs)[:4],
             lambda x: two.expected(rms_norm(x, two.gain, EPS)),
         ),
         "residual, norm, 2 groups": Contender(
             (x, y),
-            lambda x, y: rms_norm_encode(x, y, two.gain, EPS, *two.layout())[:5],
+            lambda x, y: rms_norm_encode(x, y, two.gain, EPS, *two.layout(), runs=two.runs)[:5],
             lambda x, y: two.expected(rms_norm(x + y, two.gain, EPS)),
         ),
         "SiLU * up, 2 groups": Contender(

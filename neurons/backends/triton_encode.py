@@ -3,7 +3,8 @@
 One launch. A program owns a row; for each channel group it reads the charges once for their range
 and once more, from the cache, for the counts, so that HBM sees every input byte once and every
 output byte once. Loops run over the encoded positions of a group, so a row of any length and any
-number of groups cost no padding beyond the last block of each.
+number of groups cost no padding beyond the last block of each. For few groups and a layout that is
+known to the host, :mod:`neurons.backends.triton_encode_tiles` keeps the row in registers instead.
 
 The integers are those of :func:`neurons.thresholds.encode_parameters` and
 :meth:`neurons.SpikeEncoder.encode`, bit for bit: float32, IEEE division, no fused multiply-add.
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from neurons.backends.spec import DTYPES
 from neurons.backends.triton_encode_row import encode_row
+from neurons.backends.triton_encode_tiles import MOST_POSITIONS, launch_tiles
 
 __all__ = ["ALIGNMENT", "EARLY_ROWS", "EncodedRows", "early_launch", "encode_rows", "stable_layout"]
 
@@ -58,6 +60,7 @@ def encode_rows(
     clip: Tensor,
     shared: bool,
     offset: Tensor | None = None,
+    runs: Sequence[int] | None = None,
 ) -> EncodedRows:
     """Encode rows into counts in encoded order: the equations of :mod:`neurons.encoder`.
 
@@ -76,6 +79,9 @@ def encode_rows(
         clip: factors on the range of each group, float32 ``[G]`` in (0, 1].
         shared: one range for all groups, over all channels in the order.
         offset: float32 ``[K]`` in original channel order, taken off x in float32 first. None: none.
+        runs: what :func:`neurons.backends.triton_encode_tiles.runs_of` says of this order and these
+            segments, for a faster kernel, compiled for the layout. None: the kernel for all layouts,
+            except for one group in one segment in the original order, which needs no description.
 
     Returns:
         Counts, thresholds, zero points and the sum of the counts of every segment.
@@ -90,9 +96,10 @@ def encode_rows(
     positions = padded(x.shape[-1]) if order is None else order.shape[0]
     check_rows(x)
     check_layout(order, table, capacities, clip, offset, x.shape[1])
+    known = known_runs(runs, order, table, capacities, x.shape[1])
     return EncodedRows(
         *torch.ops.neurons.encode_rows(
-            x.detach(), order, table, capacities, clip, shared, offset, positions
+            x.detach(), order, table, capacities, clip, shared, offset, positions, known
         )
     )
 
@@ -173,6 +180,27 @@ def check_layout(
         )
 
 
+def known_runs(
+    runs: Sequence[int] | None,
+    order: Tensor | None,
+    table: Tensor,
+    capacities: Tensor,
+    channels: int,
+) -> list[int] | None:
+    """The runs of :func:`encode_rows`, checked, or those that need no description."""
+    segments, groups = table.shape[0], capacities.numel()
+    positions = padded(channels) if order is None else order.shape[0]
+    if runs is None:
+        trivial = order is None and segments == groups == 1 and positions <= MOST_POSITIONS
+        return [0, positions, channels, 0] if trivial else None
+    if len(runs) != 4 * groups or segments != groups or runs[-3] != positions:
+        raise ValueError(
+            f"runs must be what runs_of says of the same layout, {groups} groups in as many segments "
+            f"of {positions} positions, got {list(runs)} for {segments} segments."
+        )
+    return list(runs)
+
+
 def _table(segments: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     rows = tuple(tuple(int(value) for value in row) for row in segments)
     groups = [row[2] for row in rows]
@@ -211,12 +239,18 @@ def _encode_rows_op(
     shared: bool,
     offset: Tensor | None,
     positions: int,
+    runs: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results of :func:`encode_rows`, segments as a tensor, P given."""
     count, threshold, zero_point, count_sum = outputs(
         x, positions, capacities.shape[0], segments.shape[0]
     )
-    if x.shape[0]:
+    early = x.shape[0] <= EARLY_ROWS and early_launch(x.device)
+    if x.shape[0] and runs:
+        written = (count, threshold, zero_point, count_sum)
+        with on(x.device):
+            launch_tiles(*(x, order, capacities, clip, shared, offset, written, tuple(runs), early))
+    elif x.shape[0]:
         block, warps = shape_of_programs(x.shape[0], positions)
         launch: Any = _encode_rows[(x.shape[0],)]
         with on(x.device):
@@ -227,7 +261,7 @@ def _encode_rows_op(
                 SHARED=shared,
                 GATHER=order is not None,
                 HAS_OFFSET=offset is not None,
-                EARLY=x.shape[0] <= EARLY_ROWS and early_launch(x.device),
+                EARLY=early,
                 SEGMENTS=triton.next_power_of_2(segments.shape[0]),
                 BLOCK=block,
                 num_warps=warps,
@@ -246,6 +280,7 @@ def _(
     shared: bool,
     offset: Tensor | None,
     positions: int,
+    runs: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, threshold, zero_point, count_sum = outputs(
         x, positions, capacities.shape[0], segments.shape[0]

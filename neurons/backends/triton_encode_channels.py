@@ -1,8 +1,8 @@
 """Encode in the original channel order in Triton: one kernel from activations to spike counts.
 
-A program owns one or several tokens. It walks through their channels once for the range of every
-group and once for the counts; what it reads again comes from the cache. Groups may differ between
-heads, and heads may lie anywhere in memory: a transposed ``[B, H, S, C]`` is read where it is.
+A program owns one or several tokens and holds their channels in registers: it reads them once, for
+the range of every group and for the counts. Groups may differ between heads, and heads may lie
+anywhere in memory: a transposed ``[B, H, S, C]`` is read where it is.
 
 The integers are those of :meth:`neurons.SpikeEncoder.encode`, bit for bit.
 """
@@ -16,12 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from neurons.backends.triton_encode import INTERPRETED, on
-from neurons.backends.triton_encode_row import spike_count, spike_parameters, wider
+from neurons.backends.triton_encode_row import (
+    clipped,
+    quotient_of,
+    range_bits,
+    spike_parameters,
+    wider,
+)
 
 __all__ = ["encode"]
 
-_TILE = 1024  # elements of a program at a time
-_PER_WARP = 256
+_SMALL = 1024  # elements of a program whose tokens are short
+_PER_WARP = 256  # of them
+_VECTOR = 4  # channels that a thread reads at once
+_FEW_ROWS = 256
+_LONG = 32768  # channels that need all the registers there are
 
 
 def encode(
@@ -49,21 +58,21 @@ def encode(
     tokens = _tokens(x, channel_group)
     _, heads, length, channels = tokens.shape
     rows = threshold[..., 0].numel()
-    columns, per_program = _tile(rows, channels)
+    columns, per_program, warps = _tile(rows, channels)
     launch: Any = _encode[(triton.cdiv(rows, per_program),)]
     with on(x.device):
         launch(
             *(tokens, channel_group, _values(capacities, x.device), clip),
-            *(count, threshold, zero_point, rows, heads, length, channels),
+            *(count, threshold, zero_point, rows, heads, length),
             *tokens.stride()[:3],
             channels if channel_group.dim() == 2 else 0,
             tokens.stride(3),
+            CHANNELS=channels,
             GROUPS=len(capacities),
-            GROUPS_PADDED=triton.next_power_of_2(len(capacities)),
             SHARED=shared,
             ROWS=per_program,
             COLUMNS=columns,
-            num_warps=max(1, columns * per_program // _PER_WARP),
+            num_warps=warps,
             enable_fp_fusion=False,
         )
 
@@ -82,13 +91,19 @@ def _values(capacities: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(capacities, dtype=torch.float32, device=device)
 
 
-def _tile(rows: int, channels: int) -> tuple[int, int]:
-    """Columns that a program handles at a time, and its rows."""
+def _tile(rows: int, channels: int) -> tuple[int, int, int]:
+    """Columns of a tile, tokens of a program, and its warps."""
+    whole = triton.next_power_of_2(channels)
     if INTERPRETED:
-        return min(triton.next_power_of_2(channels), 32), min(2, triton.next_power_of_2(rows))
-    # Few rows leave the device idle: a row then goes through as wide a program as it can fill.
-    columns = min(triton.next_power_of_2(channels), 4 * _TILE if rows < 256 else _TILE)
-    return columns, min(max(1, _TILE // columns), triton.next_power_of_2(rows))
+        return min(whole, 32), min(2, triton.next_power_of_2(rows)), 1
+    if whole < _SMALL:
+        tokens = min(_SMALL // whole, triton.next_power_of_2(rows))
+        return whole, tokens, max(1, whole * tokens // _PER_WARP)
+    # Few rows leave the device idle: a row then has as many threads as it can use.
+    few = rows < _FEW_ROWS
+    warps = triton.next_power_of_2(triton.cdiv(channels, 256 if few else 1536))
+    warps = min(warps, 32 if few or channels > _LONG else 16)
+    return min(whole, 32 * warps * _VECTOR), 1, warps
 
 
 @triton.jit
@@ -103,14 +118,13 @@ def _encode(  # type: ignore[no-untyped-def]
     rows,
     heads,
     length,
-    channels,
     batch_stride,
     head_stride,
     token_stride,
     group_stride,
     channel_stride,
+    CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr,
     SHARED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -125,52 +139,113 @@ def _encode(  # type: ignore[no-untyped-def]
         + (row % length) * token_stride
     )
     group_row = group_ptr + head * group_stride
-    number = tl.arange(0, GROUPS_PADDED)
-    thresholds = tl.zeros([ROWS, GROUPS_PADDED], tl.float32)
-    zeros = tl.zeros([ROWS, GROUPS_PADDED], tl.float32)
+    count_row = count_ptr + row * CHANNELS
+    column = tl.arange(0, COLUMNS)
+    charges = ()  # type: tuple[Any, ...]
+    numbers = ()  # type: tuple[Any, ...]
+    for first in tl.static_range(0, CHANNELS, COLUMNS):
+        inside = _inside(inside_row, first, column, CHANNELS, COLUMNS)
+        at = (first + column).to(tl.int64) * channel_stride
+        x = tl.load(x_row[:, None] + at[None, :], mask=inside, other=0.0)
+        charges += (x.to(tl.float32),)
+        numbers += (_number(group_row, first, column, inside, GROUPS),)
+    thresholds = ()  # type: tuple[Any, ...]
+    zeros = ()  # type: tuple[Any, ...]
+    capacities = ()  # type: tuple[Any, ...]
+    largest = tl.zeros([ROWS], tl.float32)
     for group in tl.static_range(GROUPS):
         if group == 0 or not SHARED:
             lo = tl.zeros([ROWS, COLUMNS], tl.float32)
             hi = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for first in range(0, channels, COLUMNS):
-                column = first + tl.arange(0, COLUMNS)
-                inside = inside_row[:, None] & (column < channels)[None, :]
-                at = x_row[:, None] + column[None, :].to(tl.int64) * channel_stride
-                x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            for tile in tl.static_range(len(charges)):
+                x = charges[tile]
                 if GROUPS > 1 and not SHARED:
-                    groups = tl.load(group_row[:, None] + column[None, :], mask=inside, other=0)
                     # The range includes zero, so zeros may stand for the other groups.
-                    x = tl.where(groups == group, x, 0.0)
+                    x = tl.where(numbers[tile] == group, x, 0.0)
                 lo, hi = wider(lo, hi, x, x)
-            low, high = tl.reduce((lo, hi), 1, wider)
+            ends = tl.max(range_bits(lo, hi), 1).to(tl.float32, bitcast=True)
+            low, high = tl.split(ends)
         capacity = tl.load(capacity_ptr + group)
-        threshold, zero = spike_parameters(low, high, capacity, tl.load(clip_ptr + group))
+        threshold, zero = spike_parameters(-low, high, capacity, tl.load(clip_ptr + group))
         tl.store(threshold_ptr + row * GROUPS + group, threshold, mask=inside_row)
         tl.store(zero_ptr + row * GROUPS + group, zero.to(tl.int32), mask=inside_row)
-        own = (number == group)[None, :]
-        thresholds = tl.where(own, threshold[:, None], thresholds)
-        zeros = tl.where(own, zero[:, None], zeros)
-    for first in range(0, channels, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        inside = inside_row[:, None] & (column < channels)[None, :]
-        at = x_row[:, None] + column[None, :].to(tl.int64) * channel_stride
-        x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        divisor = tl.zeros([ROWS, COLUMNS], tl.float32) + _of(thresholds, number, 0)
-        bias = tl.zeros([ROWS, COLUMNS], tl.float32) + _of(zeros, number, 0)
-        top = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(capacity_ptr)
-        if GROUPS > 1:
-            groups = tl.load(group_row[:, None] + column[None, :], mask=inside, other=0)
-            for group in tl.static_range(1, GROUPS):
-                member = groups == group
-                divisor = tl.where(member, _of(thresholds, number, group), divisor)
-                bias = tl.where(member, _of(zeros, number, group), bias)
-                top = tl.where(member, tl.load(capacity_ptr + group), top)
-        count = spike_count(x, divisor, bias + 0.5, top)
-        count_at = count_ptr + row[:, None] * channels + column[None, :]
-        tl.store(count_at, count.to(count_ptr.dtype.element_ty), mask=inside)
+        thresholds += (threshold,)
+        zeros += (zero,)
+        capacities += (capacity,)
+        largest = tl.maximum(largest, threshold)
+    # Divisors are to stay below 2**100. A power of two off both changes no quotient, but of those so
+    # small that the bias absorbs them.
+    if tl.max(largest, 0) < 1e30:
+        _counts(
+            *(charges, group_row, count_row, inside_row, column, thresholds, zeros, capacities),
+            *(1.0, CHANNELS, GROUPS, COLUMNS),
+        )
+    else:
+        _counts(
+            *(charges, group_row, count_row, inside_row, column, thresholds, zeros, capacities),
+            *(2.0**-64, CHANNELS, GROUPS, COLUMNS),
+        )
 
 
 @triton.jit
-def _of(values, number, group):  # type: ignore[no-untyped-def]
-    """Column ``[ROWS, 1]`` of ``[ROWS, G]``; NaN in another column does not reach it."""
-    return tl.sum(tl.where((number == group)[None, :], values, 0.0), 1)[:, None]
+def _inside(inside_row, first, column, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which elements of a tile there are; only the last one needs to look at its channels."""
+    inside = inside_row[:, None]
+    if first + COLUMNS > CHANNELS:
+        inside = inside & (first + column < CHANNELS)[None, :]
+    return inside
+
+
+@triton.jit
+def _number(group_row, first, column, inside, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Groups of the channels of a tile; nothing is read for a single one."""
+    number = column[None, :]
+    if GROUPS > 1:
+        number = tl.load(group_row[:, None] + (first + column)[None, :], mask=inside, other=0)
+    return number
+
+
+@triton.jit
+def _counts(  # type: ignore[no-untyped-def]
+    charges,
+    group_row,
+    count_row,
+    inside_row,
+    column,
+    thresholds,
+    zeros,
+    capacities,
+    SCALE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Store the counts of all tiles."""
+    minuses = ()  # type: tuple[Any, ...]
+    inverses = ()  # type: tuple[Any, ...]
+    for group in tl.static_range(GROUPS):
+        divisor = thresholds[group] * SCALE
+        minuses += (-divisor,)
+        inverses += (tl.div_rn(tl.zeros_like(divisor) + 1.0, divisor),)
+    for first in tl.static_range(0, CHANNELS, COLUMNS):
+        x = charges[first // COLUMNS]
+        if SCALE != 1.0:
+            x *= SCALE
+        inside = _inside(inside_row, first, column, CHANNELS, COLUMNS)
+        nothing = tl.zeros_like(x)
+        minus = nothing + minuses[0][:, None]
+        inverse = nothing + inverses[0][:, None]
+        bias = nothing + (zeros[0] + 0.5)[:, None]
+        top = nothing + capacities[0]
+        if GROUPS > 1:
+            # Read again: registers are better spent on more programs.
+            number = _number(group_row, first, column, inside, GROUPS)
+            for group in tl.static_range(1, GROUPS):
+                member = number == group
+                minus = tl.where(member, minuses[group][:, None], minus)
+                inverse = tl.where(member, inverses[group][:, None], inverse)
+                bias = tl.where(member, (zeros[group] + 0.5)[:, None], bias)
+                top = tl.where(member, capacities[group], top)
+        count = clipped(quotient_of(x, minus, inverse) + bias, top)
+        at = count_row[:, None] + (first + column)[None, :]
+        tl.store(at, count.to(count_row.dtype.element_ty), mask=inside)

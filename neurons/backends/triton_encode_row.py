@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "clipped",
     "encode_row",
     "normalized",
     "quotient",
+    "quotient_of",
+    "range_bits",
     "rounded",
-    "spike_count",
     "spike_parameters",
     "wider",
 ]
@@ -52,13 +54,8 @@ def spike_parameters(lo, hi, capacity, clip):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def spike_count(x, threshold, bias, capacity):  # type: ignore[no-untyped-def]
-    """``q = clip(floor(x / s + bias), 0, qmax)`` as int32."""
-    return _clipped(tl.div_rn(x, threshold) + bias, capacity)
-
-
-@triton.jit
-def _clipped(charged, capacity):  # type: ignore[no-untyped-def]
+def clipped(charged, capacity):  # type: ignore[no-untyped-def]
+    """``clip(floor(charged), 0, capacity)`` as int32."""
     # Clipped first, the floor is the truncation of the conversion: the same integer.
     return tl.minimum(tl.maximum(charged, 0.0), capacity).to(tl.int32)
 
@@ -71,14 +68,31 @@ def quotient(x, divisor, inverse):  # type: ignore[no-untyped-def]
     remainder (Markstein 1990: a faithful quotient and a correctly rounded inverse give a correctly
     rounded quotient). Where the remainder would be subnormal, ``|x| < 2**-100``, it may be off.
     """
+    return quotient_of(x, -divisor, inverse)
+
+
+@triton.jit
+def quotient_of(x, minus, inverse):  # type: ignore[no-untyped-def]
+    """:func:`quotient` for minus the divisor: Triton negates by subtracting from zero."""
     first = x * inverse
-    second = tl.fma(tl.fma(-first, divisor, x), inverse, first)
-    return tl.fma(tl.fma(-second, divisor, x), inverse, second)
+    second = tl.fma(tl.fma(first, minus, x), inverse, first)
+    return tl.fma(tl.fma(second, minus, x), inverse, second)
+
+
+@triton.jit
+def range_bits(lo, hi):  # type: ignore[no-untyped-def]
+    """``-lo`` and ``hi``, not negative, as integers in a last axis of two, of which a maximum is taken.
+
+    The bits of floats from zero on are in their order, NaN beyond infinity; a warp takes the maximum
+    of integers in one instruction.
+    """
+    # Without the sign, which a NaN may have.
+    return tl.join(-lo, hi).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _count_by_inverse(x, threshold, inverse, bias, capacity):  # type: ignore[no-untyped-def]
-    """:func:`spike_count` for a scalar threshold; the inverse is ``1 / s``, rounded."""
+    """``clip(floor(x / s + bias), 0, qmax)`` as int32, s a scalar and the inverse ``1 / s``, rounded."""
     # Thresholds start at 1e-5, and where x is so small that its quotient may be off, the bias of at
     # least 1/2 absorbs it. Ranges near the end of float32 take the plain division.
     if threshold < 1e30:
@@ -86,7 +100,7 @@ def _count_by_inverse(x, threshold, inverse, bias, capacity):  # type: ignore[no
         charged = quotient(x, zeros + threshold, zeros + inverse) + bias
     else:
         charged = tl.div_rn(x, threshold) + bias
-    return _clipped(charged, capacity)
+    return clipped(charged, capacity)
 
 
 @triton.jit

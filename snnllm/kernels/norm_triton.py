@@ -7,6 +7,7 @@ a CPU give the same bits.
 """
 # No `from __future__ import annotations`: torch reads the annotations of operators as types.
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +18,14 @@ from torch import Tensor
 from neurons.backends.triton_encode import (
     check_layout,
     check_rows,
+    known_runs,
     on,
     outputs,
     padded,
     shape_of_programs,
 )
 from neurons.backends.triton_encode_row import encode_row, normalized, rounded
+from neurons.backends.triton_encode_tiles import encode_tiles, tiles_of
 from snnllm.norm import LANES, check_gain
 
 __all__ = ["NormEncoded", "rms_norm", "rms_norm_encode"]
@@ -83,6 +86,7 @@ def rms_norm_encode(
     shared: bool,
     offset: Tensor | None = None,
     with_row: bool = False,
+    runs: Sequence[int] | None = None,
 ) -> NormEncoded:
     """Add the residual, normalise and encode in one kernel.
 
@@ -103,6 +107,7 @@ def rms_norm_encode(
         shared: one range for all groups.
         offset: float32 ``[K]`` in original channel order, taken off the normalised row. None: none.
         with_row: also return the normalised rows.
+        runs: as :func:`neurons.backends.triton_encode.encode_rows` takes them, for a faster kernel.
 
     Returns:
         The encoding, the new residual stream and the rows if asked for.
@@ -118,6 +123,7 @@ def rms_norm_encode(
         *torch.ops.snnllm.rms_norm_encode(
             *(x.detach(), residual, weight, eps, order, segments, capacities, clip),
             *(shared, offset, with_row, positions),
+            known_runs(runs, order, segments, capacities, x.shape[1]),
         )
     )
     return encoded._replace(residual=x) if residual is None else encoded
@@ -169,20 +175,25 @@ def _rms_norm_encode_op(
     offset: Tensor | None,
     with_row: bool,
     positions: int,
+    runs: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments of :func:`rms_norm_encode`; the residual stream is empty without a residual."""
-    groups, runs = capacities.shape[0], segments.shape[0]
-    count, threshold, zero_point, count_sum = outputs(x, positions, groups, runs)
+    groups, many = capacities.shape[0], segments.shape[0]
+    count, threshold, zero_point, count_sum = outputs(x, positions, groups, many)
     row, stream = _rows(x, with_row), _rows(x, residual is not None)
     if x.shape[0]:
+        gather = order is not None
         block, warps = shape_of_programs(x.shape[0], positions)
+        if runs:
+            gather = min(runs[3::4]) < 0
+            block, warps = tiles_of(x.shape[0], positions, gather)
         encoding = (
             *(x if order is None else order, segments, capacities, clip),
             *(x if offset is None else offset, count, threshold, zero_point, count_sum),
         )
         _launch(
-            *(x, residual, weight, eps, stream, row, encoding, positions, runs, groups, shared),
-            *(block, warps, True, order is not None, offset is not None),
+            *(x, residual, weight, eps, stream, row, encoding, positions, many, groups, shared),
+            *(block, warps, True, gather, offset is not None, tuple(runs or ())),
         )
     return count, threshold, zero_point, count_sum, stream, row
 
@@ -201,6 +212,7 @@ def _(
     offset: Tensor | None,
     with_row: bool,
     positions: int,
+    runs: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     encoded = outputs(x, positions, capacities.shape[0], segments.shape[0])
     count, threshold, zero_point, count_sum = encoded
@@ -231,6 +243,7 @@ def _launch(
     encode: bool = False,
     gather: bool = False,
     has_offset: bool = False,
+    runs: tuple[int, ...] = (),
 ) -> None:
     lanes = min(LANES, triton.next_power_of_2(x.shape[1]))
     launch: Any = _norm[(x.shape[0],)]
@@ -247,6 +260,7 @@ def _launch(
             SHARED=shared,
             GATHER=gather,
             HAS_OFFSET=has_offset,
+            RUNS=runs,
             SEGMENTS=triton.next_power_of_2(segments),
             LANES=lanes,
             LEVELS=lanes.bit_length() - 1,
@@ -287,6 +301,7 @@ def _norm(  # type: ignore[no-untyped-def]
     SHARED: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    RUNS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     LANES: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -326,7 +341,14 @@ def _norm(  # type: ignore[no-untyped-def]
                 gain = tl.load(gain_ptr + channel, mask=inside, other=0.0)
             y = normalized(x, gain, scale, HAS_GAIN)
             tl.store(row_ptr + row * channels + channel, y, mask=inside)
-    if ENCODE:
+    if len(RUNS) > 0:
+        encode_tiles(
+            *(x_ptr, gain_ptr, scale, order_ptr, capacity_ptr, clip_ptr, offset_ptr),
+            *(count_ptr + row * positions, threshold_ptr + row * groups, zero_ptr + row * groups),
+            *(sum_ptr + row * groups, RUNS, len(RUNS) // 4, SHARED, GATHER, HAS_OFFSET),
+            *(True, HAS_GAIN, BLOCK),
+        )
+    elif ENCODE:
         encode_row(
             x_ptr,
             gain_ptr,

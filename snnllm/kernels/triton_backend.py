@@ -50,6 +50,7 @@ class EncodePlan:
         segments: (start, stop, group) of every segment, int32 `[S, 3]`.
         capacities: float32 `[G]`.
         clip: float32 `[G]`.
+        runs: what the host knows of the layout (`triton_encode_tiles.runs_of`).
     """
 
     spec: EncoderSpec
@@ -57,6 +58,7 @@ class EncodePlan:
     segments: Tensor
     capacities: Tensor
     clip: Tensor
+    runs: list[int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +220,8 @@ def _plan(
     spec: EncoderSpec, segments: tuple[Segment, ...], device: torch.device
 ) -> tuple[EncodePlan, list[int]]:
     """The padded layout of an encoder, and where each segment starts in it."""
+    from neurons.backends.triton_encode_tiles import runs_of  # needs Triton
+
     lengths = [-(-(s.stop - s.start) // BLOCK) * BLOCK for s in segments]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     order = torch.full((starts[-1],), -1, dtype=torch.int32)
@@ -226,12 +230,14 @@ def _plan(
         part = original[segment.start : segment.stop]
         order[start : start + len(part)] = part.int()
     table = [(a, b, s.act_group) for s, (a, b) in zip(segments, pairwise(starts), strict=True)]
+    rows = torch.tensor(table, dtype=torch.int32)
     plan = EncodePlan(
         spec,
         order.to(device),
-        torch.tensor(table, dtype=torch.int32).to(device),
+        rows.to(device),
         torch.tensor(spec.capacities, dtype=torch.float32).to(device),
         spec.clip_factors.to(device),
+        runs_of(order, rows, len(spec.capacities), spec.channels),
     )
     return plan, starts[:-1]
 
@@ -240,7 +246,8 @@ def encode_plan(x: Tensor, plan: EncodePlan) -> EncodedRows:
     """Encode rows `[M, K]` into counts in padded encoded order."""
     from neurons.backends.triton_encode import encode_rows  # needs Triton
 
-    return encode_rows(x, plan.order, plan.segments, plan.capacities, plan.clip, plan.spec.shared)
+    layout = (plan.order, plan.segments, plan.capacities, plan.clip, plan.spec.shared)
+    return encode_rows(x, *layout, runs=plan.runs)
 
 
 def multiply(

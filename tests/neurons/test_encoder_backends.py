@@ -107,6 +107,15 @@ def test_channels_may_lie_apart():
     assert_same(*both(SpikeEncoder(9, (2,)).to(DEVICE), x[:1].expand(3, -1)))
 
 
+def test_ranges_at_the_ends_of_float32():
+    x = activations((6, 40), 1.0, 1).to(DEVICE).clamp(-30, 30)
+    x *= torch.tensor([3e36, 1.0, 1e31, 1e-30, 1e-38, 2e29], device=DEVICE).unsqueeze(1)
+    group = (torch.arange(40) % 3 // 2).to(torch.uint8)
+    for steps in ((1,), (1, 2)):
+        encoder = SpikeEncoder(group * (len(steps) - 1), steps, 4).to(DEVICE)
+        assert_same(*both(encoder, x))
+
+
 def test_nothing_to_encode():
     encoding, _ = both(SpikeEncoder(9, (1,)).to(DEVICE), torch.zeros(0, 9, device=DEVICE))
     assert encoding.count.shape == (0, 9)

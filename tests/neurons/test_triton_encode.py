@@ -24,6 +24,7 @@ from neurons.backends.triton_encode import (
     stable_layout,
 )
 from neurons.backends.triton_encode_row import quotient
+from neurons.backends.triton_encode_tiles import runs_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -80,6 +81,7 @@ class Case:
         self.order, self.segments = stable_layout(self.encoder.channel_group, len(steps))
         if seed % 5 == 0:
             self.segments = split(self.segments)
+        self.runs: list[int] | None = None
 
     def expected(self) -> EncodedRows:
         x = self.x if self.offset is None else self.x.float() - self.offset
@@ -95,7 +97,22 @@ class Case:
             self.encoder.clip,
             self.encoder.value_range == "shared",
             self.offset,
+            self.runs,
         )
+
+    def fast(self) -> "Case":
+        """The same, with what the host knows of the layout."""
+        groups = len(self.capacities)
+        self.runs = runs_of(self.order, self.segments, groups, self.x.shape[1])
+        return self
+
+    def salient_first(self, many: int) -> "Case":
+        """Two groups, the second of which has the first channels, as behind a rotation."""
+        self.encoder.channel_group[:] = (torch.arange(self.x.shape[1], device=DEVICE) < many).to(
+            torch.uint8
+        )
+        self.order, self.segments = stable_layout(self.encoder.channel_group, 2)
+        return self
 
 
 def split(segments: Tensor) -> Tensor:
@@ -137,6 +154,7 @@ cases = st.builds(
 @given(case=cases)
 def test_encode_rows_equals_the_encoder(case):
     assert_same(case.encoded(), case.expected())
+    assert_same(case.fast().encoded(), case.expected())
 
 
 @pytest.mark.gpu
@@ -156,6 +174,10 @@ def test_encode_rows_equals_the_encoder(case):
 )
 def test_encode_rows_equals_the_encoder_at_size(case):
     assert_same(case.encoded(), case.expected())
+    assert_same(case.fast().encoded(), case.expected())
+    if len(case.capacities) == 2:
+        case.salient_first(case.x.shape[1] // 16 * 4).fast()
+        assert_same(case.encoded(), case.expected())
 
 
 @pytest.mark.parametrize("channels", [1, 64, 100, 300])
@@ -203,10 +225,14 @@ def test_the_quotient_by_an_inverse_is_that_of_ieee(kind):
     assert torch.equal(out, x / divisor)
 
 
-def test_ranges_at_the_ends_of_float32():
-    case = Case("normal", 4, 130, (1, 2), 4, "split", torch.float32, 2)
+@pytest.mark.parametrize("fast", [False, True])
+def test_ranges_at_the_ends_of_float32(fast):
+    case = Case("normal", 4, 130, (1, 2), 4, "split", torch.float32, 3)
+    case.offset = None
     scales = torch.tensor([3e36, 1e31, 1e-30, 1e-38], device=DEVICE).unsqueeze(1)
     case.x = case.x.clamp(-30, 30) * scales
+    if fast:
+        assert case.fast().runs is not None
     assert_same(case.encoded(), case.expected())
 
 
@@ -226,7 +252,8 @@ def test_no_rows():
 
 @pytest.mark.parametrize("value_range", ["split", "shared"])
 @pytest.mark.parametrize("clip", [1.0, 0.8])
-def test_thresholds_tell_of_nan_and_infinity(value_range, clip):
+@pytest.mark.parametrize("fast", [False, True])
+def test_thresholds_tell_of_nan_and_infinity(value_range, clip, fast):
     from neurons import encode_parameters
 
     case = Case("normal", 6, 130, (1, 2, 1), 4, value_range, torch.float32, 2)
@@ -235,7 +262,9 @@ def test_thresholds_tell_of_nan_and_infinity(value_range, clip):
     for row, value in enumerate((nan, inf, -inf)):
         case.x[row, 17 * row + 3] = value
     case.x[3, 5], case.x[3, 6] = inf, -inf
-    case.x[4, 0], case.x[4, -1] = nan, inf
+    case.x[4, 0], case.x[4, -1] = -nan, inf
+    if fast:
+        assert case.fast().runs is not None
     expected, _ = encode_parameters(
         case.x,
         case.encoder.channel_group,
@@ -257,6 +286,10 @@ def test_opcheck():
         torch.library.opcheck(
             torch.ops.neurons.encode_rows.default, (*arguments, offset, positions)
         )
+    runs = case.fast().runs
+    torch.library.opcheck(
+        torch.ops.neurons.encode_rows.default, (*arguments, case.offset, positions, runs)
+    )
 
 
 def test_compiles_without_breaks():
@@ -270,8 +303,11 @@ def test_compiles_without_breaks():
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_replay_it():
+@pytest.mark.parametrize("fast", [False, True])
+def test_cuda_graphs_replay_it(fast):
     case = Case("normal", 3, 4096, (1, 2), 4, "split", torch.bfloat16, 1)
+    if fast:
+        case.fast()
     case.encoded()
     x, graph = case.x.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -305,6 +341,7 @@ ONE = torch.ones(1)
         ({"offset": torch.zeros(69)}, ValueError, r"offset must have shape \(70,\)"),
         ({"offset": torch.zeros(140)[::2]}, ValueError, "offset must be contiguous"),
         ({"segments": torch.zeros(0, 3, dtype=torch.int32)}, ValueError, "at least one"),
+        ({"runs": [0, 64, 70, 0]}, ValueError, "what runs_of says of the same layout"),
         ({"segments": ((0, 70, 0),)}, ValueError, "multiples of 64"),
         ({"segments": ((0, 64, 0), (128, 192, 0))}, ValueError, "without gaps"),
         ({"segments": ((0, 64, 1), (64, 128, 0))}, ValueError, "ascend in their groups"),

@@ -112,6 +112,7 @@ class TestTriton:
     def check_fused(self, count, channels, steps, dtype, shared, residual, gain, seed) -> None:
         from neurons import SpikeEncoder
         from neurons.backends.triton_encode import encode_rows, stable_layout
+        from neurons.backends.triton_encode_tiles import runs_of
         from snnllm.kernels.norm_triton import rms_norm_encode
 
         generator = torch.Generator().manual_seed(seed)
@@ -125,7 +126,12 @@ class TestTriton:
         order, segments = stable_layout(encoder.channel_group, len(steps))
         capacities = torch.tensor(encoder.capacities, dtype=torch.float32, device=DEVICE)
         layout = (order, segments, capacities, encoder.clip, shared, offset)
-        got = rms_norm_encode(x, added, weight, 1e-5, *layout, with_row=bool(seed % 3))
+        with_row = bool(seed % 3)
+        got = rms_norm_encode(x, added, weight, 1e-5, *layout, with_row=with_row)
+        runs = runs_of(order, segments, len(steps), channels)
+        fast = rms_norm_encode(x, added, weight, 1e-5, *layout, with_row=with_row, runs=runs)
+        for ours, theirs in zip(fast, got, strict=True):
+            assert torch.equal(ours, theirs)
 
         stream = x if added is None else x + added
         row = rms_norm(stream, weight, 1e-5)
