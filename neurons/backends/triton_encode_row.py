@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "charge_of",
     "clipped",
     "encode_row",
     "normalized",
     "quotient",
     "quotient_of",
     "range_bits",
+    "read",
     "rounded",
     "spike_parameters",
     "wider",
@@ -115,6 +117,38 @@ def _positions(first, GATHER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignor
 
 
 @triton.jit
+def read(ptr, at, inside, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load where inside, 0 elsewhere; everywhere unless MASKED."""
+    return tl.load(ptr + at, mask=inside, other=0) if MASKED else tl.load(ptr + at)
+
+
+@triton.jit
+def charge_of(  # type: ignore[no-untyped-def]
+    x_ptr,
+    gain_ptr,
+    scale,
+    offset_ptr,
+    channel,
+    inside,
+    MASKED: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+):
+    """Activations of channels, float32; normalised with SCALED, less the offset with HAS_OFFSET."""
+    x = read(x_ptr, channel, inside, MASKED)
+    if SCALED:
+        gain = x
+        if HAS_GAIN:
+            gain = read(gain_ptr, channel, inside, MASKED)
+        x = normalized(x, gain, scale, HAS_GAIN)
+    x = x.to(tl.float32)
+    if HAS_OFFSET:
+        x -= read(offset_ptr, channel, inside, MASKED)
+    return x
+
+
+@triton.jit
 def _charge(  # type: ignore[no-untyped-def]
     x_ptr,
     gain_ptr,
@@ -136,15 +170,10 @@ def _charge(  # type: ignore[no-untyped-def]
         inside = channel >= 0
     else:
         inside = inside & (at < channels)
-    x = tl.load(x_ptr + channel, mask=inside, other=0.0)
-    if SCALED:
-        gain = x
-        if HAS_GAIN:
-            gain = tl.load(gain_ptr + channel, mask=inside, other=0.0)
-        x = normalized(x, gain, scale, HAS_GAIN)
-    x = x.to(tl.float32)
-    if HAS_OFFSET:
-        x -= tl.load(offset_ptr + channel, mask=inside, other=0.0)
+    x = charge_of(
+        *(x_ptr, gain_ptr, scale, offset_ptr, channel, inside),
+        *(True, HAS_OFFSET, SCALED, HAS_GAIN),
+    )
     return x, inside
 
 

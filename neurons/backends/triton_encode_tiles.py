@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from neurons.backends.triton_encode_row import (
+    charge_of,
     clipped,
-    normalized,
     quotient_of,
     range_bits,
+    read,
     spike_parameters,
     wider,
 )
@@ -167,31 +168,13 @@ def _charges(  # type: ignore[no-untyped-def]
     own = ()  # type: tuple[Any, ...]
     for first in tl.static_range(0, MANY, TILE):
         channel = FIRST + first + lane
-        if first + TILE <= MANY:
-            if GATHER:
-                channel = tl.load(order_ptr + START + first + lane)
-            x = tl.load(x_ptr + channel)
-            if SCALED:
-                gain = x
-                if HAS_GAIN:
-                    gain = tl.load(gain_ptr + channel)
-                x = normalized(x, gain, scale, HAS_GAIN)
-            x = x.to(tl.float32)
-            if HAS_OFFSET:
-                x -= tl.load(offset_ptr + channel)
-        else:
-            inside = first + lane < MANY
-            if GATHER:
-                channel = tl.load(order_ptr + START + first + lane, mask=inside, other=0)
-            x = tl.load(x_ptr + channel, mask=inside, other=0.0)
-            if SCALED:
-                gain = x
-                if HAS_GAIN:
-                    gain = tl.load(gain_ptr + channel, mask=inside, other=0.0)
-                x = normalized(x, gain, scale, HAS_GAIN)
-            x = x.to(tl.float32)
-            if HAS_OFFSET:
-                x -= tl.load(offset_ptr + channel, mask=inside, other=0.0)
+        inside = first + lane < MANY
+        if GATHER:
+            channel = read(order_ptr + START + first, lane, inside, first + TILE > MANY)
+        x = charge_of(
+            *(x_ptr, gain_ptr, scale, offset_ptr, channel, inside),
+            *(first + TILE > MANY, HAS_OFFSET, SCALED, HAS_GAIN),
+        )
         own += (x,)
     return own
 

@@ -77,11 +77,12 @@ def _block_product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    acc,
+def _segment(  # type: ignore[no-untyped-def]
     s,
     m,
     n,
+    count_at,
+    weight_at,
     threshold_ptr,
     zero_point_ptr,
     count_sum_ptr,
@@ -93,10 +94,19 @@ def _finish(  # type: ignore[no-untyped-def]
     groups,
     weight_groups,
     segments,
+    BITS: tl.constexpr,
     SHIFT: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
+    UNPACK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
 ):
-    """Centred accumulators A of the raw sums of segment s, int32 [BN, BM]; or `(s A) sw`, float32."""
+    """Centred accumulators A of segment s, int32 [BN, BM]; or `(s A) sw`, float32."""
+    start = tl.multiple_of(tl.load(segment_ptr + 4 * s), 128)
+    stop = tl.multiple_of(tl.load(segment_ptr + 4 * s + 1), 128)
+    acc = tl.zeros([BN, BM], tl.int32)
+    for k in range(start, stop, 128):
+        acc = _block_product(acc, count_at, weight_at, tl.multiple_of(k, 128), BITS, UNPACK)
     group, weight_group = tl.load(segment_ptr + 4 * s + 2), tl.load(segment_ptr + 4 * s + 3)
     threshold, z, q = _rows_of(
         s, m, group, threshold_ptr, zero_point_ptr, count_sum_ptr, groups, segments
@@ -112,26 +122,6 @@ def _finish(  # type: ignore[no-untyped-def]
         scale = tl.load(scale_ptr + n * weight_groups + weight_group)
         out = (threshold[None, :] * acc.to(tl.float32)) * scale[:, None]
     return out
-
-
-@triton.jit
-def _sums(  # type: ignore[no-untyped-def]
-    s,
-    count_at,
-    weight_at,
-    segment_ptr,
-    BITS: tl.constexpr,
-    UNPACK: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Raw sums of segment s, int32 [BN, BM]."""
-    start = tl.multiple_of(tl.load(segment_ptr + 4 * s), 128)
-    stop = tl.multiple_of(tl.load(segment_ptr + 4 * s + 1), 128)
-    acc = tl.zeros([BN, BM], tl.int32)
-    for k in range(start, stop, 128):
-        acc = _block_product(acc, count_at, weight_at, tl.multiple_of(k, 128), BITS, UNPACK)
-    return acc
 
 
 @triton.jit
@@ -194,33 +184,26 @@ def matmul(  # type: ignore[no-untyped-def]
     if EARLY:
         early(weight_ptr + first_n.to(tl.int64) * pitch, min(BN, columns - first_n) * pitch)
     total = tl.zeros([BN, BM], tl.float32)
-    if ACCUMULATORS:
-        for s in range(segments):
-            acc = _sums(s, count_at, weight_at, segment_ptr, BITS, UNPACK, BM, BN)
-            acc = _finish(
-                *(acc, s, m, n, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
-                *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
-                *(groups, weight_groups, segments, SHIFT, ACCUMULATORS),
-            )
-            tl.store(out_at + s * rows.to(tl.int64) * columns, tl.trans(acc), mask=inside)
-    elif UNROLL > 0:
+    if UNROLL > 0 and not ACCUMULATORS:
         # Few segments: the float sum takes no registers while the first one is multiplied.
         for s in tl.static_range(UNROLL):
-            acc = _sums(s, count_at, weight_at, segment_ptr, BITS, UNPACK, BM, BN)
-            term = _finish(
-                *(acc, s, m, n, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
-                *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
-                *(groups, weight_groups, segments, SHIFT, ACCUMULATORS),
+            part = _segment(
+                *(s, m, n, count_at, weight_at, threshold_ptr, zero_point_ptr, count_sum_ptr),
+                *(segment_ptr, scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr, groups),
+                *(weight_groups, segments, BITS, SHIFT, ACCUMULATORS, UNPACK, BM, BN),
             )
-            total = term if s == 0 else total + term
+            total = part if s == 0 else total + part
     else:
         for s in range(segments):
-            acc = _sums(s, count_at, weight_at, segment_ptr, BITS, UNPACK, BM, BN)
-            total += _finish(
-                *(acc, s, m, n, threshold_ptr, zero_point_ptr, count_sum_ptr, segment_ptr),
-                *(scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr),
-                *(groups, weight_groups, segments, SHIFT, ACCUMULATORS),
+            part = _segment(
+                *(s, m, n, count_at, weight_at, threshold_ptr, zero_point_ptr, count_sum_ptr),
+                *(segment_ptr, scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr, groups),
+                *(weight_groups, segments, BITS, SHIFT, ACCUMULATORS, UNPACK, BM, BN),
             )
+            if ACCUMULATORS:
+                tl.store(out_at + s * rows.to(tl.int64) * columns, tl.trans(part), mask=inside)
+            else:
+                total += part
     if not ACCUMULATORS:
         if HAS_BIAS:
             total += tl.load(bias_ptr + n)[:, None]
