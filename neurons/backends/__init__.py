@@ -4,7 +4,6 @@
 all, bit for bit; the gradients are the same up to the order of float32 sums.
 """
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neurons.backends import encode_ops, ops, torch_backend
+from neurons.backends.device import interpreted
 from neurons.backends.spec import (
     DTYPES,
     Dynamics,
@@ -68,8 +68,8 @@ def check_backend(backend: str) -> None:
 
 def _refusal(backend: str, x_seq: Tensor) -> str | None:
     """Why a kernel cannot take this input; None if it can."""
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if not x_seq.is_cuda and not (interpreted and x_seq.device.type == "cpu"):
+    on_cpu = backend == "triton" and interpreted() and x_seq.device.type == "cpu"
+    if not x_seq.is_cuda and not on_cpu:
         return f"a CUDA tensor, got one on {x_seq.device}; move the input"
     if x_seq.dtype not in DTYPES:
         return f"one of {[str(dtype) for dtype in DTYPES]}, got {x_seq.dtype}; convert the input"

@@ -11,7 +11,6 @@ The integers are those of :func:`neurons.thresholds.encode_parameters` and
 """
 # No `from __future__ import annotations`: torch reads the annotations of operators as types.
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -21,17 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neurons.backends.device import EARLY_ROWS, early_launch, interpreted, on
 from neurons.backends.spec import DTYPES
 from neurons.backends.triton_encode_row import encode_row
 from neurons.backends.triton_encode_tiles import MOST_POSITIONS, launch_tiles
 
-__all__ = ["ALIGNMENT", "EARLY_ROWS", "EncodedRows", "early_launch", "encode_rows", "stable_layout"]
+__all__ = ["ALIGNMENT", "EncodedRows", "encode_rows", "stable_layout"]
 
 ALIGNMENT = 64
 """Starts and stops of segments are multiples of it."""
-EARLY_ROWS = 64
-"""With at most so many rows the kernel behind may start early (programmatic dependent launch)."""
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreted()
 """Whether Triton interprets, which reduces element by element: programs are small then."""
 _MAX_GROUPS = 64
 
@@ -296,17 +294,6 @@ def shape_of_programs(rows: int, positions: int) -> tuple[int, int]:
     widest = 4096 if rows < 256 else 1024
     block = min(widest, max(128, triton.next_power_of_2(positions)))
     return block, max(1, block // 256)
-
-
-@lru_cache(maxsize=64)
-def early_launch(device: torch.device) -> bool:
-    """Whether kernels on a device may start before the one in front ends: capability 9.0."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def on(device: torch.device) -> Any:
-    """Context that launches on a device: Triton takes the current one; -1 changes nothing."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 @triton.jit

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neurons.backends.triton_encode import INTERPRETED, on
+from neurons.backends.device import on
+from neurons.backends.triton_encode import INTERPRETED
 from neurons.backends.triton_encode_row import (
     clipped,
     quotient_of,

@@ -5,10 +5,10 @@ The integers are those of :func:`neurons.thresholds.encode_parameters` and
 kernel that calls these functions is launched with ``enable_fp_fusion=False``.
 """
 
-import os
-
 import triton
 import triton.language as tl
+
+from neurons.backends.device import interpreted
 
 __all__ = [
     "charge_of",
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 # Triton's interpreter truncates to bfloat16 where the device rounds to nearest.
-_TRUNCATES = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_TRUNCATES = tl.constexpr(interpreted())
 
 
 @triton.jit

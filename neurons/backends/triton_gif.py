@@ -12,11 +12,11 @@ reference's order, no fused multiply-add (``enable_fp_fusion=False``).
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from neurons.backends.device import on
 from neurons.backends.spec import Dynamics, Reset
 
 __all__ = ["backward", "forward"]
@@ -56,7 +56,7 @@ def forward(
     """
     neurons, (lower, upper) = x_seq[0].numel(), dynamics.bounds
     launch: Any = _forward[(triton.cdiv(neurons, _BLOCK),)]
-    with _on(x_seq.device):
+    with on(x_seq.device):
         launch(
             *(x_seq, x_seq if v is None else v, x_seq if steps is None else steps),
             *(x_seq if step is None else step, spikes, v_out, v_seq, gates),
@@ -104,7 +104,7 @@ def backward(
     """
     neurons = grad_x[0].numel()
     launch: Any = _backward[(triton.cdiv(neurons, _BLOCK),)]
-    with _on(grad_x.device):
+    with on(grad_x.device):
         launch(
             *(gates if grad is None else grad for grad in (grad_spikes, grad_v, grad_v_seq)),
             *(gates, grad_x, grad_v_init),
@@ -122,11 +122,6 @@ def backward(
             num_warps=_WARPS,
             enable_fp_fusion=False,
         )
-
-
-def _on(device: torch.device) -> Any:
-    # Triton launches on the current device; device -1 changes nothing (interpreter on a CPU).
-    return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 @triton.jit

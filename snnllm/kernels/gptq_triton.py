@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from neurons.backends.device import on
 
 try:
     import triton
@@ -49,7 +50,7 @@ def round_block(
     columns, rows = weight.shape
     grid: Any = (triton.cdiv(rows, _ROWS),)
     tensors = (weight, spread, scale, zero, codes, errors)
-    with torch.cuda.device(weight.device):  # Triton launches on the current device
+    with on(weight.device):
         _round_block[grid](*tensors, rows, float(top), columns, COLUMNS=_COLUMNS, ROWS=_ROWS)
 
 

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neurons.backends.device import on
 from neurons.backends.triton_encode import (
     check_layout,
     check_rows,
     known_runs,
-    on,
     outputs,
     padded,
     shape_of_programs,

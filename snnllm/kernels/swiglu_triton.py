@@ -17,11 +17,11 @@ import torch
 import triton
 from torch import Tensor
 
+from neurons.backends.device import on
 from neurons.backends.triton_encode import (
     EncodedRows,
     check_layout,
     check_rows,
-    on,
     outputs,
     padded,
     shape_of_programs,

@@ -6,12 +6,11 @@ kernels a conversion on a GPU is bound by millions of tiny launches.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from neurons.backends.device import on
 from snnllm.kernels.gptq_triton import triton_available
 
 if triton_available():
@@ -38,7 +37,7 @@ def fire_block(
     """
     columns, rows = weight.shape
     grid: Any = (triton.cdiv(rows, _ROWS),)
-    with _on(weight):
+    with on(weight.device):
         _fire_block[grid](
             *(weight, spread, threshold, counts, errors),
             *(rows, columns, float(steps)),
@@ -67,18 +66,13 @@ def refine_block(
     """
     columns, rows = gradient.shape
     grid: Any = (triton.cdiv(rows, _ROWS),)
-    with _on(gradient):
+    with on(gradient.device):
         _refine_block[grid](
             *(gradient, hessian, threshold, steps, counts, changes),
             *(rows, columns),
             COLUMNS=COLUMNS,
             ROWS=_ROWS,
         )
-
-
-def _on(tensor: Tensor) -> Any:
-    """Triton launches on the current device; its interpreter takes tensors of the CPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 if triton_available():

@@ -7,7 +7,6 @@ outputs NaN or infinite.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from neurons.backends.device import interpreted
 from neurons.encoder import Encoding
 from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.spec import (
@@ -188,11 +188,6 @@ class TritonBackend:
         """Return `a @ b^T` of int8 a [B, M, K] and b [B, N, K]: int32 [B, M, N], exact."""
         check_bmm(a, b)
         return exact_matmul(a, b.transpose(1, 2), a.shape[2] * 128 * 128)
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pack_blocks(codes: Tensor, bits: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from neurons.backends.triton_encode import EARLY_ROWS, INTERPRETED, early_launch
+from neurons.backends.device import EARLY_ROWS, early_launch, interpreted, on
 from snnllm.kernels.triton_dot import dot_product
 from snnllm.kernels.triton_linear import matmul
 
@@ -87,7 +87,7 @@ def encoded_linear(
         "enable_fp_fusion": False,
     }
     accumulators = dtype == torch.int32
-    with torch.cuda.device(count.device if count.is_cuda else -1):
+    with on(count.device):
         kernel: Any
         if config[0] == 0:
             _, bn, words, warps = config
@@ -96,7 +96,7 @@ def encoded_linear(
                 *(count.view(torch.int32), weight.view(torch.int32), *arguments),
                 ACCUMULATORS=accumulators,
                 **_early_flags(starts_early),
-                ASM=not INTERPRETED,
+                ASM=not interpreted(),
                 BN=bn,
                 KW=words,
                 num_warps=warps,
@@ -112,7 +112,7 @@ def encoded_linear(
             *(count, weight, *arguments),
             ACCUMULATORS=accumulators,
             **_early_flags(starts_early),
-            UNPACK=None if INTERPRETED else _unpacking(bits),
+            UNPACK=None if interpreted() else _unpacking(bits),
             UNROLL=segments.shape[0] if segments.shape[0] <= 2 else 0,
             BM=bm,
             BN=bn,
