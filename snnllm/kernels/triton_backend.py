@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from neurons import backends
 from neurons.backends.device import interpreted
 from neurons.encoder import Encoding
 from snnllm.kernels.exact import exact_matmul
@@ -27,7 +28,6 @@ from snnllm.kernels.spec import (
     check_bmm,
     check_counts,
     check_input,
-    segments_of,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class EncodePlan:
     Attributes:
         spec: the encoder.
         order: original channel of every padded position, -1 for padding, int32 `[P]`.
-        segments: (start, stop, group) of every segment, int32 `[S, 3]`.
+        table: (start, stop, group) of every segment, in positions.
+        segments: the same on the device, int32 `[S, 3]`.
         capacities: float32 `[G]`.
         clip: float32 `[G]`.
         runs: what the host knows of the layout (`triton_encode_tiles.runs_of`).
@@ -55,6 +56,7 @@ class EncodePlan:
 
     spec: EncoderSpec
     order: Tensor
+    table: tuple[tuple[int, int, int], ...]
     segments: Tensor
     capacities: Tensor
     clip: Tensor
@@ -140,15 +142,14 @@ class TritonBackend:
     def encode(self, x: Tensor, spec: EncoderSpec) -> Encoding:
         """Encode x [.., K]: counts in original channel order, parameters [.., G]."""
         check_input(x, spec.channels, spec.name)
-        plan, _ = _plan(spec, segments_of(spec.sizes), x.device)
-        count, threshold, zero_point, _ = encode_plan(x.reshape(-1, spec.channels), plan)
-        shape = (x.numel() // spec.channels, spec.channels)
-        original = torch.empty(shape, dtype=torch.uint8, device=x.device)
-        real = plan.order >= 0
-        original[:, plan.order[real].long()] = count[:, real]
-        lead = x.shape[:-1]
         return Encoding(
-            original.view(x.shape), threshold.view(*lead, -1), zero_point.view(*lead, -1)
+            *backends.encode(
+                x,
+                spec.channel_group.to(x.device),
+                spec.capacities,
+                spec.clip_factors.to(x.device),
+                spec.shared,
+            )
         )
 
     def accumulate(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
@@ -168,11 +169,11 @@ class TritonBackend:
         plan = layer.plan
         real = (plan.order >= 0).to(count.dtype)
         padded = (count.index_select(1, plan.order.clamp(min=0)) * real).to(torch.uint8)
-        bounds = plan.segments[:, :2].tolist()
-        sums = torch.stack([padded[:, a:b].sum(1, dtype=torch.int32) for a, b in bounds], 1)
+        parts = [padded[:, start:stop].sum(1, dtype=torch.int32) for start, stop, _ in plan.table]
+        sums = torch.stack(parts, 1)
         threshold = torch.ones(zero_point.shape, device=count.device)
         out = multiply((padded, threshold, zero_point.contiguous(), sums), layer, torch.int32)
-        for index, group in enumerate(plan.segments[:, 2].tolist()):
+        for index, (_, _, group) in enumerate(plan.table):
             if not active >> group & 1:
                 out[index] = 0
         return out
@@ -224,11 +225,12 @@ def _plan(
     for segment, start in zip(segments, starts, strict=False):
         part = original[segment.start : segment.stop]
         order[start : start + len(part)] = part.int()
-    table = [(a, b, s.act_group) for s, (a, b) in zip(segments, pairwise(starts), strict=True)]
+    table = tuple((a, b, s.act_group) for s, (a, b) in zip(segments, pairwise(starts), strict=True))
     rows = torch.tensor(table, dtype=torch.int32)
     plan = EncodePlan(
         spec,
         order.to(device),
+        table,
         rows.to(device),
         torch.tensor(spec.capacities, dtype=torch.float32).to(device),
         spec.clip_factors.to(device),

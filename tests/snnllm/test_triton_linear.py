@@ -151,6 +151,24 @@ def test_counts_of_a_step() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "capacities"),
+    [((20,), (15,)), ((16, 4), (15, 510)), ((1,) * 20, tuple(range(11, 31)))],
+    ids=["one", "wide", "many"],
+)
+def test_counts_in_the_original_order(
+    sizes: tuple[int, ...], capacities: tuple[int, ...], shared: bool
+) -> None:
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    spec = EncoderSpec(order, sizes, capacities, shared, "layer")
+    x = rows(5, 6, 20).view(2, 3, 20)
+    ours, theirs = TritonBackend().encode(x, spec), ReferenceBackend().encode(x, spec)
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert mine.dtype == expected.dtype
+        assert torch.equal(mine, expected)
+
+
 def test_packed_blocks_hold_planes_of_positions() -> None:
     codes = torch.arange(2 * BLOCK, dtype=torch.int16).view(1, -1) % 16
     packed = pack_blocks(codes, 4)
