@@ -215,16 +215,13 @@ def task_score(results: Mapping[str, Any], name: str) -> TaskScore:
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
     for key, value in results["results"][name].items():
-        metric, _, filtered = key.partition(",")
-        name_of = metric.removesuffix("_stderr")
-        if filtered != "none":  # a task may have one metric behind several filters
-            name_of += f" ({filtered})"
         if "," not in key or not isinstance(value, int | float):
             continue
-        if metric.endswith("_stderr"):
-            stderr[name_of] = float(value)
-        else:
-            metrics[name_of] = float(value)
+        metric, _, filtered = key.partition(",")
+        base = metric.removesuffix("_stderr")
+        if filtered != "none":  # a task may have one metric behind several filters
+            base += f" ({filtered})"
+        (stderr if metric.endswith("_stderr") else metrics)[base] = float(value)
     counts, local = results["n-samples"][name], name.endswith(_LOCAL)
     return TaskScore(
         task=name.removesuffix(_LOCAL) if local else name,

@@ -140,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
     # As `snnllm simulate`: the command line reaches up to the scripts (architecture test).
     from sims import paper as drawing
 
+    if args.dry_run and args.restart:
+        raise ValueError("--dry-run changes nothing; leave --restart out to see what is done.")
     device = checked_device(args.device)
     source = open_source(args.model)
     settings = settings_of(args, source)
@@ -147,8 +149,6 @@ def run(args: argparse.Namespace) -> int:
     jobs = jobs_of(tables)
     measures = {**standard_measures(settings, lambda label: progress(label)), **drawing.measures()}
     reporter = Reporter(tqdm.write, lambda label: progress(label), _block_bar)
-    if args.dry_run and args.restart:
-        raise ValueError("--dry-run changes nothing; leave --restart out to see what is done.")
     args.output.mkdir(parents=True, exist_ok=True)
     runner = Runner(
         source,

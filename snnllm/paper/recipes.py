@@ -28,6 +28,7 @@ __all__ = [
     "Row",
     "Table",
     "Training",
+    "settings_digest",
     "spikellm",
 ]
 
@@ -36,6 +37,12 @@ Record = Mapping[str, Any]
 
 Line = dict[str, Any]
 """One line of a table: values by the name of their column; None where nothing was measured."""
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Ten digits, equal for equal settings (JSON types), for the names of files."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 class Measure(StrEnum):
@@ -112,8 +119,7 @@ class Conversion:
     @property
     def name(self) -> str:
         """A file name, equal for equal conversions."""
-        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
-        return f"{self.pipeline}-{self.spike.label}-{digest[:10]}"
+        return f"{self.pipeline}-{self.spike.label}-{settings_digest(self.to_dict())}"
 
 
 @dataclass(frozen=True)

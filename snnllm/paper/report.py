@@ -135,7 +135,7 @@ def write_results(
     shown = json.dumps({k: v for k, v in stated.items() if k != "rows"}, indent=2)
     text += ["## Manifest", "", "```json", shown, "```", "", *_times(stated["rows"])]
     path = output / "results.md"
-    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_durably(path, ("\n".join(text) + "\n").encode())
     return [path, _write_json(stated, output / "manifest.json"), *files]
 
 

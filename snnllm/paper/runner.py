@@ -15,14 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from snnllm import checkpoint
-from snnllm.conversion import ConversionReport, convert
+from snnllm.conversion import ConversionReport, convert, package_versions
 from snnllm.evaluate import Progress
 from snnllm.modeling import load
 from snnllm.paper.measures import Data, Measures, Settings, Subject, stated_steps
@@ -216,7 +215,7 @@ class Runner:
         row, name = job.row, job.row.name
         record = self.records.setdefault(name, self.record(row))
         record["title"], record["kind"], record["errors"] = row.title, job.kind, {}
-        record["versions"] = {p: metadata.version(p) for p in ("snnllm", "torch", "transformers")}
+        record["versions"] = package_versions()
         if row.conversion is not None:
             record["recipe"] = row.conversion.to_dict()
         folder = self.output / "checkpoints" / name

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +23,7 @@ from snnllm.paper.recipes import (
     Row,
     Table,
     Training,
+    settings_digest,
 )
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.gptq import GptqOptions, convert_blocks
@@ -114,10 +113,8 @@ def _rival(
         "options": dataclasses.asdict(options),
     }
     name = "".join(c if c.isalnum() else "-" for c in label.lower())
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    made = Baseline(
-        f"{name}-{digest[:10]}", settings, partial(_build, partial(quantiser, **arguments), options)
-    )
+    build = partial(_build, partial(quantiser, **arguments), options)
+    made = Baseline(f"{name}-{settings_digest(settings)}", settings, build)
     return Row(label, "A16", made, quick)
 
 
