@@ -64,12 +64,15 @@ def random_llama(shape: Shape, blocks: int) -> LlamaForCausalLM:
 def main(argv: list[str] | None = None) -> int:
     """Convert two blocks and print one row of a table for each pipeline."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["7B"])
+    cuda = torch.cuda.is_available()
+    parser.add_argument(
+        "--shape", nargs="+", choices=sorted(SHAPES), default=["7B" if cuda else "135M"]
+    )
     parser.add_argument("--pipeline", nargs="+", choices=[*Pipeline], default=["rotated"])
     parser.add_argument("--preset", default="W4A4T2")
     parser.add_argument("--windows", type=int, default=32, help="calibration windows")
     parser.add_argument("--window", type=int, default=2048, help="tokens of a window")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
     args = parser.parse_args(argv)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{name}, {args.windows} windows of {args.window}, {args.preset}")

@@ -112,6 +112,13 @@ def test_the_speed_of_neurons(repository: Path, tmp_path: Path, capsys: Any) -> 
     assert (tmp_path / "out.json").is_file()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures where there is a GPU")
+def test_the_speed_of_linears_needs_a_gpu(repository: Path, capsys: Any) -> None:
+    module = benchmark(repository, "linear_gpu")
+    assert module.main([]) == module.SKIPPED
+    assert "there is no CUDA device; skipped" in capsys.readouterr().err
+
+
 def test_the_speed_of_a_conversion(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
