@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -11,8 +10,6 @@ from snnllm.config import Rotation, SpikeConfig
 from snnllm.evaluate import trained_context
 from snnllm.pipelines.streaming import INPUT_GROUPS
 from snnllm.sources import Source
-
-_log = logging.getLogger(__name__)
 
 
 def linear_names(source: Source) -> list[str]:
@@ -75,7 +72,8 @@ def check_windows(windows: Tensor, source: Source) -> None:
     """Refuse calibration windows that the model cannot read, and warn of ones that are too long.
 
     Raises:
-        ValueError: Wrong shape or dtype, no window, or ids outside of the vocabulary.
+        ValueError: Wrong shape or dtype, no window, longer than the context, or ids outside of the
+            vocabulary.
     """
     if windows.dim() != 2 or windows.numel() == 0 or windows.is_floating_point():
         raise ValueError(
@@ -90,10 +88,9 @@ def check_windows(windows: Tensor, source: Source) -> None:
         )
     context = trained_context(source.config)
     if context is not None and windows.shape[1] > context:
-        _log.warning(
-            "calibration windows of %d tokens are longer than the context of %s (%d); positions "
-            "beyond it were never trained, use shorter windows",
-            *(windows.shape[1], source.name, context),
+        raise ValueError(
+            f"calibration windows of {windows.shape[1]} tokens are longer than the context of "
+            f"{source.name} ({context}): positions beyond it were never trained; use shorter windows."
         )
 
 

@@ -27,10 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DATA_VARIABLE", "load_text", "random_windows", "token_windows", "tokenize"]
+__all__ = [
+    "DATA_VARIABLE",
+    "load_text",
+    "local_tasks",
+    "random_windows",
+    "token_windows",
+    "tokenize",
+]
 
 DATA_VARIABLE = "SNNLLM_DATA"
-"""Environment variable: the folder with local copies of datasets (`wikitext2/wiki.test.raw`)."""
+"""Environment variable: the folder with local copies of datasets (`wikitext2/wiki.test.raw`, `tasks`)."""
 
 _ROW_SEPARATOR = "\n\n"
 
@@ -118,6 +125,13 @@ def token_windows(ids: Tensor, window: int, limit: int | None = None) -> Tensor:
     if limit < 1:
         raise ValueError(f"The limit must be at least 1 window, got {limit}.")
     return windows[torch.arange(limit, device=ids.device) * len(windows) // limit]
+
+
+def local_tasks() -> Path | None:
+    """The folder `tasks` with local rows of zero-shot tasks; None without one."""
+    root = os.environ.get(DATA_VARIABLE)
+    folder = Path(root, "tasks") if root else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def random_windows(ids: Tensor, window: int, count: int, seed: int) -> Tensor:

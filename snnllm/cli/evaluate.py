@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snnllm.cli.options import add_run_options, open_model, progress, window_length
-from snnllm.data import load_text, token_windows, tokenize
+from snnllm.data import DATA_VARIABLE, load_text, local_tasks, token_windows, tokenize
 from snnllm.evaluate import token_perplexity
 from snnllm.harness import evaluate_tasks
 from snnllm.zeroshot import ZERO_SHOT_TASKS
@@ -65,7 +65,8 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
         "--task-data",
         type=Path,
         metavar="FOLDER",
-        help="read the tasks of the paper from JSONL files here (piqa_val.jsonl ...), no network",
+        help="read the tasks of the paper from JSONL files here (piqa_val.jsonl ...), no network "
+        f"(default: ${DATA_VARIABLE}/tasks if it exists)",
     )
     tasks.add_argument(
         "--num-fewshot", type=int, help="examples before each question (default: as the task says)"
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             model,
             tokenizer,
             args.tasks,
-            task_data=args.task_data,
+            task_data=args.task_data or local_tasks(),
             limit=args.limit,
             batch_size=8 if args.batch_size is None else args.batch_size,
             num_fewshot=args.num_fewshot,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 
 from snnllm.cli.options import checked_device, progress, window_length
-from snnllm.data import DATA_VARIABLE
+from snnllm.data import DATA_VARIABLE, local_tasks
 from snnllm.paper.measures import Settings, standard_measures
+from snnllm.paper.parallel import Workers
 from snnllm.paper.recipes import Measure, Table, Training
 from snnllm.paper.report import write_results
 from snnllm.paper.runner import Job, Reporter, Runner, jobs_of
@@ -75,6 +76,14 @@ def add_parser(commands: Any) -> None:
         "--dry-run", action="store_true", help="list the rows, what is done, and expected seconds"
     )
     parser.add_argument("--restart", action="store_true", help="discard what OUTPUT holds")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="rows at once on the device, whose memory must hold them; speed is always measured alone "
+        "(default: 1)",
+    )
     parser.add_argument(
         "--keep", action="store_true", help="keep the checkpoints (OUTPUT/checkpoints)"
     )
@@ -142,32 +151,17 @@ def run(args: argparse.Namespace) -> int:
 
     if args.dry_run and args.restart:
         raise ValueError("--dry-run changes nothing; leave --restart out to see what is done.")
-    device = checked_device(args.device)
-    source = open_source(args.model)
-    settings = settings_of(args, source)
-    tables = chosen_tables(args, settings)
-    jobs = jobs_of(tables)
-    measures = {**standard_measures(settings, lambda label: progress(label)), **drawing.measures()}
-    reporter = Reporter(tqdm.write, lambda label: progress(label), _block_bar)
-    args.output.mkdir(parents=True, exist_ok=True)
-    runner = Runner(
-        source,
-        settings,
-        measures,
-        args.output,
-        device,
-        reporter,
-        restart=args.restart,
-        keep=args.keep,
-        look=args.dry_run,
-    )
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {args.jobs}.")
+    runner, tables = _opened(args, leader=True)
+    workers = Workers(args.jobs, partial(_worker, args)) if args.jobs > 1 else None
     try:
         if args.dry_run:
             print("\n".join(plan(tables, runner)))
             return 0
-        done = runner.execute(jobs)
+        done = runner.execute(jobs_of(tables), workers)
         figures = drawing.figures(tables, runner.record, args.output / "figures")
-        files = write_results(runner, source, tables, device_name(device), figures)
+        files = write_results(runner, tables, device_name(runner.device), figures)
     finally:
         runner.close()
     print(files[0].read_text(encoding="utf-8").partition("## Figures")[0])
@@ -175,6 +169,39 @@ def run(args: argparse.Namespace) -> int:
     if not done:
         print("some rows failed; the same command tries them again")
     return 0 if done else 1
+
+
+def _opened(args: argparse.Namespace, leader: bool) -> tuple[Runner, list[Table]]:
+    """The output folder as the options describe it, and the tables; a worker is silent."""
+    from sims import paper as drawing
+
+    source = open_source(args.model)
+    settings = settings_of(args, source)
+    tables = chosen_tables(args, settings)
+    if leader:
+        reporter = Reporter(tqdm.write, progress, _block_bar)
+    else:
+        reporter = Reporter(lambda _: None, lambda _: None, lambda *_: lambda _: None)
+    args.output.mkdir(parents=True, exist_ok=True)
+    runner = Runner(
+        source,
+        settings,
+        {**standard_measures(settings, reporter.windows), **drawing.measures()},
+        args.output,
+        checked_device(args.device),
+        reporter,
+        restart=args.restart and leader,
+        keep=args.keep,
+        look=args.dry_run or not leader,
+        at_once=1 if leader else args.jobs,
+    )
+    return runner, tables
+
+
+def _worker(args: argparse.Namespace) -> tuple[Runner, dict[str, Job]]:
+    """What a worker process works with."""
+    runner, tables = _opened(args, leader=False)
+    return runner, {job.row.name: job for job in jobs_of(tables)}
 
 
 def settings_of(args: argparse.Namespace, source: Source) -> Settings:
@@ -194,7 +221,7 @@ def settings_of(args: argparse.Namespace, source: Source) -> Settings:
         texts=tuple(args.text),
         calibration=args.calibration,
         tasks=() if args.no_tasks else ZERO_SHOT_TASKS,
-        task_data=args.task_data or _local_rows(),
+        task_data=args.task_data or local_tasks(),
         seed=args.seed,
         **values,
     )
@@ -205,12 +232,6 @@ def _given(args: argparse.Namespace, name: str, default: int | None) -> int | No
     if value is not None and value < 1:
         raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {value}.")
     return default if value is None else value
-
-
-def _local_rows() -> Path | None:
-    root = os.environ.get(DATA_VARIABLE)
-    folder = Path(root, "tasks") if root else None
-    return folder if folder is not None and folder.is_dir() else None
 
 
 def chosen_tables(args: argparse.Namespace, settings: Settings) -> list[Table]:

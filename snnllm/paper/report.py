@@ -18,7 +18,6 @@ from snnllm.conversion import package_versions
 from snnllm.paper.published import Published, published_values, recognise
 from snnllm.paper.recipes import Line, Table
 from snnllm.paper.runner import Job, Runner, jobs_of
-from snnllm.sources import Source
 from snnllm.work import write_durably
 
 __all__ = ["manifest", "published_lines", "table_lines", "write_results"]
@@ -54,9 +53,7 @@ def _published_line(p: Published) -> str:
     return f"| {p.metric} | {p.bits} | {p.method} | {p.value:g} | {p.table or '-'} | {p.source} |"
 
 
-def manifest(
-    runner: Runner, source: Source, tables: Sequence[Table], device: str
-) -> dict[str, Any]:
+def manifest(runner: Runner, tables: Sequence[Table], device: str) -> dict[str, Any]:
     """How the results came about: versions, device, model, data, settings, times, errors."""
     jobs = jobs_of(tables)
     rows = {}
@@ -65,11 +62,12 @@ def manifest(
         rows[job.row.name] = {
             "title": job.row.title,
             "seconds": record["seconds"],
+            "at_once": record.get("at_once", 1),
             "errors": record["errors"],
         }
     return {
         **runner.run,
-        "published": recognise(source.config, source.name),
+        "published": recognise(runner.source.config, runner.source.name),
         "device_name": device,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **package_versions()},
@@ -97,7 +95,6 @@ def _commit() -> str | None:
 
 def write_results(
     runner: Runner,
-    source: Source,
     tables: Sequence[Table],
     device: str,
     figures: Sequence[tuple[str, Path]],
@@ -106,7 +103,6 @@ def write_results(
 
     Args:
         runner: Holds the records.
-        source: The dense model.
         tables: What was asked for.
         device: Name of the device.
         figures: Captions and files, inside the output folder.
@@ -114,7 +110,7 @@ def write_results(
     Returns:
         The files.
     """
-    output, stated = runner.output, manifest(runner, source, tables, device)
+    output, stated = runner.output, manifest(runner, tables, device)
     model = stated["published"]
     text = [f"# Results on {stated['model']}", "", *_summary(stated), ""]
     files = []
@@ -150,6 +146,11 @@ def _summary(stated: Mapping[str, Any]) -> list[str]:
         f"{s['calibration_window']} tokens of {s['calibration']}. {stated['device_name']}, "
         f"{stated['seconds'] / 60:.1f} minutes of work."
     ]
+    at_once = max((row["at_once"] for row in stated["rows"].values()), default=1)
+    if at_once > 1:
+        lines += [
+            f"{at_once} rows ran at once, but those whose speed is measured: times are shared."
+        ]
     if s["tasks"]:
         lines += [f"Zero-shot tasks: {samples} of {', '.join(s['tasks'])}."]
     return lines

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,9 @@ from snnllm.paper.recipes import Baseline, Conversion, Measure, Row, Table
 from snnllm.pipelines.report import BlockReport, device_mib
 from snnllm.sources import Source, dense_model
 from snnllm.work import differences, locked, source_digest, write_durably
+
+if TYPE_CHECKING:
+    from snnllm.paper.parallel import Workers
 
 __all__ = ["Job", "Reporter", "Runner", "jobs_of"]
 
@@ -97,8 +100,12 @@ class Runner:
         restart: Discard what an earlier run has left.
         keep: Keep the checkpoints.
         look: Only look; `run.json` is not written.
+        at_once: Worker process of a run that works on so many models at once, and holds the lock.
 
     Attributes:
+        source: The dense model.
+        output: The folder.
+        device: Where models run.
         run: Description of the run, as in `run.json`.
         records: What is known about each model, by name.
 
@@ -118,10 +125,11 @@ class Runner:
         restart: bool = False,
         keep: bool = False,
         look: bool = False,
+        at_once: int = 1,
     ) -> None:
-        self._source, self._settings, self._measures = source, settings, measures
-        self._device, self._reporter, self._keep = device, reporter, keep
-        self.output = output
+        self.source, self.output, self.device = source, output, device
+        self._settings, self._measures = settings, measures
+        self._reporter, self._keep, self._at_once = reporter, keep, at_once
         self._tokenizer = source.tokenizer()
         self._data = Data.load(settings, self._tokenizer)
         self.run = {
@@ -133,11 +141,12 @@ class Runner:
             "settings": _deciding(settings),
         }
         self._rows.mkdir(parents=True, exist_ok=True)
-        self._lock = locked(output, f"{output} is in use: another process reproduces into it.")
+        in_use = f"{output} is in use: another process reproduces into it."
+        self._lock = locked(output, in_use) if at_once == 1 else None
         try:
             self._take(restart, look)
         except BaseException:
-            self._lock.close()
+            self.close()
             raise
 
     @property
@@ -146,7 +155,8 @@ class Runner:
 
     def close(self) -> None:
         """Let the folder go."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _take(self, restart: bool, look: bool) -> None:
         """Read what an earlier run has left, or discard or refuse it."""
@@ -189,8 +199,12 @@ class Runner:
         conversion = [_CONVERSION] if isinstance(job.row.conversion, Conversion) else []
         return [*conversion, *map(str, job.measures)]
 
-    def execute(self, jobs: Sequence[Job]) -> bool:
+    def execute(self, jobs: Sequence[Job], workers: Workers | None = None) -> bool:
         """Convert and measure whatever is not done.
+
+        Args:
+            jobs: The models.
+            workers: Several at once; those whose speed is measured wait until they are alone.
 
         Returns:
             Whether everything is done now; errors stand in the records.
@@ -198,24 +212,44 @@ class Runner:
         unknown = {m for job in jobs for m in job.measures} - self._measures.keys()
         if unknown:
             raise ValueError(f"Nothing here measures {', '.join(sorted(unknown))}.")
-        for number, job in enumerate(jobs, start=1):
-            if not self.pending(job):
-                continue
-            say = self._reporter.say
-            say(f"[{number}/{len(jobs)}] {job.row.title}; {self.outlook(jobs)}")
+        say = self._reporter.say
+        todo = [job for job in jobs if self.pending(job)]
+        together = [job for job in todo if Measure.SPEED not in self.pending(job)]
+        if workers is not None and len(together) > 1:
+            for number, (job, result) in enumerate(workers.run(together), start=1):
+                self._take_over(job, result)
+                say(f"[{number}/{len(together)}, {workers.count} at once] {job.row.title}")
+                self._say_errors(job)
+            todo = [job for job in todo if job not in together]
+        for number, job in enumerate(todo, start=1):
+            say(f"[{number}/{len(todo)}] {job.row.title}; {self.outlook(jobs)}")
             start = time.perf_counter()
             self._work_on(job)
-            errors = self.record(job.row)["errors"]
-            say(f"    {time.perf_counter() - start:.1f} s" + (", FAILED" if errors else ""))
-            for step, message in errors.items():
-                say(f"    {step}: {message}")
+            say(f"    {time.perf_counter() - start:.1f} s")
+            self._say_errors(job)
         return not any(self.pending(job) for job in jobs)
+
+    def _take_over(self, job: Job, result: dict[str, Any] | BaseException) -> None:
+        """The record that a worker has written, or the end of the worker as an error."""
+        name = job.row.name
+        if isinstance(result, BaseException):
+            record = self.records.setdefault(name, self.record(job.row))
+            record["title"], record["kind"] = job.row.title, job.kind
+            record["errors"] = {"worker": f"{type(result).__name__}: {result}"}
+            self._save(name)
+        else:
+            self.records[name] = result
+
+    def _say_errors(self, job: Job) -> None:
+        for step, message in self.record(job.row)["errors"].items():
+            self._reporter.say(f"    {step} FAILED: {message}")
 
     def _work_on(self, job: Job) -> None:
         row, name = job.row, job.row.name
         record = self.records.setdefault(name, self.record(row))
         record["title"], record["kind"], record["errors"] = row.title, job.kind, {}
         record["versions"] = package_versions()
+        record["at_once"] = self._at_once
         if row.conversion is not None:
             record["recipe"] = row.conversion.to_dict()
         folder = self.output / "checkpoints" / name
@@ -238,7 +272,7 @@ class Runner:
             model=model,
             tokenizer=self._tokenizer,
             conversion=row.conversion,
-            source=self._source,
+            source=self.source,
             data=self._data,
             figures=self.output / "figures",
         )
@@ -273,21 +307,21 @@ class Runner:
             return False
         values = report.to_dict()
         del values["output"]
-        record[_CONVERSION] = {**values, "device_mib": device_mib(self._device)}
+        record[_CONVERSION] = {**values, "device_mib": device_mib(self.device)}
         self._save(name)
         return True
 
     def _convert(self, conversion: Conversion, name: str, folder: Path) -> ConversionReport:
         return convert(
-            self._source,
+            self.source,
             folder,
             conversion.spike,
             self._data.calibration,
             pipeline=conversion.pipeline,
             options=conversion.options,
             seed=self._settings.seed,
-            device=self._device,
-            on_block=self._reporter.blocks(name, self._source.config.num_hidden_layers),
+            device=self.device,
+            on_block=self._reporter.blocks(name, self.source.config.num_hidden_layers),
         )
 
     def _load(self, conversion: Made, name: str, folder: Path) -> Any:
@@ -295,23 +329,23 @@ class Runner:
         facts: dict[str, Any] = {}
         model: Any
         if conversion is None:
-            model = dense_model(self._source)
+            model = dense_model(self.source)
         elif isinstance(conversion, Baseline):
             model, facts = conversion.build(
-                self._source, self._data.calibration, self._settings.seed, self._device
+                self.source, self._data.calibration, self._settings.seed, self.device
             )
         else:
             model = load(folder)
             facts = stated_steps(model)
         self.records[name]["model"] = facts
-        return model.to(self._device)
+        return model.to(self.device)
 
     def _forget(self) -> None:
         """Give memory back before the next model comes."""
         gc.collect()
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     # -- time ----------------------------------------------------------------------------------
 
@@ -340,8 +374,9 @@ class Runner:
         ]
         known = [s for s in steps if s is not None]
         unknown = len(steps) - len(known)
-        hint = f" and {unknown} steps never timed yet" if unknown else ""
-        return f"to do: {sum(known) / 60:.1f} min{hint}"
+        parts = [f"{sum(known) / 60:.1f} min"] if known or not unknown else []
+        parts += [f"{unknown} steps never timed yet"] if unknown else []
+        return f"to do: {' and '.join(parts)}"
 
 
 def _deciding(settings: Settings) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import torch
 from snnllm.cli import build_parser, main, reproduce
 from snnllm.config import SpikeConfig
 from snnllm.data import load_text
+from snnllm.paper import parallel
 from snnllm.paper import runner as paper_runner
 from snnllm.paper.lines import efficiency_lines, find, speed_lines
 from snnllm.paper.measures import stated_steps
@@ -261,6 +262,54 @@ def test_a_killed_run_continues(command, tmp_path):
     assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
 
 
+def test_rows_at_once_give_the_same_results(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    rows = ("--rows", "float", "rtn")
+    assert main([*command(tmp_path / "two", *rows), "--jobs", "2"]) == 0
+    assert main(command(tmp_path / "one", *rows)) == 0
+    two, one = untimed(tmp_path / "two"), untimed(tmp_path / "one")
+    assert {record.pop("at_once") for record in two.values()} == {2}
+    assert {record.pop("at_once") for record in one.values()} == {1}
+    assert two == one
+    assert "2 rows ran at once" in (tmp_path / "two" / "results.md").read_text()
+
+
+def test_a_worker_that_dies_is_a_failed_row(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "_start", os._exit)  # cannot be called so: the process ends
+    arguments = [*command(tmp_path, "--rows", "float", "rtn"), "--jobs", "2"]
+    assert main(arguments) == 1
+    assert "some rows failed" in capsys.readouterr().out
+    record = json.loads((tmp_path / "rows" / "float.json").read_text())
+    assert "BrokenProcessPool" in record["errors"]["worker"]
+    monkeypatch.undo()
+    assert main(arguments[:-2]) == 0
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_run(command, tmp_path):
+    """SIGKILL of the leader: its workers stop, too, and the folder can be continued at once."""
+    arguments = [*command(tmp_path, "--rows", "float", "rtn", "SpikeLLM"), "--jobs", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snnllm", *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    first = tmp_path / "rows" / "float.json"
+    deadline = time.monotonic() + 240
+    while not first.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert first.exists()
+    time.sleep(3)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert main(arguments) == 0
+
+
 def test_a_baseline_needs_no_checkpoint(command, tmp_path, monkeypatch):
     """A table of one's own: a float model with rounded weights beside the dense one."""
 
@@ -348,6 +397,7 @@ def test_a_dry_run_lists_rows_and_measures_nothing(command, tmp_path, capsys):
     ("options", "message"),
     [
         (["--rows", "nonesuch"], "No row of main contains 'nonesuch'"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
         (["--limit", "0"], "limit must be at least 1"),
         (["--calibration", "TEXT"], "is the calibration text, too"),
         (["--text", "TEXT", "TEXT"], "Two evaluation texts are called"),
