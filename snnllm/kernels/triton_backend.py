@@ -103,11 +103,6 @@ class TritonBackend:
 
     def prepare(self, spec: LinearSpec) -> TritonLinear:
         """Pack the weight and precompute what the epilogue needs, once per layer."""
-        if max(spec.encoder.capacities) > _BYTE_MAX:
-            raise ValueError(
-                f"{spec.encoder.name}: counts beyond {_BYTE_MAX} do not fit the 8-bit operand of the "
-                "triton backend; use fewer bits or steps, or backend='reference'"
-            )
         plan, starts = _plan(spec.encoder, spec.segments, spec.levels.device)
         shifted = max(spec.encoder.capacities) > _INT8_MAX
         bits = next(width for width in (2, 4, 8) if spec.weight_bits <= width)
@@ -156,6 +151,7 @@ class TritonBackend:
         """Return the centred accumulators of x [.., K]: int32 [S, M, N], M the number of rows."""
         layer = _triton(prepared)
         check_input(x, layer.in_features, layer.name)
+        _check_bytes(layer)
         return multiply(
             encode_plan(x.reshape(-1, layer.in_features), layer.plan), layer, torch.int32
         )
@@ -166,6 +162,8 @@ class TritonBackend:
         """Return the centred accumulators of given counts [M, K]: int32 [S, M, N]."""
         layer = _triton(prepared)
         check_counts(count, zero_point, layer)
+        if count.dtype != torch.uint8:
+            _check_bytes(layer)
         plan = layer.plan
         real = (plan.order >= 0).to(count.dtype)
         padded = (count.index_select(1, plan.order.clamp(min=0)) * real).to(torch.uint8)
@@ -182,6 +180,7 @@ class TritonBackend:
         """Return y [.., N] in x.dtype of x [.., K]."""
         layer = _triton(prepared)
         check_input(x, layer.in_features, layer.name)
+        _check_bytes(layer)
         rows = encode_plan(x.reshape(-1, layer.in_features), layer.plan)
         return multiply(rows, layer, x.dtype).view(*x.shape[:-1], layer.out_features)
 
@@ -261,6 +260,15 @@ def multiply(
     count = count.view(torch.int8)
     out: Tensor = encoded_linear(count, *parameters, *layer.arguments, layer.bits, dtype)
     return out
+
+
+def _check_bytes(layer: TritonLinear) -> None:
+    """Refuse counts that do not fit the operand; the spikes of a step may (`accumulate_counts`)."""
+    if max(layer.plan.spec.capacities) > _BYTE_MAX:
+        raise ValueError(
+            f"{layer.name}: counts beyond {_BYTE_MAX} do not fit the 8-bit operand of the triton backend; "
+            "use fewer bits or steps, the unrolled view, or backend='reference'"
+        )
 
 
 def _triton(prepared: PreparedLinear) -> TritonLinear:

@@ -187,10 +187,29 @@ def test_a_weight_takes_its_bits_of_memory() -> None:
 
 def test_refusals() -> None:
     backend = TritonBackend()
+    spec = make_spec(0, capacities=(15, 510))
+    wide = backend.prepare(spec)
     with pytest.raises(ValueError, match="beyond 255"):
-        backend.prepare(make_spec(0, capacities=(15, 510)))
+        backend.linear(rows(0, 1, 163), wide)
+    with pytest.raises(ValueError, match="beyond 255"):
+        backend.accumulate(rows(0, 1, 163), wide)
+    zero_point = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="beyond 255"):
+        backend.accumulate_counts(rows(0, 1, 163).to(torch.int16), zero_point, wide)
     with pytest.raises(TypeError, match="prepared by another backend"):
         backend.linear(rows(0, 1, 163), ReferenceBackend().prepare(make_spec(0)))
+
+
+def test_steps_of_spikes_fit_where_their_counts_do_not() -> None:
+    """A8 and T = 2: up to 510 in a count, up to 255 in a step."""
+    spec = make_spec(0, capacities=(255, 510))
+    spikes = torch.randint(0, 256, (3, 163), dtype=torch.uint8).to(DEVICE)
+    zero_point = torch.tensor([[3, 5], [0, 0], [255, 510]], dtype=torch.int32, device=DEVICE)
+    ours, reference = (
+        b.accumulate_counts(spikes, zero_point, b.prepare(spec))
+        for b in (TritonBackend(), ReferenceBackend())
+    )
+    assert torch.equal(ours, reference)
 
 
 def test_the_kernels_know_the_block_of_the_packing() -> None:
