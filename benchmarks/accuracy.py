@@ -52,6 +52,7 @@ def ablation() -> list[tuple[str, str, dict[str, Any]]]:
     """{no saliency, five scores} x {shared, split} x T, the default recipe without rotation.
 
     The rotated basis chooses the residual channels by a score of its own, so it cannot compare them.
+    With one step and one range for all, salient channels are encoded as the others: no saliency.
     """
 
     def channels(fields: dict[str, Any]) -> Any:
@@ -61,11 +62,13 @@ def ablation() -> list[tuple[str, str, dict[str, Any]]]:
     for value_range in ("shared", "split"):
         one = {"value_range": value_range}
         rows.append((f"{value_range}, no saliency", "W4A4", channels(one)))
-        for steps in (2, 4):
+        for steps in (1, 2, 4) if value_range == "split" else (2, 4):
+            preset = "W4A4T4" if steps == 4 else "W4A4T2"
+            few = {"salient_steps": 1, "kv_salient_steps": 1} if steps == 1 else {}
             for score in SCORES:
-                fields = {**one, "score": score}
+                fields = {**one, **few, "score": score}
                 name = f"{value_range}, T = {steps}, {score}"
-                rows.append((name, f"W4A4T{steps}", channels(fields)))
+                rows.append((name, preset, channels(fields)))
     return rows
 
 
