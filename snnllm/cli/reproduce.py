@@ -81,8 +81,8 @@ def add_parser(commands: Any) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="rows at once on the device, whose memory must hold them; speed is always measured alone "
-        "(default: 1)",
+        help="rows at once, each on a GPU of its own where there are several (--device cuda), or on a CPU of "
+        "many cores; speed is always measured alone (default: 1)",
     )
     parser.add_argument(
         "--keep", action="store_true", help="keep the checkpoints (OUTPUT/checkpoints)"
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--dry-run changes nothing; leave --restart out to see what is done.")
     if args.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {args.jobs}.")
-    runner, tables = _opened(args, leader=True)
+    runner, tables = _opened(args)
     workers = Workers(args.jobs, partial(_worker, args)) if args.jobs > 1 else None
     try:
         if args.dry_run:
@@ -171,13 +171,14 @@ def run(args: argparse.Namespace) -> int:
     return 0 if done else 1
 
 
-def _opened(args: argparse.Namespace, leader: bool) -> tuple[Runner, list[Table]]:
+def _opened(args: argparse.Namespace, worker: int | None = None) -> tuple[Runner, list[Table]]:
     """The output folder as the options describe it, and the tables; a worker is silent."""
     from sims import paper as drawing
 
     source = open_source(args.model)
     settings = settings_of(args, source)
     tables = chosen_tables(args, settings)
+    leader = worker is None
     if leader:
         reporter = Reporter(tqdm.write, progress, _block_bar)
     else:
@@ -188,7 +189,7 @@ def _opened(args: argparse.Namespace, leader: bool) -> tuple[Runner, list[Table]
         settings,
         {**standard_measures(settings, reporter.windows), **drawing.measures()},
         args.output,
-        checked_device(args.device),
+        device_of(args.device, worker),
         reporter,
         restart=args.restart and leader,
         keep=args.keep,
@@ -198,9 +199,19 @@ def _opened(args: argparse.Namespace, leader: bool) -> tuple[Runner, list[Table]
     return runner, tables
 
 
-def _worker(args: argparse.Namespace) -> tuple[Runner, dict[str, Job]]:
+def device_of(name: str, worker: int | None) -> torch.device:
+    """The device of a worker process: the GPUs in turn, unless one is named."""
+    device = checked_device(name)
+    if worker is not None and name == "cuda":
+        device = torch.device("cuda", worker % torch.cuda.device_count())
+    return device
+
+
+def _worker(args: argparse.Namespace, number: int) -> tuple[Runner, dict[str, Job]]:
     """What a worker process works with."""
-    runner, tables = _opened(args, leader=False)
+    runner, tables = _opened(args, number)
+    if runner.device.type == "cuda":
+        torch.cuda.set_device(runner.device)
     return runner, {job.row.name: job for job in jobs_of(tables)}
 
 

@@ -274,6 +274,19 @@ def test_rows_at_once_give_the_same_results(command, tmp_path, monkeypatch):
     assert "2 rows ran at once" in (tmp_path / "two" / "results.md").read_text()
 
 
+def test_workers_take_the_gpus_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(reproduce.device_of("cuda", n)) for n in (0, 1, 2)] == [
+        "cuda:0",
+        "cuda:1",
+        "cuda:0",
+    ]
+    assert str(reproduce.device_of("cuda:1", 0)) == "cuda:1"
+    assert str(reproduce.device_of("cuda", None)) == "cuda"
+    assert str(reproduce.device_of("cpu", 1)) == "cpu"
+
+
 def test_a_worker_that_dies_is_a_failed_row(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parallel, "_start", os._exit)  # cannot be called so: the process ends
     arguments = [*command(tmp_path, "--rows", "float", "rtn"), "--jobs", "2"]
