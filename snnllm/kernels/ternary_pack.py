@@ -1,0 +1,122 @@
+"""Ternary weights as a GPU reads them: two bits a spike, in memory as in the inner loop.
+
+A level of a neuron with T steps is a number of balanced ternary digits, each of which is a spike:
+
+    q = sum_i 3^i d_i,   d_i in {-1, 0, 1},   i < D,   D the least with (3^D - 1) / 2 >= T
+
+so one step takes one digit, two to four take two, five to thirteen three. A digit is stored as a two's
+complement number of two bits, which are, moved to the top of a word, the float 2 d (-2: `0xC000...`, 2:
+`0x4000...`, in float32, bfloat16 and float16 alike). Five trits in a byte, as they are on disk, would be
+a fifth less memory, and four operations more a digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from snnllm.step_allocation import StepClass, threshold_runs
+
+BLOCKS = (128, 64)
+"""Sizes of a block that the kernels know, in positions; it has one threshold a row."""
+STRIDE = 8
+"""Activations have a multiple of so many blocks, behind the last block zeros."""
+
+
+class PackedTernary(NamedTuple):
+    """A ternary weight for `snnllm.kernels.ternary_ops`.
+
+    A block holds positions that share a threshold and a place in the digits; byte j of it holds the
+    digits of the positions j, j + block / 4, j + block / 2, j + 3 block / 4 from its low bits on.
+
+    Attributes:
+        weight: uint8 `[N, P / 4]`.
+        scale: Threshold of every row and block, float16 `[N, B]`.
+        factor: `3^i / 2` of every block, float32 `[B]`.
+        order: Channel of every position, -1 for padding, int32 `[P]`; more -1 up to a multiple of
+            `STRIDE` blocks.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    factor: Tensor
+    order: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all of it."""
+        return sum(part.numel() * part.element_size() for part in self)
+
+
+def digits_of(steps: int) -> int:
+    """How many balanced ternary digits hold the levels `-steps..steps`."""
+    digits = 1
+    while (3**digits - 1) // 2 < steps:
+        digits += 1
+    return digits
+
+
+def balanced_digits(levels: Tensor, count: int) -> list[Tensor]:
+    """Balanced ternary digits of integers, the lowest first: int16 in {-1, 0, 1}, `[*]` each."""
+    rest, out = levels.to(torch.int16), []
+    for _ in range(count):
+        digit = (rest + 1).remainder_(3).sub_(1)
+        rest = (rest - digit).div_(3, rounding_mode="floor")
+        out.append(digit)
+    return out
+
+
+def pack_ternary(
+    levels: Tensor,
+    threshold: Tensor,
+    order: Tensor,
+    classes: Sequence[StepClass],
+    group_size: int | None,
+) -> PackedTernary:
+    """Pack spike counts in stored order.
+
+    Args:
+        levels: int8 `[N, K]`, columns sorted by class.
+        threshold: float16 `[N, J]`, one per row and run of columns (`threshold_runs`).
+        order: Channel of every column, `[K]`.
+        classes: Steps and sizes of the classes.
+        group_size: As `threshold_runs` takes it.
+    """
+    steps = [c.steps for c in classes for _ in threshold_runs((c,), group_size)]
+    runs = threshold_runs(classes, group_size)
+    digits = [digits_of(t) for t in steps]
+
+    def bits(block: int) -> int:
+        blocks = sum(d * -(-size // block) for d, size in zip(digits, runs, strict=True))
+        return blocks * (2 * block + 16)
+
+    block = min(BLOCKS, key=bits)
+    weights, channels, scales, factors, start = [], [], [], [], 0
+    for run, (size, count) in enumerate(zip(runs, digits, strict=True)):
+        part = slice(start, start + size)
+        padding, blocks = -size % block, -(-size // block)
+        channel = torch.nn.functional.pad(order[part].int(), (0, padding), value=-1)
+        for place, digit in enumerate(balanced_digits(levels[:, part], count)):
+            weights.append(_pack_digit(torch.nn.functional.pad(digit, (0, padding)), block))
+            channels.append(channel)
+            scales += [threshold[:, run]] * blocks
+            factors += [3**place / 2] * blocks
+        start += size
+    return PackedTernary(
+        torch.cat(weights, 1),
+        torch.stack(scales, 1),
+        torch.tensor(factors, dtype=torch.float32, device=levels.device),
+        torch.nn.functional.pad(torch.cat(channels), (0, -len(factors) % STRIDE * block), value=-1),
+    )
+
+
+def _pack_digit(digit: Tensor, block: int) -> Tensor:
+    """Digits int16 `[N, P]` of whole blocks as uint8 `[N, P / 4]`."""
+    planes = (digit & 3).to(torch.uint8).view(len(digit), -1, 4, block // 4)
+    packed = planes[:, :, 0].clone()
+    for plane in range(1, 4):
+        packed |= planes[:, :, plane] << (2 * plane)
+    return packed.flatten(1)
