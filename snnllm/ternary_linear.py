@@ -11,9 +11,11 @@ from neurons import Encoding
 from snnllm.additive import AdditiveWork, additive_sums, fixed_point
 from snnllm.config import FLOAT_BITS
 from snnllm.execution import View
+from snnllm.kernels import TritonBackend, get_backend
 from snnllm.kernels.epilogue import centre, scale_and_sum
 from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.spec import LinearSpec, Segment, segments_of
+from snnllm.kernels.ternary_pack import PackedTernary, pack_ternary, packed_linear
 from snnllm.linear import SpikingLinear
 from snnllm.packing import digits_width, pack_digits, unpack_digits
 from snnllm.step_allocation import column_steps, threshold_runs
@@ -37,8 +39,9 @@ class TernaryLinear(SpikingLinear):
     - `collapsed`: small signed integers, in the integer kernels of the other spiking linears.
 
     Float inputs (`activation_bits=16`) are taken as integers on a grid of a power of two per token
-    (`additive.fixed_point`) in the first two views; the collapsed view multiplies them by the float
-    weight, which is the same up to float32 rounding.
+    (`additive.fixed_point`) in the first two views; the collapsed view sums them in float32, which is the
+    same up to its rounding. On a GPU the weight stays packed in memory, two bits a spike
+    (`kernels.ternary_pack`); elsewhere its float32 form is kept once it is needed, until `invalidate`.
 
     Arguments as those of `SpikingLinear`; `layout.classes` says how many columns have how many steps.
 
@@ -64,6 +67,7 @@ class TernaryLinear(SpikingLinear):
         kind = torch.int16 if k <= _INT16_CHANNELS else torch.int32
         self.register_buffer("weight_order", torch.arange(k, dtype=kind))
         self._levels: Tensor | None = None
+        self._float_weight: PackedTernary | Tensor | None = None
         self.additive_work: AdditiveWork | None = None
 
     # -- content -----------------------------------------------------------------------------------
@@ -111,15 +115,19 @@ class TernaryLinear(SpikingLinear):
     def levels(self) -> Tensor:
         """Spike counts of the weights in stored order, int8 `[N, K]`; kept once unpacked."""
         if self._levels is None:
-            parts, start = [], 0
-            for steps, columns in self.layout.classes:
-                width = digits_width(columns, 2 * steps + 1)
-                packed = self.weight_codes[:, start : start + width]
-                digits = unpack_digits(packed, columns, 2 * steps + 1)
-                parts.append((digits.to(torch.int16) - steps).to(torch.int8))
-                start += width
-            self._levels = torch.cat(parts, 1)
+            self._levels = self._unpacked()
         return self._levels
+
+    def _unpacked(self) -> Tensor:
+        """Spike counts of the weights in stored order, int8 `[N, K]`."""
+        parts, start = [], 0
+        for steps, columns in self.layout.classes:
+            width = digits_width(columns, 2 * steps + 1)
+            packed = self.weight_codes[:, start : start + width]
+            digits = unpack_digits(packed, columns, 2 * steps + 1)
+            parts.append((digits.to(torch.int16) - steps).to(torch.int8))
+            start += width
+        return torch.cat(parts, 1)
 
     def codes(self) -> Tensor:
         """Spike counts of the weights in encoded order, int8 `[N, K]`."""
@@ -129,25 +137,40 @@ class TernaryLinear(SpikingLinear):
         """Thresholds of the weights, float32 `[N, J]`."""
         return self.weight_threshold.view(torch.float16).float()
 
-    def _stored_weight(self) -> Tensor:
-        """The real weight, float32 `[N, K]` in stored order."""
-        runs = threshold_runs(self.layout.classes, self.layout.group_size)
-        sizes = torch.tensor(runs, device=self.weight_codes.device)
-        return self.levels().float() * self.threshold().repeat_interleave(sizes, dim=1)
-
     def dequantized_weight(self) -> Tensor:
         """The real weight that the spikes stand for, float32 `[N, K]`, original channel order."""
-        weight = self._stored_weight()
+        runs = threshold_runs(self.layout.classes, self.layout.group_size)
+        sizes = torch.tensor(runs, device=self.weight_codes.device)
+        weight = self._unpacked().float() * self.threshold().repeat_interleave(sizes, dim=1)
         return torch.empty_like(weight).index_copy_(1, self.weight_order.long(), weight)
+
+    def float_weight(self) -> PackedTernary | Tensor:
+        """What float inputs meet in the collapsed view; kept until `invalidate`.
+
+        Returns:
+            The packed weight where the Triton backend runs the layer, else the real weight.
+        """
+        if self._float_weight is None:
+            if isinstance(get_backend(self.backend, self.weight_codes.device), TritonBackend):
+                self._float_weight = pack_ternary(
+                    self._unpacked(),
+                    self.weight_threshold.view(torch.float16),
+                    self.weight_order,
+                    self.layout.classes,
+                    self.layout.group_size,
+                )
+            else:
+                self._float_weight = self.dequantized_weight()
+        return self._float_weight
 
     def invalidate(self) -> None:
         """Forget everything derived from the stored tensors (after they change)."""
         super().invalidate()
-        self._levels = None
+        self._levels = self._float_weight = None
 
     def __getstate__(self) -> dict[str, Any]:
         """State without what is derived from it."""
-        return {**super().__getstate__(), "_levels": None}
+        return {**super().__getstate__(), "_levels": None, "_float_weight": None}
 
     def extra_repr(self) -> str:
         """Classes of the weight columns, besides what every spiking linear shows."""
@@ -173,9 +196,10 @@ class TernaryLinear(SpikingLinear):
     def _forward_float(self, x: Tensor) -> Tensor:
         """Float inputs."""
         if self.view is View.COLLAPSED:
-            ordered = x.float().index_select(-1, self.weight_order.long())
-            y = nn.functional.linear(ordered, self._stored_weight(), self.total_bias())
-            return y.to(x.dtype)
+            weight, bias = self.float_weight(), self.total_bias()
+            if isinstance(weight, Tensor):
+                return nn.functional.linear(x.float(), weight, bias).to(x.dtype)
+            return packed_linear(x, weight, bias, self.name)
         sums, unit = self._float_sums(x.reshape(-1, self.in_features))
         y = scale_and_sum(sums, unit.unsqueeze(1), self.spec())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from snnllm.kernels.spec import check_input
 from snnllm.step_allocation import StepClass, threshold_runs
 
 BLOCKS = (128, 64)
@@ -38,17 +39,19 @@ class PackedTernary(NamedTuple):
         factor: `3^i / 2` of every block, float32 `[B]`.
         order: Channel of every position, -1 for padding, int32 `[P]`; more -1 up to a multiple of
             `STRIDE` blocks.
+        channels: K.
     """
 
     weight: Tensor
     scale: Tensor
     factor: Tensor
     order: Tensor
+    channels: int
 
     @property
     def nbytes(self) -> int:
         """Memory of all of it."""
-        return sum(part.numel() * part.element_size() for part in self)
+        return sum(part.nbytes for part in self if isinstance(part, Tensor))
 
 
 def digits_of(steps: int) -> int:
@@ -110,7 +113,28 @@ def pack_ternary(
         torch.stack(scales, 1),
         torch.tensor(factors, dtype=torch.float32, device=levels.device),
         torch.nn.functional.pad(torch.cat(channels), (0, -len(factors) % STRIDE * block), value=-1),
+        levels.shape[1],
     )
+
+
+def packed_linear(x: Tensor, packed: PackedTernary, bias: Tensor | None, name: str = "") -> Tensor:
+    """`y = x W^T + bias` in Triton, in the dtype of x; exact products, float32 sums.
+
+    Args:
+        x: float `[.., K]`.
+        packed: The weight.
+        bias: float32 `[N]` or None.
+        name: Layer name for messages.
+    """
+    from snnllm.kernels.ternary_ops import ternary_linear  # needs Triton
+
+    check_input(x, packed.channels, name)
+    rows = x.float() if x.dtype == torch.float64 else x
+    rows = rows.reshape(-1, packed.channels)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    weight, scale, factor, order, _ = packed
+    y: Tensor = ternary_linear(rows, weight, scale, factor, order, bias)
+    return y.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
 def _pack_digit(digit: Tensor, block: int) -> Tensor:
