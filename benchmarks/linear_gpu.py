@@ -6,7 +6,9 @@
 Every contender is a CUDA graph that walks through copies of its weights, more than 4 times the L2
 cache in all; the graphs are replayed in turn, medians count. Our time includes the encoding, that of
 humming-kernels (W4A8, optional) its quantisation. Before it is timed, the integers of every case are
-compared with those of the reference backend. Without a GPU the exit status is 77 (skipped).
+compared with those of the reference backend. A second table holds ternary weights of 1.0 and 1.4 steps
+on average (10 % of the columns with T = 5), whose outputs for float inputs (A16) are compared with
+float64. Without a GPU the exit status is 77 (skipped).
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ import torch
 from torch import Tensor
 
 from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of, triton_backend
+from snnllm.kernels.ternary_pack import PackedTernary, packed_linear
 from snnllm.kernels.triton_backend import TritonBackend, TritonLinear
+from snnllm.layout import LinearLayout
+from snnllm.step_allocation import GROUP_SIZE, classes_of, threshold_runs
+from snnllm.ternary import TernaryWeight
+from snnllm.ternary_linear import TernaryLinear
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 ROWS = (1, 16, 256, 4096)
@@ -64,6 +71,29 @@ def random_linear(n: int, k: int, salient: float, steps: int, bits: int) -> Line
         segments=segments_of(sizes),
         weight_bits=bits,
     )
+
+
+def ternary_layer(n: int, k: int, mean_steps: float, bits: int) -> TernaryLinear:
+    """A linear with random spikes on the GPU; of its inputs, if spiking, 10 % have T = 2."""
+    generator = torch.Generator().manual_seed(n + k)
+    steps = torch.ones(k, dtype=torch.int64)
+    steps[: round((mean_steps - 1) / 4 * k)] = 5
+    classes = classes_of(steps)
+    levels = [torch.randint(-t, t + 1, (n, count), device="cuda") for t, count in classes]
+    runs = len(threshold_runs(classes, GROUP_SIZE))
+    trains = TernaryWeight(
+        torch.cat(levels, 1).to(torch.int8),
+        (torch.rand(n, runs, generator=generator) * 0.01 + 0.001).half(),
+        torch.randperm(k, generator=generator),
+        classes,
+    )
+    spiking = (bits, (1, 2)) if bits < 16 else (bits, (1,))
+    layout = LinearLayout(2, *spiking, "split", "steps", GROUP_SIZE, classes=classes)
+    layer = TernaryLinear(k, n, False, layout, "ternary").cuda()
+    if bits < 16:
+        layer.set_channel_group((torch.rand(k, generator=generator) < 0.1).to(torch.uint8).cuda())
+    layer.set_weight(trains)
+    return layer
 
 
 def graph_of(calls: Sequence[Callable[[], Any]]) -> Contender:
@@ -138,6 +168,25 @@ def ours(x: Tensor, spec: LinearSpec, encoded: bool = False) -> Contender:
     return graph_of(calls)
 
 
+def packed(x: Tensor, layer: TernaryLinear) -> Contender:
+    """The graph of a ternary linear with float inputs."""
+    weight = layer.float_weight()
+    assert isinstance(weight, PackedTernary)
+    copies = [
+        weight._replace(weight=weight.weight.clone())
+        for _ in range(copies_of(weight.weight.numel()))
+    ]
+    return graph_of([partial(packed_linear, x, copied, None) for copied in copies])
+
+
+def accurate(x: Tensor, layer: TernaryLinear) -> bool:
+    """Whether outputs are those of float64, up to the rounding of their sums and of bfloat16."""
+    weight = layer.dequantized_weight().double().T
+    exact, reach = x.double() @ weight, x.double().abs() @ weight.abs()
+    error = (layer(x).double() - exact).abs()
+    return bool((error <= 2.0**-19 * reach + 2.0**-8 * exact.abs()).all())
+
+
 def dense(x: Tensor, n: int) -> Contender:
     """The graph of torch's bf16 linear."""
     weights = [
@@ -198,6 +247,35 @@ def table(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
             print(f"| {n}x{k} | {m} | {base:.1f} | {' | '.join(cells)} | {note} |", flush=True)
 
 
+def ternary_table(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
+    """Print times of ternary weights in us, and ratios to the 4-bit linear."""
+    print(
+        "\n| out x in | M | bf16 | W4A4 T = 2 | TW1 A16 | TW1.4 A16 | TW1 A4 T = 2 | TW1.4 A4 T = 2 | exact |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for n, k in shapes:
+        floats = [ternary_layer(n, k, mean, 16) for mean in (1.0, 1.4)]
+        spikes = [ternary_layer(n, k, mean, 4).spec() for mean in (1.0, 1.4)]
+        for m in all_rows:
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            few = x[: min(m, 300)]
+            same = all(accurate(few, layer) for layer in floats)
+            same = same and all(exact(few, spec) for spec in spikes)
+            graphs = {"bf16": dense(x, n), "w4": ours(x, random_linear(n, k, 0.1, 2, 4))}
+            graphs |= {f"float{i}": packed(x, layer) for i, layer in enumerate(floats)}
+            graphs |= {f"spike{i}": ours(x, spec) for i, spec in enumerate(spikes)}
+            time = medians(graphs)
+            cells = [
+                f"{time[c]:.1f} ({time['w4'] / time[c]:.2f}x)"
+                for c in ("float0", "float1", "spike0", "spike1")
+            ]
+            print(
+                f"| {n}x{k} | {m} | {time['bf16']:.1f} | {time['w4']:.1f} | {' | '.join(cells)} | "
+                f"{'yes' if same else 'NO'} |",
+                flush=True,
+            )
+
+
 def sweep(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
     """Print the time of every candidate, best first."""
     from snnllm.kernels import triton_ops
@@ -226,6 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES])
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="tokens, M")
     parser.add_argument("--sweep", action="store_true", help="time tile sizes instead")
+    parser.add_argument("--ternary", action="store_true", help="the table of ternary weights only")
     args = parser.parse_args(argv)
     reason = TritonBackend().available()
     if reason is not None or not torch.cuda.is_available():
@@ -234,7 +313,12 @@ def main(argv: list[str] | None = None) -> int:
         return SKIPPED
     shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in args.shapes)]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
-    (sweep if args.sweep else table)(shapes, args.rows)
+    if args.sweep:
+        sweep(shapes, args.rows)
+        return 0
+    if not args.ternary:
+        table(shapes, args.rows)
+    ternary_table(shapes, args.rows)
     return 0
 
 

@@ -27,7 +27,7 @@ from snnllm.kernels.ternary_pack import (
     packed_linear,
 )
 from snnllm.layout import LinearLayout
-from snnllm.step_allocation import MAX_STEPS, StepClass, classes_of, threshold_runs
+from snnllm.step_allocation import MAX_STEPS, classes_of, threshold_runs
 from snnllm.ternary import TernaryWeight, dequantize_ternary
 from snnllm.ternary_linear import TernaryLinear
 
@@ -106,7 +106,9 @@ def test_digits_of_the_usual_steps() -> None:
 @given(
     seed=st.integers(0, 2**20),
     n=st.integers(1, 9),
-    counts=st.lists(st.tuples(st.integers(1, MAX_STEPS), st.integers(1, 150)), min_size=1, max_size=3),
+    counts=st.lists(
+        st.tuples(st.integers(1, MAX_STEPS), st.integers(1, 150)), min_size=1, max_size=3
+    ),
     group_size=st.sampled_from([8, 64, 128, None]),
 )
 @settings(max_examples=30)
@@ -268,5 +270,3 @@ def test_it_is_one_graph() -> None:
         (x, *weight[:4], None),
         test_utils=("test_schema", "test_faketensor"),
     )
-
-
