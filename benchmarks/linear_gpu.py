@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of, triton_backend
-from snnllm.kernels.ternary_pack import PackedTernary, packed_linear
+from snnllm.kernels.ternary_pack import CountedTernary, counted_linear, packed_linear
 from snnllm.kernels.triton_backend import TritonBackend, TritonLinear
 from snnllm.layout import LinearLayout
 from snnllm.step_allocation import GROUP_SIZE, classes_of, threshold_runs
@@ -169,18 +169,27 @@ def ours(x: Tensor, spec: LinearSpec, encoded: bool = False) -> Contender:
 
 
 def packed(x: Tensor, layer: TernaryLinear) -> Contender:
-    """The graph of a ternary linear with float inputs."""
-    weight = layer.float_weight()
-    assert isinstance(weight, PackedTernary)
-    copies = [
-        weight._replace(weight=weight.weight.clone())
-        for _ in range(copies_of(weight.weight.numel()))
-    ]
-    return graph_of([partial(packed_linear, x, copied, None) for copied in copies])
+    """The graph of a ternary linear."""
+    weight = layer.packed_weight()
+    one = weight.packed if isinstance(weight, CountedTernary) else weight
+    assert one is not None
+    copies = [one._replace(weight=one.weight.clone()) for _ in range(copies_of(one.weight.numel()))]
+    if not isinstance(weight, CountedTernary):
+        return graph_of([partial(packed_linear, x, copied, None) for copied in copies])
+    layers = [weight._replace(packed=copied) for copied in copies]
+    return graph_of([partial(counted_linear, x, copied, None, x.dtype) for copied in layers])
 
 
 def accurate(x: Tensor, layer: TernaryLinear) -> bool:
-    """Whether outputs are those of float64, up to the rounding of their sums and of bfloat16."""
+    """Whether the integers and outputs of spiking inputs are those of the reference.
+
+    Outputs of float inputs: those of float64, up to the rounding of their sums and of bfloat16.
+    """
+    if layer.layout.activation_bits < 16:
+        reference = ReferenceBackend()
+        expected = reference.prepare(layer.spec())
+        same = torch.equal(layer.accumulators(x), reference.accumulate(x, expected))
+        return same and torch.equal(layer(x), reference.linear(x, expected))
     weight = layer.dequantized_weight().double().T
     exact, reach = x.double() @ weight, x.double().abs() @ weight.abs()
     error = (layer(x).double() - exact).abs()
@@ -254,21 +263,14 @@ def ternary_table(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for n, k in shapes:
-        floats = [ternary_layer(n, k, mean, 16) for mean in (1.0, 1.4)]
-        spikes = [ternary_layer(n, k, mean, 4).spec() for mean in (1.0, 1.4)]
+        layers = [ternary_layer(n, k, mean, bits) for bits in (16, 4) for mean in (1.0, 1.4)]
         for m in all_rows:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            few = x[: min(m, 300)]
-            same = all(accurate(few, layer) for layer in floats)
-            same = same and all(exact(few, spec) for spec in spikes)
+            same = all(accurate(x[: min(m, 300)], layer) for layer in layers)
             graphs = {"bf16": dense(x, n), "w4": ours(x, random_linear(n, k, 0.1, 2, 4))}
-            graphs |= {f"float{i}": packed(x, layer) for i, layer in enumerate(floats)}
-            graphs |= {f"spike{i}": ours(x, spec) for i, spec in enumerate(spikes)}
+            graphs |= {str(i): packed(x, layer) for i, layer in enumerate(layers)}
             time = medians(graphs)
-            cells = [
-                f"{time[c]:.1f} ({time['w4'] / time[c]:.2f}x)"
-                for c in ("float0", "float1", "spike0", "spike1")
-            ]
+            cells = [f"{time[str(i)]:.1f} ({time['w4'] / time[str(i)]:.2f}x)" for i in range(4)]
             print(
                 f"| {n}x{k} | {m} | {time['bf16']:.1f} | {time['w4']:.1f} | {' | '.join(cells)} | "
                 f"{'yes' if same else 'NO'} |",

@@ -15,7 +15,14 @@ from snnllm.kernels import TritonBackend, get_backend
 from snnllm.kernels.epilogue import centre, scale_and_sum
 from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.spec import LinearSpec, Segment, segments_of
-from snnllm.kernels.ternary_pack import PackedTernary, pack_ternary, packed_linear
+from snnllm.kernels.ternary_pack import (
+    CountedTernary,
+    PackedTernary,
+    count_with,
+    counted_linear,
+    pack_ternary,
+    packed_linear,
+)
 from snnllm.linear import SpikingLinear
 from snnllm.packing import digits_width, pack_digits, unpack_digits
 from snnllm.step_allocation import column_steps, threshold_runs
@@ -23,6 +30,10 @@ from snnllm.ternary import TernaryWeight, weight_spikes
 from snnllm.weights import QuantizedWeight
 
 _INT16_CHANNELS = 1 << 15
+_MOST_COUNTS = 255
+"""Largest spike count of an activation that is exact in bfloat16."""
+_MOST_GROUPS = 16
+"""Most saliency groups that the encoder's kernel knows in the original order of the channels."""
 
 
 class TernaryLinear(SpikingLinear):
@@ -67,7 +78,8 @@ class TernaryLinear(SpikingLinear):
         kind = torch.int16 if k <= _INT16_CHANNELS else torch.int32
         self.register_buffer("weight_order", torch.arange(k, dtype=kind))
         self._levels: Tensor | None = None
-        self._float_weight: PackedTernary | Tensor | None = None
+        self._packed_weight: PackedTernary | CountedTernary | None = None
+        self._dense_weight: Tensor | None = None
         self.additive_work: AdditiveWork | None = None
 
     # -- content -----------------------------------------------------------------------------------
@@ -144,33 +156,45 @@ class TernaryLinear(SpikingLinear):
         weight = self._unpacked().float() * self.threshold().repeat_interleave(sizes, dim=1)
         return torch.empty_like(weight).index_copy_(1, self.weight_order.long(), weight)
 
-    def float_weight(self) -> PackedTernary | Tensor:
-        """What float inputs meet in the collapsed view; kept until `invalidate`.
-
-        Returns:
-            The packed weight where the Triton backend runs the layer, else the real weight.
-        """
-        if self._float_weight is None:
-            if isinstance(get_backend(self.backend, self.weight_codes.device), TritonBackend):
-                self._float_weight = pack_ternary(
-                    self._unpacked(),
-                    self.weight_threshold.view(torch.float16),
-                    self.weight_order,
-                    self.layout.classes,
-                    self.layout.group_size,
-                )
+    def packed_weight(self) -> PackedTernary | CountedTernary | None:
+        """The weight as a GPU reads it, kept until `invalidate`; None where others run the layer."""
+        if self._packed_weight is None and self._on_triton():
+            packed = pack_ternary(
+                self._unpacked(),
+                self.weight_threshold.view(torch.float16),
+                self.weight_order,
+                self.layout.classes,
+                self.layout.group_size,
+            )
+            if self.layout.activation_bits == FLOAT_BITS:
+                self._packed_weight = packed
             else:
-                self._float_weight = self.dequantized_weight()
-        return self._float_weight
+                self._packed_weight = count_with(packed, self._encoder_spec(), self._segments())
+        return self._packed_weight
+
+    def _on_triton(self) -> bool:
+        """Whether the Triton backend runs the layer, and its kernels can hold the counts."""
+        if not isinstance(get_backend(self.backend, self.weight_codes.device), TritonBackend):
+            return False
+        capacities = self.encoder.capacities
+        spiking = self.layout.activation_bits != FLOAT_BITS
+        return not spiking or (max(capacities) <= _MOST_COUNTS and len(capacities) <= _MOST_GROUPS)
+
+    def _float_weight(self) -> Tensor:
+        """The real weight, kept until `invalidate`."""
+        if self._dense_weight is None:
+            self._dense_weight = self.dequantized_weight()
+        return self._dense_weight
 
     def invalidate(self) -> None:
         """Forget everything derived from the stored tensors (after they change)."""
         super().invalidate()
-        self._levels = self._float_weight = None
+        self._levels = self._packed_weight = self._dense_weight = None
 
     def __getstate__(self) -> dict[str, Any]:
         """State without what is derived from it."""
-        return {**super().__getstate__(), "_levels": None, "_float_weight": None}
+        derived = ("_levels", "_packed_weight", "_dense_weight")
+        return {**super().__getstate__(), **dict.fromkeys(derived)}
 
     def extra_repr(self) -> str:
         """Classes of the weight columns, besides what every spiking linear shows."""
@@ -181,25 +205,38 @@ class TernaryLinear(SpikingLinear):
 
     def _build_spec(self) -> LinearSpec:
         classes, threshold = self.layout.classes, self.threshold()
-        runs = torch.tensor(threshold_runs(classes, self.layout.group_size))
-        run = torch.repeat_interleave(torch.arange(len(runs)), runs)[self._by_group.cpu()]
         return LinearSpec(
             encoder=self._encoder_spec(),
             levels=self.codes(),
             scale=threshold,
             zero=torch.zeros_like(threshold, dtype=torch.int32),
             bias=self.total_bias(),
-            segments=segments_of(self.group_sizes, run),
+            segments=self._segments(),
             weight_bits=int(column_steps(classes).max()).bit_length() + 1,
         )
+
+    def _segments(self) -> tuple[Segment, ...]:
+        """Runs of encoded positions with one saliency group and one threshold of the weights."""
+        runs = torch.tensor(threshold_runs(self.layout.classes, self.layout.group_size))
+        run = torch.repeat_interleave(torch.arange(len(runs)), runs)[self._by_group.cpu()]
+        return segments_of(self.group_sizes, run)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self.view is not View.COLLAPSED or self.layout.activation_bits == FLOAT_BITS:
+            return super()._forward(x)
+        self.check_view(self.view)
+        weight = self.packed_weight()
+        if not isinstance(weight, CountedTernary):
+            return super()._forward(x)
+        return counted_linear(x, weight, self.total_bias(), x.dtype)
 
     def _forward_float(self, x: Tensor) -> Tensor:
         """Float inputs."""
         if self.view is View.COLLAPSED:
-            weight, bias = self.float_weight(), self.total_bias()
-            if isinstance(weight, Tensor):
-                return nn.functional.linear(x.float(), weight, bias).to(x.dtype)
-            return packed_linear(x, weight, bias, self.name)
+            weight, bias = self.packed_weight(), self.total_bias()
+            if isinstance(weight, PackedTernary):
+                return packed_linear(x, weight, bias, self.name)
+            return nn.functional.linear(x.float(), self._float_weight(), bias).to(x.dtype)
         sums, unit = self._float_sums(x.reshape(-1, self.in_features))
         y = scale_and_sum(sums, unit.unsqueeze(1), self.spec())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -212,6 +249,9 @@ class TernaryLinear(SpikingLinear):
         """
         if self.layout.activation_bits == FLOAT_BITS:
             return self._float_sums(self.encoder_input(x.reshape(-1, self.in_features)))[0]
+        weight = self.packed_weight() if self.view is View.COLLAPSED else None
+        if isinstance(weight, CountedTernary):
+            return counted_linear(self.encoder_input(x), weight, None, torch.int32)
         return super().accumulators(x)
 
     def _float_sums(self, rows: Tensor) -> tuple[Tensor, Tensor]:

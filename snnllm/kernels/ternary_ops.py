@@ -1,4 +1,4 @@
-"""The linear of ternary weights and float activations as an operator of torch."""
+"""Linears of ternary weights, with float and with spiking activations, as operators of torch."""
 # No `from __future__ import annotations`: torch reads the annotations of operators as types.
 
 from typing import Any
@@ -8,13 +8,13 @@ import triton
 from torch import Tensor
 
 from neurons.backends.device import EARLY_ROWS, early_launch, interpreted, on
-from snnllm.kernels.ternary_matmul import gather_rows, spike_tiles
+from snnllm.kernels.ternary_matmul import count_tiles, float_tiles, gather_counts, gather_rows
 
 _GATHER = 1024
 
 
 def choose_config(rows: int) -> tuple[int, ...]:
-    """Tile sizes for a product of M rows: `(R, BM, BN, warps, stages)` of `spike_tiles`."""
+    """Tile sizes for a product of M rows: `(R, BM, BN, warps, stages)` of `ternary_matmul`."""
     if rows == 1:
         return (8, 1, 16, 4, 3)
     if rows <= 4:
@@ -43,7 +43,7 @@ def ternary_linear(
         weight: uint8 `[N, P / 4]`, and so on as in `ternary_pack.PackedTernary`.
         scale: float16 `[N, B]`.
         factor: float32 `[B]`.
-        order: int32 `[P]`.
+        order: int32 `[P']`.
         bias: float32 `[N]` or None.
 
     Returns:
@@ -53,12 +53,11 @@ def ternary_linear(
     out = x.new_empty(rows, columns)
     if out.numel() == 0:
         return out
-    at_once, bm, bn, warps, stages = choose_config(rows)
     early = rows <= EARLY_ROWS and early_launch(x.device)
     # Tensor cores multiply halves: a float32 is the sum of three bfloat16.
     pieces, kind = (3, torch.bfloat16) if x.dtype == torch.float32 else (1, x.dtype)
     ordered = x.new_empty((pieces, rows, width), dtype=kind)
-    flags: dict[str, Any] = {"launch_pdl": True} if early else {}
+    grid, flags = _launch(rows, columns, weight, factor, bias, early)
     with on(x.device):
         kernel: Any = gather_rows[(triton.cdiv(width, _GATHER), rows)]
         kernel(
@@ -67,21 +66,11 @@ def ternary_linear(
             EARLY=early,
             BLOCK=_GATHER,
         )
-        kernel = spike_tiles[(triton.cdiv(rows, bm) * triton.cdiv(columns, bn),)]
+        kernel = float_tiles[grid]
         kernel(
             *(ordered, weight, scale, factor, factor if bias is None else bias, out),
             *(rows, columns, width, weight.shape[1], len(factor)),
-            BLOCK=4 * weight.shape[1] // len(factor),
-            HAS_BIAS=bias is not None,
-            ASM=None if interpreted() else _DIGITS,
-            EARLY=early,
             PIECES=pieces,
-            R=at_once,
-            BM=bm,
-            BN=bn,
-            num_warps=warps,
-            num_stages=stages,
-            enable_fp_fusion=False,
             **flags,
         )
     return out
@@ -104,6 +93,114 @@ def _shifted(target: str, source: str, left: int, mask: str) -> str:
     if left == 0:
         return f"and.b32 {target}, {source}, {mask};"
     return f"shl.b32 {target}, {source}, {left}; and.b32 {target}, {target}, {mask};"
+
+
+@torch.library.custom_op("snnllm::ternary_counts", mutates_args=())
+def ternary_counts(
+    count: Tensor,
+    threshold: Tensor,
+    zero_point: Tensor,
+    channel_group: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    order: Tensor,
+    segment: Tensor,
+    bias: Tensor | None,
+    segments: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`y` of encoded rows with a packed ternary weight, or their centred accumulators.
+
+    The integers and the outputs are those of the reference backend, bit for bit.
+
+    Args:
+        count: uint8 `[M, K]` in original channel order.
+        threshold: float32 `[M, G]`.
+        zero_point: int32 `[M, G]`, at most 255.
+        channel_group: uint8 `[K]`.
+        weight: uint8 `[N, P / 4]`, and so on as in `ternary_pack.PackedTernary`.
+        scale: float16 `[N, B]`.
+        factor: float32 `[B]`.
+        order: int32 `[P']`.
+        segment: Segment that ends with a block in a group, -1 for none, int32 `[G, P' / block]`.
+        bias: float32 `[N]` or None.
+        segments: S.
+        dtype: Of the output; int32 for the accumulators.
+
+    Returns:
+        `[M, N]`, or int32 `[S, M, N]`.
+    """
+    out = _counted(count, weight, segments, dtype)
+    (rows, channels), columns, width = count.shape, len(weight), len(order)
+    if out.numel() == 0:
+        return out
+    early = rows <= EARLY_ROWS and early_launch(count.device)
+    groups = threshold.shape[1]
+    ordered = count.new_empty((groups, rows, width), dtype=torch.bfloat16)
+    grid, flags = _launch(rows, columns, weight, factor, bias, early)
+    with on(count.device):
+        kernel: Any = gather_counts[(triton.cdiv(width, _GATHER), rows)]
+        kernel(
+            *(count, zero_point, channel_group, order, ordered),
+            *(rows, channels, width, groups),
+            EARLY=early,
+            BLOCK=_GATHER,
+        )
+        kernel = count_tiles[grid]
+        kernel(
+            *(ordered, weight, threshold, scale, factor, segment),
+            *(factor if bias is None else bias, out),
+            *(rows, columns, width, weight.shape[1], len(factor), groups),
+            ACCUMULATORS=dtype == torch.int32,
+            **flags,
+        )
+    return out
+
+
+@ternary_counts.register_fake
+def _(
+    count: Tensor,
+    threshold: Tensor,
+    zero_point: Tensor,
+    channel_group: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    order: Tensor,
+    segment: Tensor,
+    bias: Tensor | None,
+    segments: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return _counted(count, weight, segments, dtype)
+
+
+def _counted(count: Tensor, weight: Tensor, segments: int, dtype: torch.dtype) -> Tensor:
+    shape = (count.shape[0], weight.shape[0])
+    return count.new_empty((segments, *shape) if dtype == torch.int32 else shape, dtype=dtype)
+
+
+def _launch(
+    rows: int, columns: int, weight: Tensor, factor: Tensor, bias: Tensor | None, early: bool
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and flags of the kernels of a product."""
+    at_once, bm, bn, warps, stages = choose_config(rows)
+    flags: dict[str, Any] = {
+        "BLOCK": 4 * weight.shape[1] // len(factor),
+        "HAS_BIAS": bias is not None,
+        "ASM": None if interpreted() else _DIGITS,
+        "EARLY": early,
+        "R": at_once,
+        "BM": bm,
+        "BN": bn,
+        "num_warps": warps,
+        "num_stages": stages,
+        "enable_fp_fusion": False,
+    }
+    if early:
+        flags["launch_pdl"] = True
+    return (triton.cdiv(rows, bm) * triton.cdiv(columns, bn),), flags
 
 
 _DIGITS = tuple(

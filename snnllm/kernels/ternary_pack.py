@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from snnllm.kernels.spec import check_input
+from neurons import backends
+from snnllm.kernels.spec import EncoderSpec, Segment, check_input
 from snnllm.step_allocation import StepClass, threshold_runs
 
 BLOCKS = (128, 64)
@@ -39,6 +40,7 @@ class PackedTernary(NamedTuple):
         factor: `3^i / 2` of every block, float32 `[B]`.
         order: Channel of every position, -1 for padding, int32 `[P]`; more -1 up to a multiple of
             `STRIDE` blocks.
+        ends: Last block of every run of columns that share a threshold.
         channels: K.
     """
 
@@ -46,12 +48,18 @@ class PackedTernary(NamedTuple):
     scale: Tensor
     factor: Tensor
     order: Tensor
+    ends: tuple[int, ...]
     channels: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight, scale, factor and order."""
+        return self.weight, self.scale, self.factor, self.order
 
     @property
     def nbytes(self) -> int:
         """Memory of all of it."""
-        return sum(part.nbytes for part in self if isinstance(part, Tensor))
+        return sum(part.nbytes for part in self.tensors)
 
 
 def digits_of(steps: int) -> int:
@@ -97,7 +105,7 @@ def pack_ternary(
         return blocks * (2 * block + 16)
 
     block = min(BLOCKS, key=bits)
-    weights, channels, scales, factors, start = [], [], [], [], 0
+    weights, channels, scales, factors, ends, start = [], [], [], [], [], 0
     for run, (size, count) in enumerate(zip(runs, digits, strict=True)):
         part = slice(start, start + size)
         padding, blocks = -size % block, -(-size // block)
@@ -107,12 +115,14 @@ def pack_ternary(
             channels.append(channel)
             scales += [threshold[:, run]] * blocks
             factors += [3**place / 2] * blocks
+        ends.append(len(factors) - 1)
         start += size
     return PackedTernary(
         torch.cat(weights, 1),
         torch.stack(scales, 1),
         torch.tensor(factors, dtype=torch.float32, device=levels.device),
         torch.nn.functional.pad(torch.cat(channels), (0, -len(factors) % STRIDE * block), value=-1),
+        tuple(ends),
         levels.shape[1],
     )
 
@@ -132,9 +142,89 @@ def packed_linear(x: Tensor, packed: PackedTernary, bias: Tensor | None, name: s
     rows = x.float() if x.dtype == torch.float64 else x
     rows = rows.reshape(-1, packed.channels)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    weight, scale, factor, order, _ = packed
-    y: Tensor = ternary_linear(rows, weight, scale, factor, order, bias)
-    return y.to(x.dtype).view(*x.shape[:-1], len(weight))
+    y: Tensor = ternary_linear(rows, *packed.tensors, bias)
+    return y.to(x.dtype).view(*x.shape[:-1], len(packed.weight))
+
+
+class CountedTernary(NamedTuple):
+    """A packed ternary weight whose inputs are spikes.
+
+    Attributes:
+        packed: The weight.
+        channel_group: Group of every channel, uint8 `[K]`.
+        clip: Factors on the ranges, float32 `[G]`.
+        encoder: How inputs are encoded.
+        segment: Segment that ends with a block in a group, -1 for none, int32 `[G, B']`, B' a
+            multiple of `STRIDE`.
+        segments: How many segments.
+    """
+
+    packed: PackedTernary
+    channel_group: Tensor
+    clip: Tensor
+    encoder: EncoderSpec
+    segment: Tensor
+    segments: int
+
+
+def count_with(
+    packed: PackedTernary, encoder: EncoderSpec, segments: Sequence[Segment]
+) -> CountedTernary:
+    """Prepare a packed weight for spiking inputs.
+
+    Args:
+        packed: The weight; its runs are the weight groups of the segments.
+        encoder: How inputs are encoded, counts up to 255, at most 16 groups.
+        segments: Those of the linear (`spec.segments_of`).
+    """
+    device = packed.weight.device
+    blocks = -(-len(packed.factor) // STRIDE) * STRIDE
+    table = torch.full((len(encoder.sizes), blocks), -1, dtype=torch.int32)
+    for index, segment in enumerate(segments):
+        table[segment.act_group, packed.ends[segment.weight_group]] = index
+    return CountedTernary(
+        packed,
+        encoder.channel_group.to(device),
+        encoder.clip_factors.to(device),
+        encoder,
+        table.to(device),
+        len(segments),
+    )
+
+
+def counted_linear(
+    x: Tensor, weight: CountedTernary, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`y = x W^T + bias` of encoded x in Triton, or its accumulators: the integers of the reference.
+
+    Args:
+        x: float `[.., K]`.
+        weight: The weight and the encoder.
+        bias: float32 `[N]` or None.
+        dtype: Of the output; int32 for the accumulators.
+
+    Returns:
+        `[.., N]`, or int32 `[S, M, N]`, M the number of rows.
+    """
+    from snnllm.kernels.ternary_ops import ternary_counts  # needs Triton
+
+    encoder, packed = weight.encoder, weight.packed
+    check_input(x, packed.channels, encoder.name)
+    rows = (x.float() if x.dtype == torch.float64 else x).reshape(-1, packed.channels)
+    encoded = backends.encode(
+        rows, weight.channel_group, encoder.capacities, weight.clip, encoder.shared
+    )
+    kind = torch.float32 if dtype == torch.float64 else dtype
+    y: Tensor = ternary_counts(
+        *encoded,
+        weight.channel_group,
+        *packed.tensors,
+        weight.segment,
+        bias,
+        weight.segments,
+        kind,
+    )
+    return y if dtype == torch.int32 else y.to(dtype).view(*x.shape[:-1], len(packed.weight))
 
 
 def _pack_digit(digit: Tensor, block: int) -> Tensor:

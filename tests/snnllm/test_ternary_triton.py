@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snnllm.execution import View, use_view
-from snnllm.kernels import TritonBackend
+from snnllm.kernels import ReferenceBackend, TritonBackend
 from snnllm.kernels.ternary_pack import (
     BLOCKS,
     STRIDE,
+    CountedTernary,
     PackedTernary,
     balanced_digits,
     digits_of,
@@ -213,33 +214,36 @@ def layer(backend: str = "triton", bias: bool = True) -> TernaryLinear:
 def test_a_layer_keeps_its_weight_packed(bias: bool) -> None:
     module, reference = layer(bias=bias), layer("reference", bias=bias)
     x = torch.randn(2, 3, 141, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    dense = reference.float_weight()
-    assert isinstance(dense, Tensor)
-    check(x, module.float_weight(), dense, module.total_bias())  # type: ignore[arg-type]
+    weight = module.packed_weight()
+    assert isinstance(weight, PackedTernary)
+    check(x, weight, reference.dequantized_weight(), module.total_bias())
     y, expected = module(x), reference(x)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
-    assert module.float_weight() is module.float_weight()
-    assert module._levels is None  # nothing but the packed weight is kept
+    assert module.packed_weight() is weight
+    assert module._levels is module._dense_weight is None  # nothing but the packed weight is kept
     for view in (View.UNROLLED, View.BINARY):
         with use_view(module, view):
             torch.testing.assert_close(module(x), y, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU")
 def test_a_changed_weight_is_seen(backend: str) -> None:
-    if backend == "reference" and DEVICE == "cuda" and not torch.cuda.is_available():
-        pytest.skip("the layer lies on a GPU")
     module = layer(backend)
+    kept = "_dense_weight" if backend == "reference" else "_packed_weight"
     x = torch.ones(1, 141, device=DEVICE)
     before = module(x)
-    kept = module.float_weight()
+    weight = getattr(module, kept)
+    assert weight is not None
+    assert torch.equal(module(x), before)
+    assert getattr(module, kept) is weight  # not built at every call
     for same in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert same._float_weight is None  # is derived again
+        assert getattr(same, kept) is None  # is derived again
         assert torch.equal(same(x), before)
     trains, _ = random_weight(5, 24, [1] * 120 + [3] * 21, 64)
     module.set_weight(trains, torch.zeros(24))
-    assert module.float_weight() is not kept
     assert not torch.equal(module(x), before)
+    assert getattr(module, kept) is not weight
 
 
 @needs_triton
@@ -251,22 +255,130 @@ def test_wrong_inputs_are_refused() -> None:
         module(torch.zeros(2, 141, dtype=torch.int64, device=DEVICE))
 
 
+def spiking_layer(
+    seed: int,
+    n: int,
+    steps: list[int],
+    group_size: int | None,
+    activation: tuple[int, tuple[int, ...], str],
+    bias: bool = True,
+) -> TernaryLinear:
+    """A layer with spiking inputs: bits, steps of the saliency groups, range."""
+    trains, _ = random_weight(seed, n, steps, group_size)
+    bits, channel_steps, value_range = activation
+    layout = LinearLayout(
+        2, bits, channel_steps, value_range, "steps", group_size, classes=trains.classes
+    )
+    module = TernaryLinear(len(steps), n, bias, layout, "layer")
+    generator = torch.Generator().manual_seed(seed)
+    module.set_channel_group(
+        torch.randint(len(channel_steps), (len(steps),), generator=generator).to(torch.uint8)
+    )
+    module.set_weight(trains, torch.randn(n, generator=generator) if bias else None)
+    module.backend = "triton"
+    return module.to(DEVICE).eval()
+
+
+ACTIVATIONS = [
+    (4, (1,), "split"),
+    (4, (1, 2), "split"),
+    (4, (1, 2), "shared"),
+    (8, (1,), "split"),
+    (2, (1, 3, 9), "split"),
+]
+
+
+def check_integers(module: TernaryLinear, x: Tensor) -> None:
+    """The packed weight gives the accumulators and the outputs of the reference, bit for bit."""
+    assert isinstance(module.packed_weight(), CountedTernary)
+    sums, y = module.accumulators(x), module(x)
+    reference = ReferenceBackend()
+    expected = reference.prepare(module.spec())
+    assert torch.equal(sums, reference.accumulate(x.reshape(-1, x.shape[-1]), expected))
+    assert torch.equal(y, reference.linear(x, expected))
+    assert y.dtype == x.dtype
+
+
+@needs_triton
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.usefixtures("config")
+def test_spiking_inputs_give_the_integers_of_the_reference(
+    activation: tuple[int, tuple[int, ...], str],
+) -> None:
+    module = spiking_layer(6, 11, [1] * 130 + [5] * 30 + [127], 64, activation)
+    x = torch.randn(2, 3, 161, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    check_integers(module, x)
+
+
+@needs_triton
+@given(
+    seed=st.integers(0, 2**20),
+    m=st.integers(0, 20),
+    n=st.integers(1, 40),
+    counts=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 200)), min_size=1, max_size=3),
+    group_size=st.sampled_from([32, 128, None]),
+    activation=st.sampled_from(ACTIVATIONS),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.float64]),
+)
+@settings(max_examples=60 if DEVICE == "cuda" else 6, deadline=None)
+def test_any_spiking_linear(
+    seed: int,
+    m: int,
+    n: int,
+    counts: list[tuple[int, int]],
+    group_size: int | None,
+    activation: tuple[int, tuple[int, ...], str],
+    bias: bool,
+    dtype: torch.dtype,
+) -> None:
+    steps = [t for t, count in counts for _ in range(count)]
+    module = spiking_layer(seed, n, steps, group_size, activation, bias)
+    x = torch.randn(m, len(steps), generator=torch.Generator().manual_seed(seed)) * 3
+    check_integers(module, x.to(DEVICE, dtype))
+
+
+@needs_triton
+def test_the_views_of_a_packed_layer_agree() -> None:
+    module = spiking_layer(7, 20, [1] * 150 + [2] * 60, 128, (4, (1, 2), "split"))
+    x = torch.randn(3, 210, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    results = []
+    for view in View:
+        with use_view(module, view):
+            results.append((module.accumulators(x).int(), module(x)))
+    for sums, y in results[1:]:
+        assert torch.equal(sums, results[0][0])
+        assert torch.equal(y, results[0][1])
+
+
+@needs_triton
+def test_counts_beyond_bfloat16_run_elsewhere() -> None:
+    module = spiking_layer(8, 4, [1] * 40, 128, (8, (1, 2), "split"))
+    assert module.packed_weight() is None
+    with pytest.raises(ValueError, match="counts up to 510"):
+        module(torch.zeros(1, 40, device=DEVICE))
+
+
 @needs_triton
 def test_it_is_one_graph() -> None:
     from snnllm.kernels import ternary_ops
 
-    module = layer()
     x = torch.randn(3, 141, device=DEVICE)
-    with torch.no_grad():
-        expected = module(x)
-        compiled = torch.compile(
-            module, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"
-        )
-        assert torch.equal(compiled(x), expected)
-    weight = module.float_weight()
-    assert isinstance(weight, PackedTernary)
-    torch.library.opcheck(
-        ternary_ops.ternary_linear,
-        (x, *weight[:4], None),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    spiking = spiking_layer(9, 24, [1] * 120 + [3] * 21, 64, (4, (1, 2), "split"))
+    for module in (layer(), spiking):
+        with torch.no_grad():
+            expected = module(x)
+            compiled = torch.compile(
+                module, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"
+            )
+            assert torch.equal(compiled(x), expected)
+    packed, counted = layer().packed_weight(), spiking.packed_weight()
+    assert isinstance(packed, PackedTernary)
+    assert isinstance(counted, CountedTernary)
+    encoded = spiking.encoder.encode(x)
+    whole = (*counted.packed.tensors, counted.segment, None, counted.segments)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ternary_ops.ternary_linear, (x, *packed.tensors, None), test_utils=tests)
+    for dtype in (torch.int32, torch.float16):
+        arguments = (*encoded, counted.channel_group, *whole, dtype)
+        torch.library.opcheck(ternary_ops.ternary_counts, arguments, test_utils=tests)
