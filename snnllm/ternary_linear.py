@@ -20,6 +20,7 @@ from snnllm.kernels.ternary_pack import (
     PackedTernary,
     count_with,
     counted_linear,
+    exact_in_float,
     pack_ternary,
     packed_linear,
 )
@@ -30,8 +31,6 @@ from snnllm.ternary import TernaryWeight, weight_spikes
 from snnllm.weights import QuantizedWeight
 
 _INT16_CHANNELS = 1 << 15
-_MOST_COUNTS = 255
-"""Largest spike count of an activation that is exact in bfloat16."""
 _MOST_GROUPS = 16
 """Most saliency groups that the encoder's kernel knows in the original order of the channels."""
 
@@ -173,12 +172,14 @@ class TernaryLinear(SpikingLinear):
         return self._packed_weight
 
     def _on_triton(self) -> bool:
-        """Whether the Triton backend runs the layer, and its kernels can hold the counts."""
+        """Whether the Triton backend runs the layer with the packed weight."""
         if not isinstance(get_backend(self.backend, self.weight_codes.device), TritonBackend):
             return False
-        capacities = self.encoder.capacities
-        spiking = self.layout.activation_bits != FLOAT_BITS
-        return not spiking or (max(capacities) <= _MOST_COUNTS and len(capacities) <= _MOST_GROUPS)
+        if self.layout.activation_bits == FLOAT_BITS:
+            return True
+        capacities, layout = self.encoder.capacities, self.layout
+        exact = exact_in_float(layout.classes, layout.group_size, capacities)
+        return exact and len(capacities) <= _MOST_GROUPS
 
     def _float_weight(self) -> Tensor:
         """The real weight, kept until `invalidate`."""

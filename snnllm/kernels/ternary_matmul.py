@@ -30,7 +30,7 @@ def _digits(packed, PLANE: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr)
     return bits.to(dtype, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gather_rows(  # type: ignore[no-untyped-def]
     x_ptr,
     order_ptr,
@@ -60,7 +60,7 @@ def gather_rows(  # type: ignore[no-untyped-def]
             rest -= part.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gather_counts(  # type: ignore[no-untyped-def]
     count_ptr,
     zero_point_ptr,
@@ -206,7 +206,7 @@ def _finish(  # type: ignore[no-untyped-def]
     tl.store(out_at, tl.trans(total).to(out_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def float_tiles(  # type: ignore[no-untyped-def]
     x_ptr,
     weight_ptr,
@@ -251,7 +251,7 @@ def float_tiles(  # type: ignore[no-untyped-def]
     _finish(total, bias_ptr, out_ptr, first_m, first_n, rows, columns, HAS_BIAS, BM, BN)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def count_tiles(  # type: ignore[no-untyped-def]
     x_ptr,
     weight_ptr,
@@ -280,17 +280,14 @@ def count_tiles(  # type: ignore[no-untyped-def]
 
     Integers are summed over the blocks of a segment, which `segment_ptr` ends; then they are scaled and
     added in the order of the segments, as `snnllm.kernels.epilogue` does, without fused multiply-add.
+    Sums stay below 2^24 (`ternary_pack.exact_in_float`), where float32 holds every integer.
     """
     first_m, first_n = _place(rows, columns, BM, BN)
     x_at, weight_at = _operands(
         *(x_ptr, weight_ptr, first_m, first_n, rows, columns, width, pitch),
         *(BLOCK, EARLY, R, BM, BN),
     )
-    left, out_m, out_n = (
-        tl.arange(0, BN * R),
-        first_m + tl.arange(0, BM),
-        first_n + tl.arange(0, BN),
-    )
+    out_m, out_n = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN)
     m, n = tl.minimum(out_m, rows - 1).to(tl.int64), tl.minimum(out_n, columns - 1).to(tl.int64)
     out_at = out_ptr + (out_m.to(tl.int64) * columns)[:, None] + out_n[None, :]
     of_block = (tl.arange(0, BN * R) % R)[:, None]
@@ -298,30 +295,29 @@ def count_tiles(  # type: ignore[no-untyped-def]
     for group in range(groups):
         threshold = tl.load(threshold_ptr + m * groups + group)
         start_at = x_at + group * rows.to(tl.int64) * width
-        sums = tl.zeros([BN, BM], tl.int32)
+        segment_at = segment_ptr + group * (width // BLOCK)
+        sums = tl.zeros([BN, BM], tl.float32)  # of integers below 2^24
         for block in range(0, blocks, R):
             acc = _products(start_at, weight_at, block, pitch, 0, ASM, 1, BLOCK, R, BM, BN)
-            inside = block + left % R < blocks
-            factor = tl.load(factor_ptr + (block + left % R), mask=inside, other=0.0)
-            whole = (_pairs(acc, R, BM, BN) * factor[:, None]).to(tl.int32)
+            acc = _pairs(acc, R, BM, BN)
             for r in tl.static_range(R):
-                if R == 1:
-                    sums += whole
-                else:
-                    own = tl.where(of_block == r, whole, 0)
-                    sums += tl.sum(tl.reshape(own, [BN, R, BM]), axis=1)
-                segment = tl.load(segment_ptr + group * (width // BLOCK) + block + r)
+                # Places beyond the last block have no digits, and end no segment.
+                last = tl.minimum(block + r, blocks - 1)
+                part = acc
+                if R > 1:
+                    part = tl.where(of_block == r, acc, 0.0)
+                    part = tl.sum(tl.reshape(part, [BN, R, BM]), axis=1)
+                sums += part * tl.load(factor_ptr + last)
+                segment = tl.load(segment_at + block + r)
                 ends = segment >= 0
                 if ACCUMULATORS:
                     place = segment * rows.to(tl.int64) * columns
                     valid = (out_m < tl.where(ends, rows, 0))[:, None] & (out_n < columns)[None, :]
-                    tl.store(out_at + place, tl.trans(sums), mask=valid)
+                    tl.store(out_at + place, tl.trans(sums.to(tl.int32)), mask=valid)
                 else:
-                    scale = tl.load(scale_ptr + n * blocks + tl.minimum(block + r, blocks - 1))
-                    term = (threshold[None, :] * sums.to(tl.float32)) * scale.to(tl.float32)[
-                        :, None
-                    ]
+                    scale = tl.load(scale_ptr + n * blocks + last).to(tl.float32)
+                    term = (threshold[None, :] * sums) * scale[:, None]
                     total = tl.where(ends, total + term, total)
-                sums = tl.where(ends, 0, sums)
+                sums = tl.where(ends, 0.0, sums)
     if not ACCUMULATORS:
         _finish(total, bias_ptr, out_ptr, first_m, first_n, rows, columns, HAS_BIAS, BM, BN)

@@ -20,8 +20,8 @@ def choose_config(rows: int) -> tuple[int, ...]:
     if rows <= 4:
         return (8, 4, 16, 4, 3)
     if rows <= 16:
-        return (4, 16, 16, 4, 3)
-    return (1, 64, 128, 4, 3)
+        return (2, 16, 32, 4, 3)
+    return (1, 64, 128, 8, 3)
 
 
 @torch.library.custom_op("snnllm::ternary_linear", mutates_args=())

@@ -28,6 +28,10 @@ STRIDE = 8
 """Activations have a multiple of so many blocks, behind the last block zeros."""
 
 
+_BFLOAT16_MAX, _FLOAT32_MAX = 1 << 8, 1 << 24
+"""Integers up to these are exact."""
+
+
 class PackedTernary(NamedTuple):
     """A ternary weight for `snnllm.kernels.ternary_ops`.
 
@@ -68,6 +72,20 @@ def digits_of(steps: int) -> int:
     while (3**digits - 1) // 2 < steps:
         digits += 1
     return digits
+
+
+def exact_in_float(
+    classes: Sequence[StepClass], group_size: int | None, capacities: Sequence[int]
+) -> bool:
+    """Whether the kernels add spiking inputs exactly.
+
+    Counts are bfloat16, and sums over the columns of a threshold float32, whose partial sums over
+    digits reach `(3^D - 1) / 2` a column.
+    """
+    reach = max(
+        max(threshold_runs((c,), group_size)) * (3 ** digits_of(c.steps) - 1) // 2 for c in classes
+    )
+    return max(capacities) <= _BFLOAT16_MAX and reach * max(capacities) <= _FLOAT32_MAX
 
 
 def balanced_digits(levels: Tensor, count: int) -> list[Tensor]:
@@ -174,7 +192,7 @@ def count_with(
 
     Args:
         packed: The weight; its runs are the weight groups of the segments.
-        encoder: How inputs are encoded, counts up to 255, at most 16 groups.
+        encoder: How inputs are encoded, at most 16 groups (`exact_in_float`).
         segments: Those of the linear (`spec.segments_of`).
     """
     device = packed.weight.device
