@@ -24,6 +24,7 @@ from snnllm.conversion import ConversionReport, convert, estimate, write_report
 from snnllm.data import load_text, token_windows, tokenize
 from snnllm.evaluate import token_perplexity
 from snnllm.modeling import load
+from snnllm.pipelines.gptq import GptqOptions, check_budget
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
 from snnllm.sources import dense_model, open_source
 
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     spike = spike_config(args)
     pipeline = chosen_pipeline(args, spike)
     options = pipeline_options(args, pipeline)
+    if isinstance(options, GptqOptions):
+        check_budget(spike, options)
     checkpoint.check_output(args.output)
     device = checked_device(args.device)
     source = open_source(args.model)
@@ -128,6 +131,8 @@ def summary(report: ConversionReport) -> dict[str, str]:
     sqnr = [b.sqnr_db for b in report.blocks]
     steps = [b.step_ms for b in report.blocks if b.step_ms is not None]
     trained = {"time of a training step": f"{sum(steps) / len(steps):.1f} ms"} if steps else {}
+    rates = [b.spike_rate for b in report.blocks if b.spike_rate is not None]
+    spiking = {"spike rate, mean of blocks": f"{sum(rates) / len(rates):.4f}"} if rates else {}
     device = report.blocks[-1].device_mib
     accelerator = {"peak memory of the device": f"{device:.0f} MiB"} if device else {}
     return {
@@ -135,7 +140,7 @@ def summary(report: ConversionReport) -> dict[str, str]:
         "weights on disk": f"{report.weight_bytes / 2**20:.1f} MiB",
         "bits per converted weight": f"{8 * report.linear_bytes / max(1, report.linear_weights):.3f}",
         "block SQNR, mean / worst": f"{sum(sqnr) / len(sqnr):.1f} / {min(sqnr):.1f} dB",
-        "spike rate, mean of blocks": f"{sum(b.spike_rate for b in report.blocks) / len(sqnr):.4f}",
+        **spiking,
         "conversion time": f"{report.seconds:.1f} s",
         "peak memory": f"{report.peak_mib:.0f} MiB",
         **trained,

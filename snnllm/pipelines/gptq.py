@@ -128,11 +128,7 @@ def check_ternary(source: Source, spike: SpikeConfig, options: GptqOptions) -> N
     Raises:
         ValueError: No budget of steps, one that cannot be met, or a map that fits no linear.
     """
-    if spike.mean_steps is None:
-        raise ValueError(
-            "The gptq pipeline makes ternary weights; choose a preset such as TW1.4A16, or mean_steps."
-        )
-    allocate_with(torch.ones(2), spike, options)  # a budget that cannot be met is said now
+    check_budget(spike, options)
     known = linear_names(source)
     for name, steps in options.steps.items():
         if name not in known:
@@ -143,6 +139,19 @@ def check_ternary(source: Source, spike: SpikeConfig, options: GptqOptions) -> N
                 f"steps[{name!r}] needs one step count for each of {channels} channels, got "
                 f"{len(steps)}."
             )
+
+
+def check_budget(spike: SpikeConfig, options: GptqOptions) -> None:
+    """Refuse a budget of steps that cannot be met, for which no model is needed.
+
+    Raises:
+        ValueError: No budget, or one out of range.
+    """
+    if spike.mean_steps is None:
+        raise ValueError(
+            "The gptq pipeline makes ternary weights; choose a preset such as TW1.4A16, or mean_steps."
+        )
+    allocate_with(torch.ones(2), spike, options)
 
 
 def allocate_with(score: Tensor, spike: SpikeConfig, options: GptqOptions) -> Tensor:

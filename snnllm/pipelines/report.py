@@ -25,7 +25,8 @@ class BlockReport:
         index: Block number.
         sqnr_db: Signal to quantisation noise of the block output, dB: against the float block on the
             same (converted) input (`rtn`), or against the float model (`rotated`).
-        spike_rate: Signed events per neuron and possible event, `mean |q - z| / qmax`, in [0, 1].
+        spike_rate: Signed events per neuron and possible event, `mean |q - z| / qmax`, in [0, 1];
+            None where no linear has spiking inputs.
         seconds: Wall time of the block.
         peak_mib: Peak resident memory of the process so far, MiB.
         device_mib: Peak memory of the accelerator so far, MiB; 0 on the CPU.
@@ -37,7 +38,7 @@ class BlockReport:
 
     index: int
     sqnr_db: float
-    spike_rate: float
+    spike_rate: float | None
     seconds: float
     peak_mib: float
     device_mib: float = 0.0
@@ -51,26 +52,30 @@ class BlockReport:
         loss = ""
         if self.loss_before is not None and self.loss_after is not None:
             loss = f"loss {self.loss_before:.4g} -> {self.loss_after:.4g}, {self.step_ms:.1f} ms a step, "
+        rate = "" if self.spike_rate is None else f"spike rate {self.spike_rate:.4f}, "
         device = f", device {self.device_mib:.0f} MiB" if self.device_mib else ""
         return (
-            f"block {self.index}: {loss}SQNR {self.sqnr_db:.2f} dB, spike rate "
-            f"{self.spike_rate:.4f}, {self.seconds:.1f} s, peak {self.peak_mib:.0f} MiB{device}"
+            f"block {self.index}: {loss}SQNR {self.sqnr_db:.2f} dB, {rate}{self.seconds:.1f} s, "
+            f"peak {self.peak_mib:.0f} MiB{device}"
         )
 
 
 class SpikeRateMeter:
-    """Measure the mean spike rate of a block's linears while it runs; calling it gives the rate."""
+    """Measure the mean spike rate of a block's linears while it runs; calling it gives the rate.
+
+    None if no linear has spiking inputs.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self._modules = [m for _, m in spiking_modules(block) if isinstance(m, SpikingLinear)]
         self._events = self._possible = 0.0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> Callable[[], float]:
+    def __enter__(self) -> Callable[[], float | None]:
         for module in self._modules:
             if module.layout.activation_bits != FLOAT_BITS:
                 self._hooks.append(module.register_forward_pre_hook(self._count))
-        return lambda: self._events / self._possible if self._possible else 0.0
+        return lambda: self._events / self._possible if self._possible else None
 
     def __exit__(self, *exc: object) -> None:
         for hook in self._hooks:

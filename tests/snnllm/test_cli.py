@@ -319,6 +319,12 @@ def test_a_missing_model(tmp_path, text_file, failing, name):
     assert name in failing("eval", name, "--text", text_file)
 
 
+@pytest.mark.parametrize("given", [["--mean-steps", "99"], ["--preset", "TW99A16"]])
+def test_a_budget_of_steps_is_checked_before_the_model(tmp_path, failing, given):
+    arguments = ["convert", "no/such/folder/here", tmp_path / "out", "--pipeline", "gptq", *given]
+    assert "mean_steps must be in 1..7, got 99" in failing(*arguments)
+
+
 def test_another_architecture(tmp_path, text_file, failing):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     for arguments in (["convert", tmp_path, tmp_path / "out"], ["inspect", tmp_path]):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from snnllm.additive import AdditiveWork
+from snnllm.cli.convert import summary
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.execution import View, use_view
@@ -74,6 +75,10 @@ def test_a_checkpoint_is_ternary_and_its_views_agree(tiny, token_ids, preset, to
                 sums.append(module.accumulators(x).long())
         assert torch.equal(sums[0], sums[1])
         assert torch.equal(sums[0], sums[2])
+    for block in report.blocks:  # nothing spikes where linears have float inputs
+        assert (block.spike_rate is None) == (preset == "TW1.4A16")
+        assert ("spike rate" in str(block)) == (preset != "TW1.4A16")
+    assert ("spike rate, mean of blocks" in summary(report)) == (preset != "TW1.4A16")
     assert report.to_dict()["bytes_per_weight"] < 0.75  # tiny groups; float16 thresholds included
 
 
