@@ -7,7 +7,7 @@ A level of a neuron with T steps is a number of balanced ternary digits, each of
 so one step takes one digit, two to four take two, five to thirteen three. A digit is stored as a two's
 complement number of two bits, which are, moved to the top of a word, the float 2 d (-2: `0xC000...`, 2:
 `0x4000...`, in float32, bfloat16 and float16 alike). Five trits in a byte, as they are on disk, would be
-a fifth less memory, and four operations more a digit.
+a fifth less memory but need multiplications to unpack, and the kernels are not bound by memory alone.
 """
 
 from __future__ import annotations
