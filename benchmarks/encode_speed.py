@@ -40,7 +40,8 @@ class Layer:
     channels: int
     salient: float
     seed: int = 0
-    first: bool = False  # the salient channels come first, as behind a rotation
+    first: bool = False  # the salient channels come first
+    rotated: bool = False  # and last, as many as are rotated together
 
     def __post_init__(self) -> None:
         """Draw everything on the GPU."""
@@ -50,9 +51,14 @@ class Layer:
 
         generator = torch.Generator().manual_seed(self.seed)
         many = round(self.salient * self.channels)
+        rotated = salient_count(self.channels, self.salient)
         group = torch.zeros(self.channels, dtype=torch.uint8)
         salient = torch.randperm(self.channels, generator=generator)[:many]
-        group[slice(many // 4 * 4) if self.first else salient] = 1
+        if self.first:
+            salient = torch.arange(many // 4 * 4)
+        elif self.rotated:
+            salient = torch.arange(self.channels - rotated, self.channels)
+        group[salient] = 1
         steps = (1, 2) if many else (1,)
         self.encoder = SpikeEncoder(group, steps, 4, backend="torch").cuda()
         self.order, self.segments = stable_layout(self.encoder.channel_group, len(steps))
@@ -60,11 +66,7 @@ class Layer:
         self.capacities = torch.tensor(self.encoder.capacities, dtype=torch.float32).cuda()
         self.offset = torch.randn(self.channels, generator=generator).cuda() * 0.1
         self.gain = torch.rand(self.channels, generator=generator).add(0.5).bfloat16().cuda()
-        rotated = salient_count(self.channels, self.salient)
         self.rotation = OnlineRotation((self.channels - rotated, rotated))
-        self.rotation.randomise(torch.arange(self.channels) < rotated, generator)
-        self.rotation.cuda()
-        self.tables = self.rotation.tables()
 
     def layout(self, gather: bool = True, offset: bool = False) -> tuple[Any, ...]:
         """Arguments of the encoding kernels behind the inputs."""
@@ -125,6 +127,7 @@ def contenders(rows: int, channels: int, seed: int) -> dict[str, Contender]:
 
     one, two = Layer(channels, 0.0, seed), Layer(channels, 0.1, seed)
     front = Layer(channels, 0.1, seed, first=True)
+    turned = Layer(channels, 0.1, seed, rotated=True)
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def activations() -> Tensor:
@@ -144,7 +147,9 @@ def contenders(rows: int, channels: int, seed: int) -> dict[str, Contender]:
     def torch_mlp(gate: Tensor, up: Tensor, rotated: bool) -> tuple[Tensor, ...]:
         # The product is the kernel's own: its exponential differs from torch's in the last bit.
         product = silu_mul(gate, up)
-        return two.expected(two.rotation(product) if rotated else product, rotated)
+        if rotated:
+            return turned.expected(turned.rotation(product), True)
+        return two.expected(product)
 
     return {
         "1 group": Contender(
@@ -182,22 +187,36 @@ def contenders(rows: int, channels: int, seed: int) -> dict[str, Contender]:
         ),
         "SiLU * up, 2 groups": Contender(
             (x, y),
-            lambda x, y: silu_mul_encode(x, y, None, *two.layout()),
+            lambda x, y: silu_mul_encode(x, y, None, *two.layout(), runs=two.runs),
             lambda x, y: torch_mlp(x, y, False),
+        ),
+        "SiLU * up, 2 groups, salient first": Contender(
+            (x, y),
+            lambda x, y: silu_mul_encode(x, y, None, *front.layout(), runs=front.runs),
+            lambda x, y: front.expected(silu_mul(x, y)),
         ),
         "SiLU * up, rotation, offset, 2 groups": Contender(
             (x, y),
-            lambda x, y: silu_mul_encode(x, y, two.tables, *two.layout(offset=True)),
+            lambda x, y: silu_mul_encode(
+                x, y, turned.rotation.sizes, *turned.layout(offset=True), runs=turned.runs
+            ),
             lambda x, y: torch_mlp(x, y, True),
         ),
     }
 
 
-def throughput(run: Run, shapes: Sequence[tuple[int, int]], bandwidth: float) -> list[dict]:
+def chosen(rows: int, channels: int, seed: int, only: str) -> dict[str, Contender]:
+    """The kernels whose name holds a text."""
+    return {k: c for k, c in contenders(rows, channels, seed).items() if only in k}
+
+
+def throughput(
+    run: Run, shapes: Sequence[tuple[int, int]], bandwidth: float, only: str
+) -> list[dict]:
     """Times at many rows, as a share of the copy bandwidth and beside torch."""
     results = []
     for rows, channels in shapes:
-        for name, contender in contenders(rows, channels, run.seed).items():
+        for name, contender in chosen(rows, channels, run.seed, only).items():
             inputs = contender.rotating()
             calls = {
                 "kernel": lambda c=contender, i=inputs: [c.kernel(*given) for given in i],
@@ -222,12 +241,12 @@ def throughput(run: Run, shapes: Sequence[tuple[int, int]], bandwidth: float) ->
     return results
 
 
-def latency(run: Run, rows: Sequence[int], channels: Sequence[int]) -> list[dict]:
+def latency(run: Run, rows: Sequence[int], channels: Sequence[int], only: str) -> list[dict]:
     """Times of few rows inside a CUDA graph."""
     results = []
     for many in rows:
         for width in channels:
-            for name, contender in contenders(many, width, run.seed).items():
+            for name, contender in chosen(many, width, run.seed, only).items():
                 exact = contender.is_exact()  # compiles, too: a graph cannot
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
@@ -287,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=21, help="median of so many")
     parser.add_argument("--rows", type=int, help="tokens, instead of 4096")
+    parser.add_argument("--only", default="", help="kernels whose name holds this text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args(argv)
@@ -301,8 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.no_grad():
         bandwidth = copy_bandwidth(run, COPIED)
         print(f"{card}; torch {torch.__version__}; copy {bandwidth / 1e12:.3f} TB/s", flush=True)
-        many = throughput(run, shapes, bandwidth)
-        few = latency(run, FEW_ROWS, [channels for _, channels in SHAPES])
+        many = throughput(run, shapes, bandwidth, args.only)
+        few = latency(run, FEW_ROWS, [channels for _, channels in SHAPES], args.only)
         after = copy_bandwidth(run, COPIED)
     print_results(many, few)
     print(f"\ncopy again: {after / 1e12:.3f} TB/s")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-FLOAT32_BUFFERS = ("weight_scale", "qk_rotation", "left_", "offset_", "clip")
+FLOAT32_BUFFERS = ("weight_scale", "qk_rotation", "offset_", "clip")
 """Starts of the names: scales of weight codes, offsets, factors on ranges, and rotations, which must
 stay orthogonal."""
 

@@ -11,8 +11,9 @@ the subspace split.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from scipy.linalg import hadamard
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from snnllm.precision import keeping_float32
 from snnllm.sources import Source
 
 
@@ -99,24 +99,27 @@ def sorted_groups(group: Tensor) -> Tensor:
     return group.sort().values.to(torch.uint8)
 
 
-LEFT_ALIGNMENT = 8
+BLOCK = 256
+"""Most channels that an online rotation mixes; more are hardly flatter, and no thread holds them."""
+RADIX = 16
+"""Neighbours that a thread mixes at once; in a longer block, the rest follows on the other axis."""
 
 
-class RotationTables(NamedTuple):
-    """An :class:`OnlineRotation` as the tensors that a kernel reads.
+def rotation_blocks(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes of the Hadamard blocks of channel groups, one after the other: powers of two.
 
-    Attributes:
-        order: original channel of every new position, int32 `[K]`.
-        signs: +-1 of every new position, int8 `[K]`.
-        left: left factors of all groups, one after the other, row by row, float32; the rows of a
-            factor `[m, m]` are padded with zeros to a multiple of `LEFT_ALIGNMENT`.
-        sizes: channels of the groups.
+    As many blocks of `BLOCK` channels as a group holds, then the powers of two of what is left:
+    1408 = 5 * 256 + 128.
+
+    Args:
+        sizes: Channels of the groups.
     """
-
-    order: Tensor
-    signs: Tensor
-    left: Tensor
-    sizes: tuple[int, ...]
+    blocks: list[int] = []
+    for size in sizes:
+        rest = size % BLOCK
+        powers = [1 << bit for bit in reversed(range(BLOCK.bit_length())) if rest >> bit & 1]
+        blocks += [BLOCK] * (size // BLOCK) + powers
+    return tuple(blocks)
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
@@ -141,124 +144,118 @@ def hadamard_transform(x: Tensor) -> Tensor:
     return scaled
 
 
-def mix_blocks(left: Tensor, x: Tensor) -> Tensor:
-    """`left^T x` with the sum over the blocks in their order, each product and sum rounded once.
+def rotate_block(x: Tensor) -> Tensor:
+    """`hadamard_transform` of a block; one longer than `RADIX` comes out in the order of a transpose.
+
+    The output `i * RADIX + j` is at `j * p / RADIX + i`: where the thread that computes it stores it
+    beside its others.
 
     Args:
-        left: float32 `[m, m]`.
-        x: float32 `[..., m, p]`.
+        x: float32 `[..., p]`, p a power of two.
 
     Returns:
-        float32 `[..., m, p]`.
+        float32 `[..., p]`.
     """
-    mixed = left[0].unsqueeze(-1) * x[..., :1, :]
-    for block in range(1, len(left)):
-        mixed = mixed + left[block].unsqueeze(-1) * x[..., block : block + 1, :]
-    return mixed
+    y, p = hadamard_transform(x), x.shape[-1]
+    return y if p <= RADIX else y.unflatten(-1, (p // RADIX, RADIX)).mT.flatten(-2)
 
 
 class OnlineRotation(nn.Module):
     """A rotation inside channel groups that runs before an encoder: `x' = x R`, `R` orthogonal.
 
-    Each group of size `m p` (p a power of two) is rotated by a Kronecker product, so that a row costs
-    `K (m + log2 p)` operations instead of `K^2`:
+    Every group is cut into Hadamard blocks (`rotation_blocks`), so that a row costs additions only,
+    at most `log2 BLOCK` for each channel, and one product with `p^(-1/2)`. What comes before the
+    Hadamard matrices, an order that brings the channels of a group together and signs, is folded
+    into the weights in front (`SignedOrder`).
 
-        x'_g = vec(Q^T mat(signs * x_g) H_p / sqrt(p))
-
-    The operations run in a defined order (`hadamard_transform`, `mix_blocks`), in which the GPU
-    kernel that fuses them with the encoder runs them, too: the same bits everywhere.
+    The operations run in a defined order (`rotate_block`), in which the GPU kernel that fuses them
+    with the encoder runs them, too: the same bits everywhere.
 
     Args:
-        sizes: Channels of the groups, in their new order.
+        sizes: Channels of the groups, in their order.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = tuple(n for n in sizes if n > 0)
+        self.blocks = rotation_blocks(self.sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate the last axis of `x [..., K]`; float32 out."""
+        parts, first, x = [], 0, x.float()
+        for p, same in groupby(self.blocks):
+            width = p * len(list(same))
+            part = x[..., first : first + width].unflatten(-1, (-1, p))
+            parts.append(rotate_block(part).flatten(-2))
+            first += width
+        return torch.cat(parts, dim=-1)
+
+    @property
+    def macs(self) -> int:
+        """Operations of one row: `log2 p` for each channel of a block, those of a butterfly one."""
+        return sum(p * (p.bit_length() - 1) for p in self.blocks)
+
+    def matrix(self) -> Tensor:
+        """`R`, float32 `[K, K]`, to fold its inverse into a weight: `W' = W R`."""
+        return self.forward(torch.eye(sum(self.sizes)))
+
+    def extra_repr(self) -> str:
+        """Groups for `print(model)`."""
+        return f"sizes={self.sizes}"
+
+
+class SignedOrder(NamedTuple):
+    """An order of the inner channels of an MLP, and a sign for each: folded into its weights.
+
+    `silu(gate) * up` is linear in up, so that a sign of its rows is one of the product.
 
     Attributes:
-        order: Original channel of every new position, int32 `[K]`.
-        signs: +-1, int8 `[K]`.
+        order: original channel of every new position, int64 `[K]`.
+        signs: +-1 of every new position, float64 `[K]`.
     """
 
     order: Tensor
     signs: Tensor
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        super().__init__()
-        self.sizes = tuple(n for n in sizes if n > 0)
-        channels = sum(self.sizes)
-        self.register_buffer("order", torch.arange(channels, dtype=torch.int32))
-        self.register_buffer("signs", torch.ones(channels, dtype=torch.int8))
-        for number, size in enumerate(self.sizes):
-            left = size // power_of_two_factor(size)
-            self.register_buffer(f"left_{number}", torch.eye(left))
+    @classmethod
+    def of_groups(cls, group: Tensor, generator: torch.Generator | None) -> Self:
+        """Bring the channels of a group together, with random signs; None: without.
 
-    def randomise(self, group: Tensor, generator: torch.Generator | None) -> None:
-        """Draw signs and factors; `group` (integers `[K]`) says which channels come together.
-
-        Without a generator the signs are +1 and the factors identities; the Hadamard part stays.
+        Args:
+            group: Group of each channel, integers `[K]`.
+            generator: Source of the signs.
         """
-        self.order.copy_(torch.argsort(group.long(), stable=True))
+        order = torch.argsort(group.long(), stable=True)
         if generator is None:
-            return
-        self.signs.copy_(torch.randint(0, 2, self.signs.shape, generator=generator) * 2 - 1)
-        for number in range(len(self.sizes)):
-            left = self.get_buffer(f"left_{number}")
-            left.copy_(random_orthogonal(left.shape[0], generator))
-
-    def _left(self, number: int) -> Tensor:
-        return self.get_buffer(f"left_{number}").float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate the last axis of `x [..., K]`; float32 out."""
-        rows = x.float().index_select(-1, self.order.long()) * self.signs
-        parts = []
-        for number, group in enumerate(rows.split(self.sizes, dim=-1)):
-            left = self._left(number)
-            blocks = hadamard_transform(group.unflatten(-1, (len(left), -1)))
-            parts.append(mix_blocks(left, blocks).flatten(-2))
-        return torch.cat(parts, dim=-1)
-
-    def tables(self) -> RotationTables:
-        """The rotation for a kernel."""
-        left = [self._left(number) for number in range(len(self.sizes))]
-        padded = [
-            nn.functional.pad(factor, (0, -len(factor) % LEFT_ALIGNMENT)).flatten()
-            for factor in left
-        ]
-        return RotationTables(self.order, self.signs, torch.cat(padded), self.sizes)
-
-    @property
-    def macs(self) -> int:
-        """Operations of one row: `K (m + log2 p)` summed over the groups, those of a butterfly one."""
-        powers = [power_of_two_factor(n) for n in self.sizes]
-        return sum(
-            n * (n // p + p.bit_length() - 1) for n, p in zip(self.sizes, powers, strict=True)
-        )
-
-    def matrix(self) -> Tensor:
-        """`R`, float32 `[K, K]`, to fold its inverse into a weight: `W' = W R`."""
-        return self.forward(torch.eye(sum(self.sizes), device=self.order.device))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        with keeping_float32(self):
-            super()._apply(fn, recurse)
-        return self
+            return cls(order, torch.ones(len(order), dtype=torch.float64))
+        signs = torch.randint(0, 2, (len(order),), generator=generator).double() * 2 - 1
+        return cls(order, signs)
 
 
 class RotatedSource(Source):
     """A dense LLaMA in another residual basis; the same function, tensor by tensor on demand.
 
     RMSNorm gains are absorbed into the weights behind them, the residual stream is multiplied by
-    `residual`, and the values of each KV head by `values[layer][head]`. The head becomes untied.
+    `residual`, and the values of each KV head by `values[layer][head]`; the inner channels of each
+    MLP get another order and signs. The head becomes untied.
 
     Args:
         source: The original model.
         residual: Orthogonal `[hidden, hidden]`.
         values: One orthogonal `[H_kv, D, D]` per layer, or None to leave the values alone.
+        inner: Order and signs of the inner channels of the MLP of every layer, or None.
     """
 
     def __init__(
-        self, source: Source, residual: Tensor, values: Sequence[Tensor] | None = None
+        self,
+        source: Source,
+        residual: Tensor,
+        values: Sequence[Tensor] | None = None,
+        inner: Sequence[SignedOrder] | None = None,
     ) -> None:
         self.name = source.name
         self._source, self._residual, self._values = source, residual.double(), values
+        self._inner = inner
         self._dtype = source.tensor("model.norm.weight").dtype
         self._tied = bool(source.config.tie_word_embeddings)
         settings = source.config.to_dict()
@@ -298,6 +295,8 @@ class RotatedSource(Source):
             bias = self._original(name)
             if linear in ("o_proj", "down_proj"):
                 return bias @ r
+            if linear in ("gate_proj", "up_proj"):
+                return self._reorder_rows(prefix, linear, bias)
             return (
                 self._rotate_values(prefix, bias.unsqueeze(1)).squeeze(1)
                 if linear == "v_proj"
@@ -308,9 +307,13 @@ class RotatedSource(Source):
             weight = (weight * self._original(f"{prefix}.input_layernorm.weight")) @ r
             return self._rotate_values(prefix, weight) if linear == "v_proj" else weight
         if linear in ("gate_proj", "up_proj"):
-            return (weight * self._original(f"{prefix}.post_attention_layernorm.weight")) @ r
+            gain = self._original(f"{prefix}.post_attention_layernorm.weight")
+            return self._reorder_rows(prefix, linear, weight * gain) @ r
         if linear == "o_proj":
             weight = self._rotate_heads(prefix, weight)
+        if linear == "down_proj" and self._inner is not None:
+            order, signs = self._inner[_layer_of(prefix)]
+            weight = weight[:, order] * signs
         return r.T @ weight
 
     def _original(self, name: str) -> Tensor:
@@ -319,7 +322,16 @@ class RotatedSource(Source):
     def _value_rotation(self, prefix: str) -> Tensor | None:
         if self._values is None:
             return None
-        return self._values[int(prefix.rsplit(".", 1)[1])].double()
+        return self._values[_layer_of(prefix)].double()
+
+    def _reorder_rows(self, prefix: str, linear: str, rows: Tensor) -> Tensor:
+        """Order the outputs of gate_proj and up_proj, weight or bias; the signs are those of up."""
+        if self._inner is None:
+            return rows
+        order, signs = self._inner[_layer_of(prefix)]
+        if linear == "gate_proj":
+            return rows[order]
+        return rows[order] * signs.view(-1, *[1] * (rows.dim() - 1))
 
     def _rotate_values(self, prefix: str, rows: Tensor) -> Tensor:
         """Rotate the outputs of v_proj: `v' = v R_h` per KV head."""
@@ -338,3 +350,7 @@ class RotatedSource(Source):
         repeated = rotation.repeat_interleave(weight.shape[1] // (heads * dim), dim=0)
         blocks = weight.view(weight.shape[0], -1, dim).transpose(0, 1)
         return (blocks @ repeated).transpose(0, 1).reshape(weight.shape)
+
+
+def _layer_of(prefix: str) -> int:
+    return int(prefix.rsplit(".", 1)[1])

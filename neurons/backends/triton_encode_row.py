@@ -14,6 +14,7 @@ __all__ = [
     "charge_of",
     "clipped",
     "encode_row",
+    "gated",
     "normalized",
     "quotient",
     "quotient_of",
@@ -24,14 +25,15 @@ __all__ = [
     "wider",
 ]
 
-# Triton's interpreter truncates to bfloat16 where the device rounds to nearest.
-_TRUNCATES = tl.constexpr(interpreted())
+# Triton's interpreter truncates to bfloat16 where the device rounds to nearest, and knows no assembly.
+_INTERPRETED = tl.constexpr(interpreted())
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """A float32 rounded to dtype, ties to even."""
-    if _TRUNCATES and dtype == tl.bfloat16:
+    if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -134,9 +136,15 @@ def charge_of(  # type: ignore[no-untyped-def]
     HAS_OFFSET: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_GAIN: tl.constexpr,
+    GATED: tl.constexpr,
 ):
-    """Activations of channels, float32; normalised with SCALED, less the offset with HAS_OFFSET."""
+    """Activations of channels, float32; normalised with SCALED, less the offset with HAS_OFFSET.
+
+    With GATED the gains are up of ``gated``, and x is gate.
+    """
     x = read(x_ptr, channel, inside, MASKED)
+    if GATED:
+        x = gated(x, read(gain_ptr, channel, inside, MASKED))
     if SCALED:
         gain = x
         if HAS_GAIN:
@@ -172,7 +180,7 @@ def _charge(  # type: ignore[no-untyped-def]
         inside = inside & (at < channels)
     x = charge_of(
         *(x_ptr, gain_ptr, scale, offset_ptr, channel, inside),
-        *(True, HAS_OFFSET, SCALED, HAS_GAIN),
+        *(True, HAS_OFFSET, SCALED, HAS_GAIN, False),
     )
     return x, inside
 
@@ -184,6 +192,24 @@ def normalized(x, gain, scale, HAS_GAIN: tl.constexpr):  # type: ignore[no-untyp
     if HAS_GAIN:
         y = rounded(y.to(tl.float32) * gain.to(tl.float32), x.dtype)
     return y
+
+
+@triton.jit
+def gated(gate, up):  # type: ignore[no-untyped-def]
+    """``silu(gate) * up`` in their dtype, rounded after SiLU and after the product, as LLaMA's MLP."""
+    g = gate.to(tl.float32)
+    if _INTERPRETED:
+        sigmoid = tl.div_rn(tl.full([], 1.0, tl.float32), 1.0 + tl.exp(-g))
+    else:
+        # exp(-g) from 0 to infinity; subnormals do not matter beside 1, nor does a sigmoid below 2**-126.
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [g * -_LOG2_E], tl.float32, True, 1
+        )
+        sigmoid = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [1.0 + power], tl.float32, True, 1
+        )
+    silu = rounded(g * sigmoid, gate.dtype)
+    return rounded(silu.to(tl.float32) * up.to(tl.float32), gate.dtype)
 
 
 @triton.jit

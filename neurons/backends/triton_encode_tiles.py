@@ -24,7 +24,17 @@ from neurons.backends.triton_encode_row import (
     wider,
 )
 
-__all__ = ["MOST_POSITIONS", "encode_tiles", "launch_tiles", "runs_of", "tiles_of"]
+__all__ = [
+    "MOST_POSITIONS",
+    "encode_tiles",
+    "launch_tiles",
+    "range_ends",
+    "registers",
+    "runs_of",
+    "stacked",
+    "tiles_of",
+    "value_of",
+]
 
 MOST_POSITIONS = 32768
 """64 numbers for each of 512 threads; longer rows would spill."""
@@ -83,6 +93,12 @@ def tiles_of(rows: int, positions: int, gather: bool) -> tuple[int, int]:
     return 32 * warps * (_PAIR if gather else _VECTOR), warps
 
 
+def registers(rows: int, warps: int) -> dict[str, int]:
+    """Option of a launch that bounds the registers of a thread, where that is faster."""
+    # The longest rows have 16 warps, and need more registers.
+    return {"maxnreg": _REGISTERS} if rows > _FEW_ROWS and warps < 16 else {}
+
+
 @triton.jit
 def encode_tiles(  # type: ignore[no-untyped-def]
     x_ptr,
@@ -103,11 +119,13 @@ def encode_tiles(  # type: ignore[no-untyped-def]
     HAS_OFFSET: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_GAIN: tl.constexpr,
+    GATED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Encode one row; pointers to inputs and outputs are those of the row, RUNS is flat.
 
-    With SCALED the row is ``normalized`` by the scale (float32) and, with HAS_GAIN, the gains first.
+    With SCALED the row is ``normalized`` by the scale (float32) and, with HAS_GAIN, the gains first;
+    with GATED it is ``gated``, the gains are up of this row.
     """
     PADDED: tl.constexpr = 4 if GROUPS == 3 else GROUPS
     lane = tl.arange(0, TILE)
@@ -119,11 +137,12 @@ def encode_tiles(  # type: ignore[no-untyped-def]
     for group in tl.static_range(GROUPS):
         own = _charges(
             *(x_ptr, gain_ptr, scale, order_ptr, offset_ptr, lane, RUNS, group),
-            *(GATHER, HAS_OFFSET, SCALED, HAS_GAIN, TILE),
+            *(GATHER, HAS_OFFSET, SCALED, HAS_GAIN, GATED, TILE),
         )
         charges += (own,)
         ranges += (_range(own, TILE),)
-    low, high = _ranges(ranges, GROUPS, PADDED, SHARED)
+    both = tl.reshape(tl.max(stacked(ranges, GROUPS), 0), [2, PADDED])
+    low, high = range_ends(both, PADDED, SHARED)
     thresholds, zeros = spike_parameters(low, high, capacities, clips)
     tl.store(threshold_ptr + number, thresholds, mask=number < GROUPS)
     tl.store(zero_ptr + number, zeros.to(tl.int32), mask=number < GROUPS)
@@ -159,6 +178,7 @@ def _charges(  # type: ignore[no-untyped-def]
     HAS_OFFSET: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_GAIN: tl.constexpr,
+    GATED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Activations of a group in tiles, float32, 0 at padding."""
@@ -173,7 +193,7 @@ def _charges(  # type: ignore[no-untyped-def]
             channel = read(order_ptr + START + first, lane, inside, first + TILE > MANY)
         x = charge_of(
             *(x_ptr, gain_ptr, scale, offset_ptr, channel, inside),
-            *(first + TILE > MANY, HAS_OFFSET, SCALED, HAS_GAIN),
+            *(first + TILE > MANY, HAS_OFFSET, SCALED, HAS_GAIN, GATED),
         )
         own += (x,)
     return own
@@ -190,7 +210,7 @@ def _range(own, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _stacked(parts, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+def stacked(parts, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """What there is of each group in last axes: one reduction for all, one wait for the warps."""
     if GROUPS == 1:
         both = parts[0]
@@ -203,9 +223,8 @@ def _stacked(parts, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _ranges(ranges, GROUPS: tl.constexpr, PADDED: tl.constexpr, SHARED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ends of the ranges of all groups, float32 ``[PADDED]``."""
-    both = tl.reshape(tl.max(_stacked(ranges, GROUPS), 0), [2, PADDED])
+def range_ends(both, PADDED: tl.constexpr, SHARED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ends of the ranges of all groups, float32 ``[PADDED]``, from the maxima of their ``range_bits``."""
     if SHARED:
         both = tl.broadcast_to(tl.max(both, 1)[:, None], [2, PADDED])
     below = tl.arange(0, 2)[:, None] == 0
@@ -227,23 +246,23 @@ def _all_counts(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Store the counts of all groups; returns their sums lane by lane, ``_stacked``."""
+    """Store the counts of all groups; returns their sums lane by lane, ``stacked``."""
     number = tl.arange(0, thresholds.shape[0])
     totals = ()  # type: tuple[Any, ...]
     for group in tl.static_range(GROUPS):
-        threshold = _of(thresholds, number, group)
-        bias = _of(zeros, number, group) + 0.5
-        capacity = _of(capacities, number, group)
+        threshold = value_of(thresholds, number, group)
+        bias = value_of(zeros, number, group) + 0.5
+        capacity = value_of(capacities, number, group)
         total = _counts(
             *(charges[group], threshold, bias, capacity, count_ptr, lane),
             *(RUNS, group, SCALE, TILE),
         )
         totals += (total,)
-    return _stacked(totals, GROUPS)
+    return stacked(totals, GROUPS)
 
 
 @triton.jit
-def _of(values, number, group):  # type: ignore[no-untyped-def]
+def value_of(values, number, group):  # type: ignore[no-untyped-def]
     """One of the values; NaN in another does not reach it."""
     return tl.sum(tl.where(number == group, values, 0.0), 0)
 
@@ -316,7 +335,8 @@ def _encode_rows_in_tiles(  # type: ignore[no-untyped-def]
     encode_tiles(
         *(x_ptr + row * stride, x_ptr, 1.0, order_ptr, capacity_ptr, clip_ptr, offset_ptr),
         *(count_ptr + row * positions, threshold_ptr + row * GROUPS, zero_ptr + row * GROUPS),
-        *(sum_ptr + row * GROUPS, RUNS, GROUPS, SHARED, GATHER, HAS_OFFSET, False, False, TILE),
+        *(sum_ptr + row * GROUPS, RUNS, GROUPS, SHARED, GATHER, HAS_OFFSET, False, False),
+        *(False, TILE),
     )
 
 
@@ -335,10 +355,6 @@ def launch_tiles(
     groups = capacities.shape[0]
     gather = min(runs[3::4]) < 0
     tile, warps = tiles_of(x.shape[0], outputs[0].shape[1], gather)
-    flags = {"num_warps": warps, "enable_fp_fusion": False}
-    # The longest rows have 16 warps, and need more registers.
-    if x.shape[0] > _FEW_ROWS and warps < 16:
-        flags["maxnreg"] = _REGISTERS
     launch: Any = _encode_rows_in_tiles[(x.shape[0],)]
     launch(
         *(x, x if order is None else order, capacities, clip, x if offset is None else offset),
@@ -350,5 +366,7 @@ def launch_tiles(
         HAS_OFFSET=offset is not None,
         EARLY=early,
         TILE=tile,
-        **flags,
+        num_warps=warps,
+        enable_fp_fusion=False,
+        **registers(x.shape[0], warps),
     )

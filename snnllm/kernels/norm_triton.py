@@ -346,7 +346,7 @@ def _norm(  # type: ignore[no-untyped-def]
             *(x_ptr, gain_ptr, scale, order_ptr, capacity_ptr, clip_ptr, offset_ptr),
             *(count_ptr + row * positions, threshold_ptr + row * groups, zero_ptr + row * groups),
             *(sum_ptr + row * groups, RUNS, len(RUNS) // 4, SHARED, GATHER, HAS_OFFSET),
-            *(True, HAS_GAIN, BLOCK),
+            *(True, HAS_GAIN, False, BLOCK),
         )
     elif ENCODE:
         encode_row(

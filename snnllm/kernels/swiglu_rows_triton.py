@@ -1,19 +1,33 @@
-"""Triton kernels of :mod:`snnllm.kernels.swiglu_triton`: product, butterflies, mixing, encoding of rows."""
+"""Triton kernels of :mod:`snnllm.kernels.swiglu_triton`: product, butterflies, encoding of rows.
+
+A thread loads 16 neighbours and mixes them in registers; one exchange through shared memory brings
+those together that are 16 apart in a block, and a second pass of butterflies ends the block of 256.
+From then on every thread has neighbours again, in the order of
+:func:`snnllm.transforms.rotate_block`: range, counts and stores need no other exchange.
+"""
+
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from neurons.backends.triton_encode_row import encode_row, rounded
+from neurons.backends.triton_encode_row import (
+    clipped,
+    gated,
+    quotient_of,
+    range_bits,
+    read,
+    spike_parameters,
+    wider,
+)
+from neurons.backends.triton_encode_tiles import encode_tiles, range_ends, stacked, value_of
 
-__all__ = ["process_rows", "silu_mul_kernel"]
-
-
-@triton.jit
-def _product(gate, up):  # type: ignore[no-untyped-def]
-    """``silu(gate) * up`` in their dtype, rounded after SiLU and after the product."""
-    g = gate.to(tl.float32)
-    silu = rounded(tl.div_rn(g, 1.0 + tl.exp(-g)), gate.dtype)
-    return rounded(silu.to(tl.float32) * up.to(tl.float32), gate.dtype)
+__all__ = [
+    "rotate_and_encode_kernel",
+    "rotate_kernel",
+    "silu_mul_encode_kernel",
+    "silu_mul_kernel",
+]
 
 
 @triton.jit
@@ -26,86 +40,14 @@ def silu_mul_kernel(  # type: ignore[no-untyped-def]
     inside = at < channels
     gate = tl.load(gate_ptr + row * gate_stride + at, mask=inside, other=0.0)
     up = tl.load(up_ptr + row * up_stride + at, mask=inside, other=0.0)
-    tl.store(out_ptr + row * channels + at, _product(gate, up), mask=inside)
+    tl.store(out_ptr + row * channels + at, gated(gate, up), mask=inside)
 
 
 @triton.jit
-def _butterflies(x, ROWS: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``x H_p`` of ROWS blocks of P, ``[ROWS * P]``, in the order of :func:`snnllm.transforms.hadamard_transform`."""
-    # Sizes below 2**24: the stages are those with 2**stage < P.
-    for stage in tl.static_range(24):
-        if 2**stage < P:
-            y = tl.reshape(x, [ROWS * (P // (2 * 2**stage)), 2, 2**stage])
-            a, b = tl.split(tl.permute(y, (0, 2, 1)))
-            y = tl.permute(tl.join(a + b, a - b), (0, 2, 1))
-            x = tl.reshape(y, [ROWS * P])
-    return x
-
-
-@triton.jit
-def _transform(  # type: ignore[no-untyped-def]
+def silu_mul_encode_kernel(  # type: ignore[no-untyped-def]
     gate_ptr,
     up_ptr,
-    out_ptr,
     order_ptr,
-    sign_ptr,
-    left_ptr,
-    ENCODE: tl.constexpr,
-    P: tl.constexpr,
-    M: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Product (where rows are encoded), signs and butterflies of a group of M blocks of P channels."""
-    ROWS: tl.constexpr = TILE // P if TILE > P else 1
-    for first in range(0, M * P, ROWS * P):
-        # One axis: of two, the gather would choose the wrong one for its neighbours.
-        at = first + tl.arange(0, ROWS * P)
-        inside = at < M * P
-        # A hint for the layout of the gather, as in the encoder.
-        channel = tl.load(order_ptr + tl.max_contiguous(at, 2), mask=inside, other=0)
-        x = tl.load(gate_ptr + channel, mask=inside, other=0.0)
-        if ENCODE:
-            x = _product(x, tl.load(up_ptr + channel, mask=inside, other=0.0))
-        x = x.to(tl.float32) * tl.load(sign_ptr + at, mask=inside, other=0).to(tl.float32)
-        x = _butterflies(x, ROWS, P) * (P**-0.5)
-        if M == 1:
-            x *= tl.load(left_ptr)
-        tl.store(out_ptr + at, x, mask=inside)
-
-
-@triton.jit
-def _mix(  # type: ignore[no-untyped-def]
-    in_ptr, out_ptr, left_ptr, P: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr
-):
-    """``left^T x`` of M blocks of P channels, the sum in the order of the blocks."""
-    WIDTH: tl.constexpr = P if P < TILE // 8 else TILE // 8
-    MIXED: tl.constexpr = TILE // P if P < TILE // 8 else 8
-    # Rows of the factor are padded, so that a thread reads its factors in one access.
-    PADDED: tl.constexpr = (M + 7) // 8 * 8
-    for first in range(0, M, MIXED):
-        block = first + tl.arange(0, MIXED)
-        for start in range(0, P, WIDTH):
-            at = start + tl.arange(0, WIDTH)
-            mixed = tl.zeros([MIXED, WIDTH], tl.float32)
-            for other in tl.range(0, M, loop_unroll_factor=4):
-                x = tl.load(in_ptr + other * P + at)
-                left = tl.load(left_ptr + other * PADDED + block, mask=block < PADDED, other=0.0)
-                mixed += left[:, None] * x[None, :]
-            out = out_ptr + block[:, None] * P + at[None, :]
-            tl.store(out, mixed, mask=(block < M)[:, None])
-
-
-@triton.jit
-def process_rows(  # type: ignore[no-untyped-def]
-    gate_ptr,
-    up_ptr,
-    scratch_ptr,
-    rotated_ptr,
-    rotation_order_ptr,
-    sign_ptr,
-    left_ptr,
-    order_ptr,
-    segment_ptr,
     capacity_ptr,
     clip_ptr,
     offset_ptr,
@@ -113,115 +55,387 @@ def process_rows(  # type: ignore[no-untyped-def]
     threshold_ptr,
     zero_ptr,
     sum_ptr,
-    rows,
     gate_stride,
     up_stride,
-    channels,
-    width,
     positions,
-    segments,
-    groups,
-    P0: tl.constexpr,
-    M0: tl.constexpr,
-    P1: tl.constexpr,
-    M1: tl.constexpr,
-    TILE: tl.constexpr,
-    ROTATED: tl.constexpr,
-    ENCODE: tl.constexpr,
+    RUNS: tl.constexpr,
+    GROUPS: tl.constexpr,
     SHARED: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Rows one after the other: product, rotation of up to two groups (P, M), and the encoder.
+    """Encode a row of ``silu(gate) * up``."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    encode_tiles(
+        *(gate_ptr + row * gate_stride, up_ptr + row * up_stride, 1.0, order_ptr, capacity_ptr),
+        *(clip_ptr, offset_ptr, count_ptr + row * positions, threshold_ptr + row * GROUPS),
+        *(zero_ptr + row * GROUPS, sum_ptr + row * GROUPS, RUNS, GROUPS, SHARED, GATHER),
+        *(HAS_OFFSET, False, False, True, TILE),
+    )
 
-    Without ENCODE the rows of gate are rotated as they are and written to ``rotated_ptr``.
+
+@triton.jit
+def _front(  # type: ignore[no-untyped-def]
+    gate_ptr,
+    up_ptr,
+    MANY: tl.constexpr,
+    RADIX: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """The first WIDTH of every RADIX channels, float32 ``[ROWS, WIDTH]``; 0 from channel MANY on."""
+    first = tl.arange(0, ROWS)[:, None] * RADIX
+    at = first + tl.arange(0, WIDTH)[None, :]
+    inside = tl.broadcast_to(first < MANY, [ROWS, WIDTH])
+    MASKED: tl.constexpr = MANY < ROWS * RADIX
+    x = read(gate_ptr, at, inside, MASKED)
+    if GATED:
+        x = gated(x, read(up_ptr, at, inside, MASKED))
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _mix_neighbours(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Butterflies along the last axis of ``[ROWS, WIDTH]``: a pass brings the next bit to the end."""
+    for stage in tl.static_range(4):
+        if 2**stage < WIDTH:
+            a, b = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
+            x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [ROWS, WIDTH])
+    return x
+
+
+@triton.jit
+def _mix_rows(x, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Butterflies along the first axis of ``[WIDTH, ROWS]``, which a thread holds by default."""
+    for stage in tl.static_range(4):
+        if 2**stage < WIDTH:
+            pairs = tl.permute(tl.reshape(x, [WIDTH // 2, 2, ROWS]), (0, 2, 1))
+            a, b = tl.split(pairs)
+            x = tl.reshape(tl.permute(tl.join(a + b, a - b), (2, 0, 1)), [WIDTH, ROWS])
+    return x
+
+
+@triton.jit
+def _rotated(  # type: ignore[no-untyped-def]
+    gate_ptr,
+    up_ptr,
+    MANY: tl.constexpr,
+    P: tl.constexpr,
+    TILE: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """A tile of blocks of P channels, rotated: float32 in order, ``[TILE / W, W]``, W their neighbours."""
+    RADIX: tl.constexpr = P if P < 16 else 16
+    # A load gives a thread 8 neighbours at most.
+    WIDTH: tl.constexpr = RADIX if RADIX < 8 else 8
+    ROWS: tl.constexpr = TILE // RADIX
+    x = _front(gate_ptr, up_ptr, MANY, RADIX, ROWS, WIDTH, GATED)
+    x = _mix_neighbours(x, ROWS, WIDTH)
+    if RADIX > WIDTH:
+        y = _front(gate_ptr + WIDTH, up_ptr + WIDTH, MANY, RADIX, ROWS, WIDTH, GATED)
+        y = _mix_neighbours(y, ROWS, WIDTH)
+        x = tl.reshape(tl.permute(tl.join(x + y, x - y), (0, 2, 1)), [ROWS, RADIX])
+    if P > RADIX:
+        REST: tl.constexpr = P // RADIX
+        x = tl.permute(tl.reshape(x, [TILE // P, REST, RADIX]), (1, 0, 2))
+        x = _mix_rows(tl.reshape(x, [REST, TILE // REST]), REST, TILE // REST)
+        x = tl.permute(x, (1, 0))
+    return x * (P**-0.5)
+
+
+@triton.jit
+def rotate_kernel(x_ptr, out_ptr, stride, channels, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rotate a row; PIECES, flat, are those of :func:`snnllm.kernels.swiglu_triton.pieces_of`."""
+    row = tl.program_id(0).to(tl.int64)
+    for piece in tl.static_range(len(PIECES) // 5):
+        _rotate_piece(
+            *(
+                x_ptr + row * stride + PIECES[5 * piece],
+                out_ptr + row * channels + PIECES[5 * piece],
+            ),
+            *(PIECES[5 * piece + 1], PIECES[5 * piece + 2], PIECES[5 * piece + 3]),
+        )
+
+
+@triton.jit
+def _rotate_piece(  # type: ignore[no-untyped-def]
+    x_ptr, out_ptr, MANY: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr
+):
+    at = tl.arange(0, TILE)
+    for first in tl.static_range(0, MANY, TILE):
+        x = _rotated(x_ptr + first, x_ptr + first, MANY - first, P, TILE, False)
+        tl.store(out_ptr + first + at, tl.reshape(x, [TILE]), mask=first + at < MANY)
+
+
+@triton.jit
+def _quarter(  # type: ignore[no-untyped-def]
+    ptr,
+    quarter: tl.constexpr,
+    MANY: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Four neighbours of every WIDTH, ``[ROWS, 4]``."""
+    first = tl.arange(0, ROWS)[:, None] * WIDTH
+    at = first + 4 * quarter + tl.arange(0, 4)[None, :]
+    return read(ptr, at, tl.broadcast_to(first < MANY, [ROWS, 4]), MANY < ROWS * WIDTH)
+
+
+@triton.jit
+def _columns(  # type: ignore[no-untyped-def]
+    ptr, MANY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """A float32 for every channel, ``[ROWS, WIDTH]``, in the layout of a rotated tile.
+
+    Four at a time, as a thread loads them. A load of WIDTH neighbours would have another layout, and
+    the rotated tile would be exchanged once more.
     """
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    blocks_ptr = scratch_ptr + program.to(tl.int64) * width
-    own_ptr = blocks_ptr + programs.to(tl.int64) * width
-    second: tl.constexpr = M0 * P0
-    left_of_second: tl.constexpr = M0 * ((M0 + 7) // 8 * 8)
-    for number in range(program, rows, programs):
-        row = tl.full([], 0, tl.int64) + number
-        gate_row = gate_ptr + row * gate_stride
-        up_row = up_ptr + row * up_stride
-        row_ptr = own_ptr
-        if not ENCODE:
-            row_ptr = rotated_ptr + row * channels
-        # The scratch rows may still be read for the row before.
-        tl.debug_barrier()
-        if ROTATED:
-            _transform(
-                gate_row,
-                up_row,
-                row_ptr if M0 == 1 else blocks_ptr,
-                rotation_order_ptr,
-                sign_ptr,
-                left_ptr,
-                ENCODE,
-                P0,
-                M0,
-                TILE,
-            )
-            if M1 > 0:
-                _transform(
-                    gate_row,
-                    up_row,
-                    (row_ptr if M1 == 1 else blocks_ptr) + second,
-                    rotation_order_ptr + second,
-                    sign_ptr + second,
-                    left_ptr + left_of_second,
-                    ENCODE,
-                    P1,
-                    M1,
-                    TILE,
-                )
-            tl.debug_barrier()
-            if M0 > 1:
-                _mix(blocks_ptr, row_ptr, left_ptr, P0, M0, TILE)
-            if M1 > 1:
-                _mix(
-                    blocks_ptr + second,
-                    row_ptr + second,
-                    left_ptr + left_of_second,
-                    P1,
-                    M1,
-                    TILE,
-                )
+    if WIDTH == 16:
+        even = tl.join(_quarter(ptr, 0, MANY, ROWS, WIDTH), _quarter(ptr, 2, MANY, ROWS, WIDTH))
+        odd = tl.join(_quarter(ptr, 1, MANY, ROWS, WIDTH), _quarter(ptr, 3, MANY, ROWS, WIDTH))
+        x = tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), [ROWS, WIDTH])
+    elif WIDTH == 8:
+        both = tl.join(_quarter(ptr, 0, MANY, ROWS, WIDTH), _quarter(ptr, 1, MANY, ROWS, WIDTH))
+        x = tl.reshape(tl.permute(both, (0, 2, 1)), [ROWS, WIDTH])
+    else:
+        first = tl.arange(0, ROWS)[:, None] * WIDTH
+        at = first + tl.arange(0, WIDTH)[None, :]
+        inside = tl.broadcast_to(first < MANY, [ROWS, WIDTH])
+        x = read(ptr, at, inside, MANY < ROWS * WIDTH)
+    return x
+
+
+@triton.jit
+def _store_counts(  # type: ignore[no-untyped-def]
+    ptr, count, at, inside, MASKED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Store counts ``[ROWS, WIDTH]``, the first of a row at a position of its own: ``[ROWS, 1]``."""
+    if WIDTH >= 4:
+        # Bytes packed by hand: a store of bytes would have another layout, as in `_columns`.
+        even, odd = tl.split(tl.reshape(count, [ROWS, WIDTH // 2, 2]))
+        c0, c2 = tl.split(tl.reshape(even, [ROWS, WIDTH // 4, 2]))
+        c1, c3 = tl.split(tl.reshape(odd, [ROWS, WIDTH // 4, 2]))
+        word = c0 | (c1 << 8) | (c2 << 16) | (c3 << 24)
+        to = ptr.to(tl.pointer_type(tl.int32)) + at // 4 + tl.arange(0, WIDTH // 4)[None, :]
+        if MASKED:
+            tl.store(to, word, mask=tl.broadcast_to(inside, [ROWS, WIDTH // 4]))
         else:
-            for first in range(0, channels, BLOCK):
-                at = first + tl.arange(0, BLOCK)
-                inside = at < channels
-                gate = tl.load(gate_row + at, mask=inside, other=0.0)
-                up = tl.load(up_row + at, mask=inside, other=0.0)
-                tl.store(row_ptr + at, _product(gate, up).to(tl.float32), mask=inside)
-        if ENCODE:
-            tl.debug_barrier()
-            encode_row(
-                row_ptr,
-                row_ptr,
-                1.0,
-                order_ptr,
-                segment_ptr,
-                capacity_ptr,
-                clip_ptr,
-                offset_ptr,
-                count_ptr + row * positions,
-                threshold_ptr + row * groups,
-                zero_ptr + row * groups,
-                sum_ptr + row * segments,
-                channels,
-                positions,
-                segments,
-                groups,
-                SHARED,
-                GATHER,
-                HAS_OFFSET,
-                False,
-                False,
-                SEGMENTS,
-                BLOCK,
-            )
+            tl.store(to, word)
+    else:
+        to = ptr + at + tl.arange(0, WIDTH)[None, :]
+        tl.store(to, count.to(tl.uint8), mask=tl.broadcast_to(inside, [ROWS, WIDTH]))
+
+
+@triton.jit
+def _in_group(first, RUNS: tl.constexpr, group: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether channels are those of a group."""
+    return (first >= RUNS[4 * group + 3]) & (first < RUNS[4 * group + 3] + RUNS[4 * group + 2])
+
+
+@triton.jit
+def _piece_charges(  # type: ignore[no-untyped-def]
+    gate_ptr,
+    up_ptr,
+    offset_ptr,
+    MANY: tl.constexpr,
+    P: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+):
+    """Rotated activations of a piece less their offsets, in tiles ``[TILE / WIDTH, WIDTH]``."""
+    tiles = ()  # type: tuple[Any, ...]
+    for first in tl.static_range(0, MANY, TILE):
+        x = _rotated(gate_ptr + first, up_ptr + first, MANY - first, P, TILE, True)
+        if HAS_OFFSET:
+            x -= _columns(offset_ptr + first, MANY - first, TILE // WIDTH, WIDTH)
+        tiles += (x,)
+    return tiles
+
+
+@triton.jit
+def _piece_ranges(  # type: ignore[no-untyped-def]
+    tiles,
+    FIRST: tl.constexpr,
+    RUNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The largest ``range_bits`` of the groups in a piece, int32 ``[2, GROUPS]``."""
+    channel = tl.arange(0, ROWS) * WIDTH
+    zeros = tl.zeros([ROWS], tl.float32)
+    ranges = ()  # type: tuple[Any, ...]
+    for group in tl.static_range(GROUPS):
+        below, above = zeros, zeros
+        for tile in tl.static_range(len(tiles)):
+            low, high = tl.reduce((tiles[tile], tiles[tile]), 1, wider)
+            if GROUPS > 1:
+                own = _in_group(FIRST + tile * (ROWS * WIDTH) + channel, RUNS, group)
+                low, high = tl.where(own, low, zeros), tl.where(own, high, zeros)
+            below, above = wider(below, above, low, high)
+        ranges += (range_bits(below, above),)
+    return tl.reshape(tl.max(stacked(ranges, GROUPS), 0), [2, GROUPS])
+
+
+@triton.jit
+def _piece_counts(  # type: ignore[no-untyped-def]
+    tiles,
+    count_ptr,
+    thresholds,
+    zeros,
+    capacities,
+    FIRST: tl.constexpr,
+    MANY: tl.constexpr,
+    RUNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store the counts of a piece; returns their sums by group, ``[GROUPS]``."""
+    number = tl.arange(0, GROUPS)
+    place = tl.arange(0, ROWS) * WIDTH
+    none = tl.zeros([ROWS], tl.int32)
+    zero = tl.zeros([ROWS], tl.float32)
+    wide = tl.zeros([ROWS, WIDTH], tl.float32)
+    one = tl.full([], 1.0, tl.float32)
+    sums0, sums1 = none, none
+    divisor = value_of(thresholds, number, 0) * SCALE
+    other = value_of(thresholds, number, GROUPS - 1) * SCALE
+    inverse, other_inverse = tl.div_rn(one, divisor), tl.div_rn(one, other)
+    bias = value_of(zeros, number, 0) + 0.5
+    other_bias = value_of(zeros, number, GROUPS - 1) + 0.5
+    most = value_of(capacities, number, 0)
+    other_most = value_of(capacities, number, GROUPS - 1)
+    for tile in tl.static_range(len(tiles)):
+        channel = FIRST + tile * (ROWS * WIDTH) + place
+        inside = channel < FIRST + MANY
+        # A row of a tile is within a block, and so within a group.
+        own = _in_group(channel, RUNS, 0)
+        at = channel + (RUNS[0] - RUNS[3])
+        if GROUPS > 1:
+            at = tl.where(own, at, channel + (RUNS[4] - RUNS[7]))
+        charge = tiles[tile]
+        if SCALE != 1.0:
+            charge *= SCALE
+        minus = wide - tl.where(own, zero + divisor, zero + other)[:, None]
+        inverses = wide + tl.where(own, zero + inverse, zero + other_inverse)[:, None]
+        charged = quotient_of(charge, minus, inverses)
+        charged += tl.where(own, zero + bias, zero + other_bias)[:, None]
+        count = clipped(charged, tl.where(own, zero + most, zero + other_most)[:, None])
+        total = tl.where(inside, tl.sum(count, 1), none)
+        sums0 += tl.where(own, total, none)
+        sums1 += tl.where(own, none, total)
+        _store_counts(
+            *(count_ptr, count, at[:, None], inside[:, None]),
+            *((tile + 1) * (ROWS * WIDTH) > MANY, ROWS, WIDTH),
+        )
+    if GROUPS > 1:
+        sums = tl.join(sums0, sums1)
+    else:
+        sums = sums0[:, None]
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def _all_counts(  # type: ignore[no-untyped-def]
+    charges,
+    count_ptr,
+    thresholds,
+    zeros,
+    capacities,
+    PIECES: tl.constexpr,
+    RUNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """Store the counts of all pieces; returns their sums by group, ``[GROUPS]``."""
+    sums = tl.zeros([GROUPS], tl.int32)
+    for piece in tl.static_range(len(PIECES) // 5):
+        sums += _piece_counts(
+            *(charges[piece], count_ptr, thresholds, zeros, capacities),
+            *(PIECES[5 * piece], PIECES[5 * piece + 1], RUNS, GROUPS, SCALE),
+            *(PIECES[5 * piece + 3] // PIECES[5 * piece + 4], PIECES[5 * piece + 4]),
+        )
+    return sums
+
+
+@triton.jit
+def _pad(count_ptr, START: tl.constexpr, STOP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Zeros behind the counts of a group."""
+    lane = tl.arange(0, 64)
+    for first in tl.static_range(START, STOP, 64):
+        none = tl.zeros([64], tl.int32).to(tl.uint8)
+        tl.store(count_ptr + first + lane, none, mask=first + lane < STOP)
+
+
+@triton.jit
+def rotate_and_encode_kernel(  # type: ignore[no-untyped-def]
+    gate_ptr,
+    up_ptr,
+    capacity_ptr,
+    clip_ptr,
+    offset_ptr,
+    count_ptr,
+    threshold_ptr,
+    zero_ptr,
+    sum_ptr,
+    gate_stride,
+    up_stride,
+    positions,
+    PIECES: tl.constexpr,
+    RUNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Rotate and encode a row of ``silu(gate) * up``: one or two groups of whole blocks.
+
+    PIECES as in ``rotate_kernel``, RUNS as in :mod:`neurons.backends.triton_encode_tiles`, both flat.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    gate_ptr += row * gate_stride
+    up_ptr += row * up_stride
+    count_ptr += row * positions
+    number = tl.arange(0, GROUPS)
+    both = tl.zeros([2, GROUPS], tl.int32)
+    charges = ()  # type: tuple[Any, ...]
+    for piece in tl.static_range(len(PIECES) // 5):
+        tiles = _piece_charges(
+            *(gate_ptr + PIECES[5 * piece], up_ptr + PIECES[5 * piece]),
+            *(offset_ptr + PIECES[5 * piece], PIECES[5 * piece + 1], PIECES[5 * piece + 2]),
+            *(PIECES[5 * piece + 3], PIECES[5 * piece + 4], HAS_OFFSET),
+        )
+        bits = _piece_ranges(
+            *(tiles, PIECES[5 * piece], RUNS, GROUPS),
+            *(PIECES[5 * piece + 3] // PIECES[5 * piece + 4], PIECES[5 * piece + 4]),
+        )
+        both = tl.maximum(both, bits)
+        charges += (tiles,)
+    low, high = range_ends(both, GROUPS, SHARED)
+    capacities = tl.load(capacity_ptr + number)
+    thresholds, zeros = spike_parameters(low, high, capacities, tl.load(clip_ptr + number))
+    tl.store(threshold_ptr + row * GROUPS + number, thresholds)
+    tl.store(zero_ptr + row * GROUPS + number, zeros.to(tl.int32))
+    # As in `encode_tiles`.
+    if tl.max(thresholds, 0) < 1e30:
+        sums = _all_counts(
+            *(charges, count_ptr, thresholds, zeros, capacities, PIECES, RUNS, GROUPS, 1.0)
+        )
+    else:
+        sums = _all_counts(
+            *(charges, count_ptr, thresholds, zeros, capacities),
+            *(PIECES, RUNS, GROUPS, 2.0**-64),
+        )
+    tl.store(sum_ptr + row * GROUPS + number, sums)
+    for group in tl.static_range(GROUPS):
+        _pad(count_ptr, RUNS[4 * group] + RUNS[4 * group + 2], RUNS[4 * group + 1])

@@ -1,39 +1,53 @@
 """SiLU * up (+ online rotation) + encode in one Triton kernel: what runs before down_proj.
 
-A program takes rows one after the other. It computes a row into a scratch row of its own, which
-stays in the cache, and encodes it from there: HBM sees gate, up and the counts once. With a rotation
-(:class:`snnllm.transforms.OnlineRotation`), blocks of p channels go through butterflies in registers
-and are then mixed by the left factor.
+A program keeps its row in registers: gate and up are read once and the counts written once. The
+rotation (:class:`snnllm.transforms.OnlineRotation`) is butterflies in registers, with one exchange
+through shared memory. A layout that the kernel does not know (`runs`), or whose groups do not end
+where blocks of the rotation end, goes through memory: product and rotation in one kernel, the
+encoder in another.
 
 From the product on, the bits are those of torch: the rotation has a defined order of operations, the
-encoder, too. The exponential inside SiLU is the device's own, so the product may differ from torch's
-in its last bit; :func:`silu_mul` is the same arithmetic alone, for the views that do not fuse.
+encoder, too. Exponential and reciprocal inside SiLU are the device's own, so the product may differ
+from torch's in its last bit; :func:`silu_mul` is the same arithmetic alone, for the views that do not
+fuse.
 """
 # No `from __future__ import annotations`: torch reads the annotations of operators as types.
 
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from neurons.backends.device import on
+from neurons.backends.device import EARLY_ROWS, early_launch, on
 from neurons.backends.triton_encode import (
     EncodedRows,
     check_layout,
     check_rows,
+    encode_rows,
+    known_runs,
     outputs,
     padded,
-    shape_of_programs,
 )
-from snnllm.kernels.swiglu_rows_triton import process_rows, silu_mul_kernel
-from snnllm.transforms import LEFT_ALIGNMENT, RotationTables, power_of_two_factor
+from neurons.backends.triton_encode_tiles import MOST_POSITIONS, registers, tiles_of
+from snnllm.kernels.swiglu_rows_triton import (
+    rotate_and_encode_kernel,
+    rotate_kernel,
+    silu_mul_encode_kernel,
+    silu_mul_kernel,
+)
+from snnllm.transforms import RADIX, rotation_blocks
 
 __all__ = ["rotate", "silu_mul", "silu_mul_encode"]
 
-_PROGRAMS, _ROTATING = 4, 3  # on a multiprocessor, and with the registers that butterflies need
-_FEW_ROWS = 256
 _ELEMENTS = 1024
+_MOST_GROUPS = 2
+_FEW_ROWS = 64
+_TILE = 32 * RADIX
+"""Channels of a warp in a tile that is rotated."""
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -57,40 +71,39 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return product
 
 
-def rotate(x: Tensor, rotation: RotationTables) -> Tensor:
+def rotate(x: Tensor, sizes: Sequence[int]) -> Tensor:
     """Rotate rows: the bits of :meth:`snnllm.transforms.OnlineRotation.forward`, without gradients.
 
     Args:
         x: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
-        rotation: of one or two groups.
+        sizes: channels of the groups of the rotation.
 
     Returns:
         float32 ``[M, K]``.
 
     Raises:
         TypeError: if a dtype does not fit.
-        ValueError: if a shape, a stride or the number of groups does not fit.
+        ValueError: if a shape or a stride does not fit.
     """
     check_rows(x)
-    _check_rotation(rotation, x.shape[1])
-    rotated: Tensor = torch.ops.snnllm.rotate(
-        x.detach(), rotation.order, rotation.signs, rotation.left, list(rotation.sizes)
-    )
+    _check_sizes(sizes, x.shape[1])
+    rotated: Tensor = torch.ops.snnllm.rotate(x.detach(), list(sizes))
     return rotated
 
 
 def silu_mul_encode(
     gate: Tensor,
     up: Tensor,
-    rotation: RotationTables | None,
+    rotation: Sequence[int] | None,
     order: Tensor | None,
     segments: Tensor,
     capacities: Tensor,
     clip: Tensor,
     shared: bool,
     offset: Tensor | None = None,
+    runs: Sequence[int] | None = None,
 ) -> EncodedRows:
-    """Encode ``silu(gate) * up``, rotated if asked, in one kernel.
+    """Encode ``silu(gate) * up``, rotated if asked.
 
     As :func:`silu_mul`, :func:`rotate` and :func:`neurons.backends.triton_encode.encode_rows` after
     each other, bit for bit. Carries no gradient. Nothing is checked on the device: a row with NaN or
@@ -99,7 +112,7 @@ def silu_mul_encode(
     Args:
         gate: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
         up: as gate.
-        rotation: of one or two groups; None: none.
+        rotation: sizes of the groups of an :class:`snnllm.transforms.OnlineRotation`; None: none.
         order: channel, after the rotation, of every encoded position, int32 ``[P]``, -1 at padding.
             None: the channels as they are.
         segments: ``(start, stop, group)`` of runs of encoded positions, int32 ``[S, 3]``.
@@ -107,26 +120,71 @@ def silu_mul_encode(
         clip: factors on the range of each group, float32 ``[G]``.
         shared: one range for all groups.
         offset: float32 ``[K]`` in the order after the rotation, taken off. None: none.
+        runs: as :func:`neurons.backends.triton_encode.encode_rows` takes them: one kernel then, if
+            there is no rotation or one whose blocks do not straddle one or two groups. Without them
+            the product goes through memory.
 
     Returns:
         Counts, thresholds, zero points and the sum of the counts of every segment.
 
     Raises:
         TypeError: if a dtype does not fit.
-        ValueError: if a shape, a stride or the number of groups does not fit.
+        ValueError: if a shape or a stride does not fit.
     """
     _check(gate, up)
-    check_layout(order, segments, capacities, clip, offset, gate.shape[1])
+    channels = gate.shape[1]
+    check_layout(order, segments, capacities, clip, offset, channels)
     if rotation is not None:
-        _check_rotation(rotation, gate.shape[1])
-    parts = (None, None, None, []) if rotation is None else (*rotation[:3], list(rotation.sizes))
-    positions = padded(gate.shape[1]) if order is None else order.shape[0]
+        _check_sizes(rotation, channels)
+    positions = padded(channels) if order is None else order.shape[0]
     return EncodedRows(
         *torch.ops.snnllm.silu_mul_encode(
-            *(gate.detach(), up.detach(), *parts, order, segments, capacities, clip),
-            *(shared, offset, positions),
+            *(gate.detach(), up.detach(), [] if rotation is None else list(rotation), order),
+            *(segments, capacities, clip, shared, offset, positions),
+            known_runs(runs, order, segments, capacities, channels),
         )
     )
+
+
+@lru_cache(maxsize=1024)
+def pieces_of(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Neighbouring blocks of one size in a rotation, which a kernel takes tile by tile.
+
+    Args:
+        sizes: Channels of the groups of the rotation.
+        most: Channels of a tile at most.
+
+    Returns:
+        Five numbers for each piece: its first channel, how many, the size of the blocks, the
+        channels of a tile, and how many of them are neighbours in a thread behind the rotation.
+    """
+    pieces, first = [], 0
+    for p, same in groupby(rotation_blocks(sizes)):
+        many = p * len(list(same))
+        tile = max(p, min(most, triton.next_power_of_2(many)))
+        pieces += [first, many, p, tile, p // RADIX if p > RADIX else p]
+        first += many
+    return tuple(pieces)
+
+
+def _rotating_warps(rows: int, channels: int) -> int:
+    """Warps for a row: with up to three tiles each, or one where rows are few."""
+    most, each = (32, _TILE) if rows <= _FEW_ROWS else (16, 3 * _TILE)
+    return min(most, triton.next_power_of_2(triton.cdiv(channels, each)))
+
+
+@lru_cache(maxsize=1024)
+def _fuses(sizes: tuple[int, ...], runs: tuple[int, ...]) -> bool:
+    """Whether the groups of a layout are channels in order, and end where blocks end."""
+    if len(runs) // 4 > _MOST_GROUPS or sum(sizes) > MOST_POSITIONS:
+        return False
+    ends, first = {0}, 0
+    for p in rotation_blocks(sizes):
+        first += p
+        ends.add(first)
+    begins, many = runs[3::4], runs[2::4]
+    whole = all(b in ends and b + m in ends for b, m in zip(begins, many, strict=True))
+    return whole and sum(many) == first
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
@@ -139,25 +197,12 @@ def _check(gate: Tensor, up: Tensor) -> None:
         )
 
 
-def _check_rotation(rotation: RotationTables, channels: int) -> None:
-    if not 1 <= len(rotation.sizes) <= 2 or sum(rotation.sizes) != channels:
+def _check_sizes(sizes: Sequence[int], channels: int) -> None:
+    if any(size < 1 for size in sizes) or sum(sizes) != channels:
         raise ValueError(
-            f"the rotation must have one or two groups of {channels} channels together, got "
-            f"{rotation.sizes}."
+            f"the groups of the rotation must have {channels} channels together, got {tuple(sizes)}; "
+            "use OnlineRotation.sizes."
         )
-    blocks = [size // power_of_two_factor(size) for size in rotation.sizes]
-    factors = sum(m * (m + -m % LEFT_ALIGNMENT) for m in blocks)
-    expected = {
-        "order": (rotation.order, torch.int32, channels),
-        "signs": (rotation.signs, torch.int8, channels),
-        "left": (rotation.left, torch.float32, factors),
-    }
-    for name, (tensor, dtype, size) in expected.items():
-        if tensor.dtype != dtype or tuple(tensor.shape) != (size,):
-            raise ValueError(
-                f"{name} of the rotation must be {dtype} [{size}], got {tensor.dtype} "
-                f"{tuple(tensor.shape)}; use OnlineRotation.tables()."
-            )
 
 
 @torch.library.custom_op("snnllm::silu_mul", mutates_args=())
@@ -182,17 +227,24 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("snnllm::rotate", mutates_args=())
-def _rotate_op(x: Tensor, order: Tensor, signs: Tensor, left: Tensor, sizes: list[int]) -> Tensor:
+def _rotate_op(x: Tensor, sizes: list[int]) -> Tensor:
     """Arguments of :func:`rotate`."""
     rotated = x.new_empty(x.shape, dtype=torch.float32)
     if x.shape[0]:
-        unused = (x, x, x, x, x, x, x, x, x)
-        _launch(x, x, rotated, (order, signs, left), sizes, unused, 0, 1, 1, False, False, False)
+        warps = _rotating_warps(*x.shape)
+        launch: Any = rotate_kernel[(x.shape[0],)]
+        with on(x.device):
+            launch(
+                *(x, rotated, x.stride(0), x.shape[1]),
+                PIECES=pieces_of(tuple(sizes), _TILE * warps),
+                num_warps=warps,
+                enable_fp_fusion=False,
+            )
     return rotated
 
 
 @_rotate_op.register_fake
-def _(x: Tensor, order: Tensor, signs: Tensor, left: Tensor, sizes: list[int]) -> Tensor:
+def _(x: Tensor, sizes: list[int]) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
@@ -200,9 +252,6 @@ def _(x: Tensor, order: Tensor, signs: Tensor, left: Tensor, sizes: list[int]) -
 def _silu_mul_encode_op(
     gate: Tensor,
     up: Tensor,
-    rotation_order: Tensor | None,
-    signs: Tensor | None,
-    left: Tensor | None,
     sizes: list[int],
     order: Tensor | None,
     segments: Tensor,
@@ -211,20 +260,34 @@ def _silu_mul_encode_op(
     shared: bool,
     offset: Tensor | None,
     positions: int,
+    runs: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments of :func:`silu_mul_encode`; no sizes: no rotation."""
-    groups, runs = capacities.shape[0], segments.shape[0]
-    count, threshold, zero_point, count_sum = outputs(gate, positions, groups, runs)
-    if gate.shape[0]:
-        encoding = (
-            *(gate if order is None else order, segments, capacities, clip),
-            *(gate if offset is None else offset, count, threshold, zero_point, count_sum),
-        )
-        tables = (rotation_order, signs, left)
-        _launch(
-            *(gate, up, None, tables, sizes, encoding, positions, runs, groups, shared),
-            *(order is not None, offset is not None),
-        )
+    groups = capacities.shape[0]
+    encoded = outputs(gate, positions, groups, segments.shape[0])
+    count, threshold, zero_point, count_sum = encoded
+    if not gate.shape[0]:
+        return count, threshold, zero_point, count_sum
+    if runs is None or (sizes and not _fuses(tuple(sizes), tuple(runs))):
+        row = silu_mul(gate, up)
+        row = rotate(row, sizes) if sizes else row
+        encoded = encode_rows(row, order, segments, capacities, clip, shared, offset, runs)
+        count, threshold, zero_point, count_sum = encoded
+        return count, threshold, zero_point, count_sum
+    taken = gate if offset is None else offset
+    options = {
+        "RUNS": tuple(runs),
+        "GROUPS": groups,
+        "SHARED": shared,
+        "HAS_OFFSET": offset is not None,
+        "EARLY": gate.shape[0] <= EARLY_ROWS and early_launch(gate.device),
+    }
+    with on(gate.device):
+        if sizes:
+            _launch_rotating(gate, up, sizes, (capacities, clip, taken, *encoded), options)
+        else:
+            layout = (gate if order is None else order, capacities, clip, taken, *encoded)
+            _launch(gate, up, layout, options)
     return count, threshold, zero_point, count_sum
 
 
@@ -232,9 +295,6 @@ def _silu_mul_encode_op(
 def _(
     gate: Tensor,
     up: Tensor,
-    rotation_order: Tensor | None,
-    signs: Tensor | None,
-    left: Tensor | None,
     sizes: list[int],
     order: Tensor | None,
     segments: Tensor,
@@ -243,61 +303,39 @@ def _(
     shared: bool,
     offset: Tensor | None,
     positions: int,
+    runs: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     encoded = outputs(gate, positions, capacities.shape[0], segments.shape[0])
     count, threshold, zero_point, count_sum = encoded
     return count, threshold, zero_point, count_sum
 
 
-def _launch(
-    gate: Tensor,
-    up: Tensor,
-    rotated: Tensor | None,
-    tables: tuple[Tensor | None, Tensor | None, Tensor | None],
-    sizes: list[int],
-    encoding: tuple[Tensor, ...],
-    positions: int,
-    segments: int,
-    groups: int,
-    shared: bool,
-    gather: bool,
-    has_offset: bool,
+def _launch_rotating(
+    gate: Tensor, up: Tensor, sizes: list[int], layout: tuple[Tensor, ...], options: dict[str, Any]
 ) -> None:
     rows, channels = gate.shape
-    per_processor = _ROTATING if sizes else _PROGRAMS
-    programs = min(rows, per_processor * _multiprocessors(gate.device))
-    width = padded(channels)
-    scratch = gate.new_empty((2, programs, width), dtype=torch.float32)
-    powers = [power_of_two_factor(size) for size in sizes] + [1, 1]
-    blocks = [size // p for size, p in zip(sizes, powers, strict=False)] + [0, 0]
-    # One block goes straight to the row; mixed blocks wait in the first scratch row.
-    block, _ = shape_of_programs(rows, max(positions, 64))
-    warps = 16 if rows < _FEW_ROWS else 8  # few rows: more threads for each
-    launch: Any = process_rows[(programs,)]
-    with on(gate.device):
-        launch(
-            *(gate, up, scratch, scratch if rotated is None else rotated),
-            *(gate if table is None else table for table in tables),
-            *encoding,
-            *(rows, gate.stride(0), up.stride(0), channels, width, positions, segments, groups),
-            P0=powers[0],
-            M0=blocks[0],
-            P1=powers[1],
-            M1=blocks[1],
-            TILE=256 * warps,
-            ROTATED=bool(sizes),
-            ENCODE=rotated is None,
-            SHARED=shared,
-            GATHER=gather,
-            HAS_OFFSET=has_offset,
-            SEGMENTS=triton.next_power_of_2(segments),
-            BLOCK=block,
-            num_warps=warps,
-            enable_fp_fusion=False,
-        )
+    warps = _rotating_warps(rows, channels)
+    launch: Any = rotate_and_encode_kernel[(rows,)]
+    launch(
+        *(gate, up, *layout, gate.stride(0), up.stride(0), layout[3].shape[1]),
+        PIECES=pieces_of(tuple(sizes), _TILE * warps),
+        **options,
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
 
 
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _launch(gate: Tensor, up: Tensor, layout: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+    rows, positions = gate.shape[0], layout[4].shape[1]
+    gather = min(options["RUNS"][3::4]) < 0
+    tile, warps = tiles_of(rows, positions, gather)
+    launch: Any = silu_mul_encode_kernel[(rows,)]
+    launch(
+        *(gate, up, *layout, gate.stride(0), up.stride(0), positions),
+        GATHER=gather,
+        TILE=tile,
+        **options,
+        num_warps=warps,
+        enable_fp_fusion=False,
+        **registers(rows, warps),
+    )

@@ -11,7 +11,13 @@ from snnllm.config import Score, SpikeConfig
 from snnllm.pipelines.streaming import BlockStatistics, BlockStream, Run, load_block
 from snnllm.saliency import first_channels, linear_score
 from snnllm.sources import Source
-from snnllm.transforms import RotatedSource, group_rotation, salient_count, sorted_groups
+from snnllm.transforms import (
+    RotatedSource,
+    SignedOrder,
+    group_rotation,
+    salient_count,
+    sorted_groups,
+)
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,13 @@ def _down_score(statistics: BlockStatistics, score: Score, generator: torch.Gene
 
 
 def rotate_source(source: Source, basis: Basis, generator: torch.Generator | None) -> RotatedSource:
-    """Fold the residual and value rotations into the weights; without a generator, permute only."""
+    """Fold the residual and value rotations, and what goes before the online ones, into the weights.
+
+    Without a generator, permute only.
+    """
     residual = group_rotation(basis.residual, generator)
     values = [
         torch.stack([group_rotation(head, generator) for head in layer]) for layer in basis.values
     ]
-    return RotatedSource(source, residual, values)
+    inner = [SignedOrder.of_groups(layer, generator) for layer in basis.down]
+    return RotatedSource(source, residual, values, inner)

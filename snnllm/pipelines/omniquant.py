@@ -254,8 +254,6 @@ def _empty_linears(
                 group = job.basis.groups(path, linear.in_features, index)
                 if len(module.layout.steps) == 1:
                     group = torch.zeros_like(group)
-                if module.rotation is not None:
-                    module.rotation.randomise(job.basis.down[index], generator)
             module.set_channel_group(group)
             modules[path] = module.to(device)
     return modules

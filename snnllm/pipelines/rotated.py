@@ -161,7 +161,7 @@ def convert_blocks(
         _spike_attention(block, index, job, generator)
         block.to(device)
         for paths, data in each_input(spiking, floating, index, spike):
-            _fit_input(block, index, paths, data, job, generator)
+            _fit_input(block, index, paths, data, job)
         round_to_storage(block, source.tensor("model.norm.weight").dtype)
         with SpikeRateMeter(block) as rate:
             stream.advance(block)
@@ -205,7 +205,6 @@ def _fit_input(
     paths: list[str],
     data: InputData,
     job: _Job,
-    generator: torch.Generator | None,
 ) -> None:
     """Fit and store the linears at `paths`, which share an input."""
     dense = [linear_of(block, p) for p in paths]
@@ -217,8 +216,7 @@ def _fit_input(
     weight = torch.cat([linear.weight.detach().float() for linear in dense])
     first, options = modules[0], job.options
     if first.rotation is not None:
-        first.rotation.randomise(job.basis.down[index].to(device), generator)
-        weight = weight @ first.rotation.matrix()
+        weight = first.rotation(weight)
     groups = job.basis.groups(paths[0], first.in_features, index).to(device)
     first.set_channel_group(groups if len(first.layout.steps) > 1 else torch.zeros_like(groups))
     if options.offset:

@@ -350,8 +350,8 @@ def test_casts_do_not_round_rotations(make_llama, token_ids, tmp_path, cast):
     built = SpikingLlamaForCausalLM(spiking_config(loaded.config, loaded.config.spike)).eval()
     built.load_state_dict(loaded.state_dict())
     built.to(cast)
-    kept = [n for n, _ in built.named_buffers() if n.endswith(("scale", "qk_rotation", "left_0"))]
-    assert len(kept) == 2 * (7 + 1 + 1)
+    kept = [n for n, _ in built.named_buffers() if n.endswith(("scale", "qk_rotation"))]
+    assert len(kept) == 2 * (7 + 1)
     for name in kept:
         assert built.get_buffer(name).dtype == torch.float32, name
         assert torch.equal(built.get_buffer(name), loaded.get_buffer(name)), name

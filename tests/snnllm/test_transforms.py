@@ -12,9 +12,11 @@ from snnllm.sources import ModelSource, dense_model, open_source
 from snnllm.transforms import (
     OnlineRotation,
     RotatedSource,
+    SignedOrder,
     group_rotation,
     orthogonal,
     power_of_two_factor,
+    rotation_blocks,
     salient_count,
     sorted_groups,
 )
@@ -62,18 +64,41 @@ def test_groups_do_not_mix() -> None:
     assert torch.equal(new.bincount(), group.bincount())
 
 
-@pytest.mark.parametrize("sizes", [(56, 8), (11, 4), (16,), (12, 0)])
+@pytest.mark.parametrize(
+    ("sizes", "blocks"),
+    [
+        ((9984, 1024), (256,) * 43),
+        ((1408, 128), (*(256,) * 5, 128, 128)),
+        ((11, 4), (8, 2, 1, 4)),
+        ((255,), (128, 64, 32, 16, 8, 4, 2, 1)),
+    ],
+)
+def test_groups_are_cut_into_powers_of_two(sizes: tuple[int, ...], blocks: tuple[int, ...]) -> None:
+    assert rotation_blocks(sizes) == blocks
+
+
+@pytest.mark.parametrize("sizes", [(56, 8), (11, 4), (16,), (12, 0), (600, 300)])
 def test_an_online_rotation_is_the_matrix_it_says(sizes: tuple[int, ...]) -> None:
     rotation, channels = OnlineRotation(sizes), sum(sizes)
-    group = (torch.arange(channels) >= sizes[0])[torch.randperm(channels, generator=generator())]
-    rotation.randomise(group, generator())
     matrix = rotation.matrix()
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(channels))
     x = torch.randn(3, 5, channels, generator=generator(1))
-    torch.testing.assert_close(rotation(x), x @ matrix)
-    new = torch.arange(channels) >= sizes[0]
-    assert not matrix[group[:, None] != new[None, :]].any()
-    assert rotation.half().matrix().dtype == torch.float32
+    torch.testing.assert_close(rotation(x), x @ matrix, rtol=1e-5, atol=1e-5)
+    block = torch.repeat_interleave(torch.tensor(rotation.blocks))
+    for number, p in enumerate(rotation.blocks):  # every channel of a block goes to all of it
+        own = matrix[block == number]
+        torch.testing.assert_close(own[:, block == number].abs(), torch.full((p, p), p**-0.5))
+        assert not own[:, block != number].any()
+    assert rotation.half()(x.half()).dtype == torch.float32
+
+
+def test_a_signed_order_brings_groups_together() -> None:
+    group = random_groups(24)
+    order, signs = SignedOrder.of_groups(group, generator())
+    assert torch.equal(group[order], sorted_groups(group))
+    assert torch.equal(order.sort().values, torch.arange(24))
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert torch.equal(SignedOrder.of_groups(group, None).signs, torch.ones(24).double())
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -92,7 +117,11 @@ def test_a_rotated_model_is_the_same_function(
         torch.stack([group_rotation(random_groups(dim, seed), rng) for seed in range(heads)])
         for _ in range(config.num_hidden_layers)
     ]
-    rotated = dense_model(RotatedSource(ModelSource(model, "tiny"), residual, values))
+    inner = [
+        SignedOrder.of_groups(random_groups(config.intermediate_size, seed), rng)
+        for seed in range(config.num_hidden_layers)
+    ]
+    rotated = dense_model(RotatedSource(ModelSource(model, "tiny"), residual, values, inner))
     assert not rotated.config.tie_word_embeddings
     with torch.no_grad():
         expected, logits = model(token_ids).logits, rotated(token_ids).logits
@@ -120,13 +149,14 @@ def test_smollm2_with_all_transforms_is_the_same_function(smollm2_gguf: Any) -> 
         torch.stack([group_rotation((torch.arange(dim) % 8 == 3).byte(), rng)] * heads)
         for _ in range(config.num_hidden_layers)
     ]
+    salient = torch.arange(config.intermediate_size) % 12 == 5
+    inner = [SignedOrder.of_groups(salient, rng) for _ in range(config.num_hidden_layers)]
     ids = torch.randint(3, config.vocab_size, (1, 48), generator=generator())
-    rotated = dense_model(RotatedSource(source, residual, values))
+    rotated = dense_model(RotatedSource(source, residual, values, inner))
     for layer in rotated.model.layers:
         down = layer.mlp.down_proj
         online = OnlineRotation((config.intermediate_size - 128, 128))
-        online.randomise(torch.arange(config.intermediate_size) % 12 == 5, rng)
-        down.weight.data = down.weight @ online.matrix()
+        down.weight.data = online(down.weight.data)
         down.register_forward_pre_hook(lambda _, args, online=online: (online(args[0]),))
     with torch.no_grad():
         logits, expected = rotated(ids).logits, dense_model(source)(ids).logits
