@@ -6,8 +6,6 @@ From then on every thread has neighbours again, in the order of
 :func:`snnllm.transforms.rotate_block`: range, counts and stores need no other exchange.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -249,7 +247,7 @@ def _piece_charges(  # type: ignore[no-untyped-def]
     HAS_OFFSET: tl.constexpr,
 ):
     """Rotated activations of a piece less their offsets, in tiles ``[TILE / WIDTH, WIDTH]``."""
-    tiles = ()  # type: tuple[Any, ...]
+    tiles = ()  # type: tuple[object, ...]
     for first in tl.static_range(0, MANY, TILE):
         x = _rotated(gate_ptr + first, up_ptr + first, MANY - first, P, TILE, True)
         if HAS_OFFSET:
@@ -270,7 +268,7 @@ def _piece_ranges(  # type: ignore[no-untyped-def]
     """The largest ``range_bits`` of the groups in a piece, int32 ``[2, GROUPS]``."""
     channel = tl.arange(0, ROWS) * WIDTH
     zeros = tl.zeros([ROWS], tl.float32)
-    ranges = ()  # type: tuple[Any, ...]
+    ranges = ()  # type: tuple[object, ...]
     for group in tl.static_range(GROUPS):
         below, above = zeros, zeros
         for tile in tl.static_range(len(tiles)):
@@ -336,10 +334,7 @@ def _piece_counts(  # type: ignore[no-untyped-def]
             *(count_ptr, count, at[:, None], inside[:, None]),
             *((tile + 1) * (ROWS * WIDTH) > MANY, ROWS, WIDTH),
         )
-    if GROUPS > 1:
-        sums = tl.join(sums0, sums1)
-    else:
-        sums = sums0[:, None]
+    sums = tl.join(sums0, sums1) if GROUPS > 1 else sums0[:, None]
     return tl.sum(sums, 0)
 
 
@@ -408,7 +403,7 @@ def rotate_and_encode_kernel(  # type: ignore[no-untyped-def]
     count_ptr += row * positions
     number = tl.arange(0, GROUPS)
     both = tl.zeros([2, GROUPS], tl.int32)
-    charges = ()  # type: tuple[Any, ...]
+    charges = ()  # type: tuple[object, ...]
     for piece in tl.static_range(len(PIECES) // 5):
         tiles = _piece_charges(
             *(gate_ptr + PIECES[5 * piece], up_ptr + PIECES[5 * piece]),

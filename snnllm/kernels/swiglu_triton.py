@@ -170,7 +170,8 @@ def pieces_of(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
 def _rotating_warps(rows: int, channels: int) -> int:
     """Warps for a row: with up to three tiles each, or one where rows are few."""
     most, each = (32, _TILE) if rows <= _FEW_ROWS else (16, 3 * _TILE)
-    return min(most, triton.next_power_of_2(triton.cdiv(channels, each)))
+    warps: int = triton.next_power_of_2(triton.cdiv(channels, each))
+    return min(most, warps)
 
 
 @lru_cache(maxsize=1024)
