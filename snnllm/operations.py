@@ -257,7 +257,7 @@ def _rotation_parts(model: SpikingLlamaForCausalLM, tokens: int) -> list[FloatPa
             c: Any = module.config
             heads += tokens * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim**2
     parts = [
-        FloatPart("rotation of down_proj inputs", down, "K (m + log2 p) a token, as it runs"),
+        FloatPart("rotation of down_proj inputs", down, "K log2 p additions a token, as it runs"),
         FloatPart("rotation of Q and K", heads, "D^2 a head and token, as it runs"),
     ]
     return [part for part in parts if part.macs]
