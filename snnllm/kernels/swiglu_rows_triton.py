@@ -9,14 +9,12 @@ From then on every thread has neighbours again, in the order of
 import triton
 import triton.language as tl
 
+from neurons.backends.device import interpreted
 from neurons.backends.triton_encode_row import (
     clipped,
     gated,
-    quotient_of,
-    range_bits,
     read,
     spike_parameters,
-    wider,
 )
 from neurons.backends.triton_encode_tiles import encode_tiles, range_ends, stacked, value_of
 
@@ -26,6 +24,9 @@ __all__ = [
     "silu_mul_encode_kernel",
     "silu_mul_kernel",
 ]
+
+# Triton's interpreter knows no assembly.
+_INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def silu_mul_encode_kernel(  # type: ignore[no-untyped-def]
     offset_ptr,
     count_ptr,
     threshold_ptr,
-    zero_ptr,
+    nullptr,
     sum_ptr,
     gate_stride,
     up_stride,
@@ -71,7 +72,7 @@ def silu_mul_encode_kernel(  # type: ignore[no-untyped-def]
     encode_tiles(
         *(gate_ptr + row * gate_stride, up_ptr + row * up_stride, 1.0, order_ptr, capacity_ptr),
         *(clip_ptr, offset_ptr, count_ptr + row * positions, threshold_ptr + row * GROUPS),
-        *(zero_ptr + row * GROUPS, sum_ptr + row * GROUPS, RUNS, GROUPS, SHARED, GATHER),
+        *(nullptr + row * GROUPS, sum_ptr + row * GROUPS, RUNS, GROUPS, SHARED, GATHER),
         *(HAS_OFFSET, False, False, True, TILE),
     )
 
@@ -127,7 +128,7 @@ def _rotated(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """A tile of blocks of P channels, rotated: float32 in order, ``[TILE / W, W]``, W their neighbours."""
+    """A tile of blocks of P channels times H_P: float32 in order, ``[TILE / W, W]``, W neighbours."""
     RADIX: tl.constexpr = P if P < 16 else 16
     # A load gives a thread 8 neighbours at most.
     WIDTH: tl.constexpr = RADIX if RADIX < 8 else 8
@@ -143,7 +144,7 @@ def _rotated(  # type: ignore[no-untyped-def]
         x = tl.permute(tl.reshape(x, [TILE // P, REST, RADIX]), (1, 0, 2))
         x = _mix_rows(tl.reshape(x, [REST, TILE // REST]), REST, TILE // REST)
         x = tl.permute(x, (1, 0))
-    return x * (P**-0.5)
+    return x
 
 
 @triton.jit
@@ -167,7 +168,8 @@ def _rotate_piece(  # type: ignore[no-untyped-def]
     at = tl.arange(0, TILE)
     for first in tl.static_range(0, MANY, TILE):
         x = _rotated(x_ptr + first, x_ptr + first, MANY - first, P, TILE, False)
-        tl.store(out_ptr + first + at, tl.reshape(x, [TILE]), mask=first + at < MANY)
+        x = tl.reshape(x, [TILE]) * (P**-0.5)
+        tl.store(out_ptr + first + at, x, mask=first + at < MANY)
 
 
 @triton.jit
@@ -209,6 +211,30 @@ def _columns(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _quotient_of_minus(x, divisor, minus, rest):  # type: ignore[no-untyped-def]
+    """``-x / divisor``, correctly rounded, as ``quotient_of``, with minus its inverse in two parts.
+
+    The first quotient is nearly of twice the precision before it is rounded, and therefore faithful:
+    one Newton step is enough.
+    """
+    first = tl.fma(x, minus, x * rest)
+    return tl.fma(tl.fma(first, divisor, x), minus, first)
+
+
+@triton.jit
+def _counted(charged, capacity):  # type: ignore[no-untyped-def]
+    """``clip(floor(charged), 0, capacity)`` as int32, as ``clipped``."""
+    if _INTERPRETED:
+        count = clipped(charged, capacity)
+    else:
+        # The conversion itself makes 0 of what is below.
+        count = tl.inline_asm_elementwise(
+            "cvt.rzi.u32.f32 $0, $1;", "=r,r", [tl.minimum(charged, capacity)], tl.int32, True, 1
+        )
+    return count
+
+
+@triton.jit
 def _store_counts(  # type: ignore[no-untyped-def]
     ptr, count, at, inside, MASKED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -218,7 +244,7 @@ def _store_counts(  # type: ignore[no-untyped-def]
         even, odd = tl.split(tl.reshape(count, [ROWS, WIDTH // 2, 2]))
         c0, c2 = tl.split(tl.reshape(even, [ROWS, WIDTH // 4, 2]))
         c1, c3 = tl.split(tl.reshape(odd, [ROWS, WIDTH // 4, 2]))
-        word = c0 | (c1 << 8) | (c2 << 16) | (c3 << 24)
+        word = c0 + (c1 + (c2 + (c3 << 8) << 8) << 8)
         to = ptr.to(tl.pointer_type(tl.int32)) + at // 4 + tl.arange(0, WIDTH // 4)[None, :]
         if MASKED:
             tl.store(to, word, mask=tl.broadcast_to(inside, [ROWS, WIDTH // 4]))
@@ -246,12 +272,19 @@ def _piece_charges(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
 ):
-    """Rotated activations of a piece less their offsets, in tiles ``[TILE / WIDTH, WIDTH]``."""
+    """Minus the rotated activations of a piece, offsets off, in tiles ``[TILE / WIDTH, WIDTH]``."""
+    # A power of two: the product is exact, and one rounding is that of the difference. (Among
+    # subnormals there may be two, but thresholds start at 1e-5.)
+    EXACT: tl.constexpr = P == 1 or P == 4 or P == 16 or P == 64 or P == 256
     tiles = ()  # type: tuple[object, ...]
     for first in tl.static_range(0, MANY, TILE):
         x = _rotated(gate_ptr + first, up_ptr + first, MANY - first, P, TILE, True)
+        minus_root = tl.full([TILE // WIDTH, WIDTH], -(P**-0.5), tl.float32)
         if HAS_OFFSET:
-            x -= _columns(offset_ptr + first, MANY - first, TILE // WIDTH, WIDTH)
+            offset = _columns(offset_ptr + first, MANY - first, TILE // WIDTH, WIDTH)
+            x = tl.fma(x, minus_root, offset) if EXACT else x * minus_root + offset
+        else:
+            x *= minus_root
         tiles += (x,)
     return tiles
 
@@ -265,19 +298,27 @@ def _piece_ranges(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The largest ``range_bits`` of the groups in a piece, int32 ``[2, GROUPS]``."""
+    """The largest ``range_bits`` of the groups in a piece, int32 ``[2, GROUPS]``.
+
+    Of minus the activations. Integers, of which a thread takes the maximum of three at once: the
+    bits of floats from zero on are in their order, those of other floats are negative and, as they
+    are without a sign, in the order of their magnitudes. NaN is beyond infinity in one or the other.
+    """
     channel = tl.arange(0, ROWS) * WIDTH
-    zeros = tl.zeros([ROWS], tl.float32)
+    none = tl.zeros([ROWS], tl.int32)
     ranges = ()  # type: tuple[object, ...]
     for group in tl.static_range(GROUPS):
-        below, above = zeros, zeros
+        below, above = none, none
         for tile in tl.static_range(len(tiles)):
-            low, high = tl.reduce((tiles[tile], tiles[tile]), 1, wider)
+            low = tl.max(tiles[tile].to(tl.int32, bitcast=True), 1)
+            high = tl.max(tiles[tile].to(tl.uint32, bitcast=True), 1).to(tl.int32, bitcast=True)
+            # The largest of all is negative if one is.
+            high = tl.where(high < 0, high & 0x7FFFFFFF, none)
             if GROUPS > 1:
                 own = _in_group(FIRST + tile * (ROWS * WIDTH) + channel, RUNS, group)
-                low, high = tl.where(own, low, zeros), tl.where(own, high, zeros)
-            below, above = wider(below, above, low, high)
-        ranges += (range_bits(below, above),)
+                low, high = tl.where(own, low, none), tl.where(own, high, none)
+            below, above = tl.maximum(below, low), tl.maximum(above, high)
+        ranges += (tl.join(below, above),)
     return tl.reshape(tl.max(stacked(ranges, GROUPS), 0), [2, GROUPS])
 
 
@@ -288,11 +329,11 @@ def _piece_counts(  # type: ignore[no-untyped-def]
     thresholds,
     zeros,
     capacities,
+    scale,
     FIRST: tl.constexpr,
     MANY: tl.constexpr,
     RUNS: tl.constexpr,
     GROUPS: tl.constexpr,
-    SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -302,11 +343,13 @@ def _piece_counts(  # type: ignore[no-untyped-def]
     none = tl.zeros([ROWS], tl.int32)
     zero = tl.zeros([ROWS], tl.float32)
     wide = tl.zeros([ROWS, WIDTH], tl.float32)
-    one = tl.full([], 1.0, tl.float32)
+    one, null = tl.full([], 1.0, tl.float32), tl.full([], 0.0, tl.float32)
     sums0, sums1 = none, none
-    divisor = value_of(thresholds, number, 0) * SCALE
-    other = value_of(thresholds, number, GROUPS - 1) * SCALE
+    divisor = value_of(thresholds, number, 0) * scale
+    other = value_of(thresholds, number, GROUPS - 1) * scale
     inverse, other_inverse = tl.div_rn(one, divisor), tl.div_rn(one, other)
+    rest = tl.fma(null - divisor, inverse, one) * inverse
+    other_rest = tl.fma(null - other, other_inverse, one) * other_inverse
     bias = value_of(zeros, number, 0) + 0.5
     other_bias = value_of(zeros, number, GROUPS - 1) + 0.5
     most = value_of(capacities, number, 0)
@@ -319,14 +362,13 @@ def _piece_counts(  # type: ignore[no-untyped-def]
         at = channel + (RUNS[0] - RUNS[3])
         if GROUPS > 1:
             at = tl.where(own, at, channel + (RUNS[4] - RUNS[7]))
-        charge = tiles[tile]
-        if SCALE != 1.0:
-            charge *= SCALE
-        minus = wide - tl.where(own, zero + divisor, zero + other)[:, None]
-        inverses = wide + tl.where(own, zero + inverse, zero + other_inverse)[:, None]
-        charged = quotient_of(charge, minus, inverses)
+        charge = tiles[tile] * scale
+        minus = wide - tl.where(own, zero + inverse, zero + other_inverse)[:, None]
+        minus_rest = wide - tl.where(own, zero + rest, zero + other_rest)[:, None]
+        divisors = wide + tl.where(own, zero + divisor, zero + other)[:, None]
+        charged = _quotient_of_minus(charge, divisors, minus, minus_rest)
         charged += tl.where(own, zero + bias, zero + other_bias)[:, None]
-        count = clipped(charged, tl.where(own, zero + most, zero + other_most)[:, None])
+        count = _counted(charged, tl.where(own, zero + most, zero + other_most)[:, None])
         total = tl.where(inside, tl.sum(count, 1), none)
         sums0 += tl.where(own, total, none)
         sums1 += tl.where(own, none, total)
@@ -336,29 +378,6 @@ def _piece_counts(  # type: ignore[no-untyped-def]
         )
     sums = tl.join(sums0, sums1) if GROUPS > 1 else sums0[:, None]
     return tl.sum(sums, 0)
-
-
-@triton.jit
-def _all_counts(  # type: ignore[no-untyped-def]
-    charges,
-    count_ptr,
-    thresholds,
-    zeros,
-    capacities,
-    PIECES: tl.constexpr,
-    RUNS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SCALE: tl.constexpr,
-):
-    """Store the counts of all pieces; returns their sums by group, ``[GROUPS]``."""
-    sums = tl.zeros([GROUPS], tl.int32)
-    for piece in tl.static_range(len(PIECES) // 5):
-        sums += _piece_counts(
-            *(charges[piece], count_ptr, thresholds, zeros, capacities),
-            *(PIECES[5 * piece], PIECES[5 * piece + 1], RUNS, GROUPS, SCALE),
-            *(PIECES[5 * piece + 3] // PIECES[5 * piece + 4], PIECES[5 * piece + 4]),
-        )
-    return sums
 
 
 @triton.jit
@@ -379,7 +398,7 @@ def rotate_and_encode_kernel(  # type: ignore[no-untyped-def]
     offset_ptr,
     count_ptr,
     threshold_ptr,
-    zero_ptr,
+    nullptr,
     sum_ptr,
     gate_stride,
     up_stride,
@@ -420,16 +439,16 @@ def rotate_and_encode_kernel(  # type: ignore[no-untyped-def]
     capacities = tl.load(capacity_ptr + number)
     thresholds, zeros = spike_parameters(low, high, capacities, tl.load(clip_ptr + number))
     tl.store(threshold_ptr + row * GROUPS + number, thresholds)
-    tl.store(zero_ptr + row * GROUPS + number, zeros.to(tl.int32))
-    # As in `encode_tiles`.
-    if tl.max(thresholds, 0) < 1e30:
-        sums = _all_counts(
-            *(charges, count_ptr, thresholds, zeros, capacities, PIECES, RUNS, GROUPS, 1.0)
-        )
-    else:
-        sums = _all_counts(
-            *(charges, count_ptr, thresholds, zeros, capacities),
-            *(PIECES, RUNS, GROUPS, 2.0**-64),
+    tl.store(nullptr + row * GROUPS + number, zeros.to(tl.int32))
+    # As in `encode_tiles`: a power of two off both changes no quotient that the bias does not absorb,
+    # and keeps the parts of the inverse from becoming subnormal.
+    scale = tl.where(tl.max(thresholds, 0) < 1e30, 1.0, 2.0**-64)
+    sums = tl.zeros([GROUPS], tl.int32)
+    for piece in tl.static_range(len(PIECES) // 5):
+        sums += _piece_counts(
+            *(charges[piece], count_ptr, thresholds, zeros, capacities, scale),
+            *(PIECES[5 * piece], PIECES[5 * piece + 1], RUNS, GROUPS),
+            *(PIECES[5 * piece + 3] // PIECES[5 * piece + 4], PIECES[5 * piece + 4]),
         )
     tl.store(sum_ptr + row * GROUPS + number, sums)
     for group in tl.static_range(GROUPS):

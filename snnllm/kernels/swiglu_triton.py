@@ -48,6 +48,8 @@ _MOST_GROUPS = 2
 _FEW_ROWS = 64
 _TILE = 32 * RADIX
 """Channels of a warp in a tile that is rotated."""
+_REGISTERS = 128
+"""Of a thread where rows are many: 16 warps on a multiprocessor, with 100 channels in a thread."""
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -168,10 +170,11 @@ def pieces_of(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
 
 
 def _rotating_warps(rows: int, channels: int) -> int:
-    """Warps for a row: with up to three tiles each, or one where rows are few."""
-    most, each = (32, _TILE) if rows <= _FEW_ROWS else (16, 3 * _TILE)
+    """Warps for a row: with up to six tiles each, or one where rows are few."""
+    few = rows <= _FEW_ROWS
+    least, most, each = (1, 32, _TILE) if few else (4, 16, 6 * _TILE)
     warps: int = triton.next_power_of_2(triton.cdiv(channels, each))
-    return min(most, warps)
+    return min(most, max(least, warps))
 
 
 @lru_cache(maxsize=1024)
@@ -321,6 +324,7 @@ def _launch_rotating(
         *(gate, up, *layout, gate.stride(0), up.stride(0), layout[3].shape[1]),
         PIECES=pieces_of(tuple(sizes), _TILE * warps),
         **options,
+        **({} if rows <= _FEW_ROWS else {"maxnreg": _REGISTERS}),
         num_warps=warps,
         enable_fp_fusion=False,
     )
