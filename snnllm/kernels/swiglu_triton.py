@@ -48,8 +48,8 @@ _MOST_GROUPS = 2
 _FEW_ROWS = 64
 _TILE = 32 * RADIX
 """Channels of a warp in a tile that is rotated."""
-_REGISTERS = 128
-"""Of a thread where rows are many: 16 warps on a multiprocessor, with 100 channels in a thread."""
+_REGISTERS = {1: 40, 2: 64}
+"""Of a thread with one or two tiles where rows are many; with more tiles it needs what it needs."""
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -170,11 +170,12 @@ def pieces_of(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
 
 
 def _rotating_warps(rows: int, channels: int) -> int:
-    """Warps for a row: with up to six tiles each, or one where rows are few."""
-    few = rows <= _FEW_ROWS
-    least, most, each = (1, 32, _TILE) if few else (4, 16, 6 * _TILE)
-    warps: int = triton.next_power_of_2(triton.cdiv(channels, each))
-    return min(most, max(least, warps))
+    """Warps for a row: one tile where rows are few, or with 8 warps; up to three otherwise."""
+    wide: int = triton.next_power_of_2(triton.cdiv(channels, _TILE))
+    if rows <= _FEW_ROWS:
+        return min(32, wide)
+    narrow: int = triton.next_power_of_2(triton.cdiv(channels, 3 * _TILE))
+    return min(16, max(narrow, min(8, wide)))
 
 
 @lru_cache(maxsize=1024)
@@ -319,12 +320,14 @@ def _launch_rotating(
 ) -> None:
     rows, channels = gate.shape
     warps = _rotating_warps(rows, channels)
+    tiles = triton.cdiv(channels, _TILE * warps)
+    bounded = rows > _FEW_ROWS and gate.element_size() == 2 and tiles in _REGISTERS
     launch: Any = rotate_and_encode_kernel[(rows,)]
     launch(
         *(gate, up, *layout, gate.stride(0), up.stride(0), layout[3].shape[1]),
         PIECES=pieces_of(tuple(sizes), _TILE * warps),
         **options,
-        **({} if rows <= _FEW_ROWS else {"maxnreg": _REGISTERS}),
+        **({"maxnreg": _REGISTERS[tiles]} if bounded else {}),
         num_warps=warps,
         enable_fp_fusion=False,
     )
