@@ -33,9 +33,9 @@ from neurons.backends.triton_encode import (
     padded,
 )
 from neurons.backends.triton_encode_tiles import MOST_POSITIONS, registers, tiles_of
+from snnllm.kernels.rotation_triton import rotate_kernel
 from snnllm.kernels.swiglu_rows_triton import (
     rotate_and_encode_kernel,
-    rotate_kernel,
     silu_mul_encode_kernel,
     silu_mul_kernel,
 )
