@@ -12,17 +12,17 @@ equal bit for bit.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
+from transformers.models.llama.modeling_llama import repeat_kv
 
 from neurons import Encoding, SpikeEncoder
 from neurons.functional import count_to_spikes, spikes_to_events
+from snnllm.block import CACHE_ARGUMENT, ProjectedAttention
 from snnllm.cache import EncodeOnWrite, from_payload, to_payload
 from snnllm.config import Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
@@ -35,15 +35,9 @@ SPIKING_ATTENTION = "spiking"
 CALIBRATION_ATTENTION = "spiking_calibration"
 _INT8_MAX = 127
 _UNKNOWN: object = ...  # survives deepcopy and pickle as itself
-# transformers 5.20 renamed the argument; both spellings are supported.
-_CACHE_ARGUMENT = (
-    "cache"
-    if "cache" in inspect.signature(LlamaAttention.forward).parameters
-    else "past_key_values"
-)
 
 
-class SpikingLlamaAttention(LlamaAttention, SpikingModule):
+class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
     """LLaMA attention whose K and V are encoded to spikes at the write to the cache.
 
     Args:
@@ -108,7 +102,7 @@ class SpikingLlamaAttention(LlamaAttention, SpikingModule):
         self.check_view(self.view)
         cache = kwargs.pop("past_key_values", None)
         cache = kwargs.pop("cache", None) if cache is None else cache
-        kwargs[_CACHE_ARGUMENT] = EncodeOnWrite(cache, self._encode_key_value)
+        kwargs[CACHE_ARGUMENT] = EncodeOnWrite(cache, self._encode_key_value)
         return super().forward(*args, **kwargs)
 
     def native(self) -> NativeAttention | None:

@@ -50,6 +50,9 @@ class SpikingLinear(SpikingModule):
         name: Name in messages, usually the module path.
         dtype: Floating dtype of the bias and of a float weight.
 
+    Attributes:
+        version: Grows whenever the stored tensors change or move; what is derived from them is stale then.
+
     Shape:
         `[..., K]` -> `[..., N]`, in the dtype of the input.
     """
@@ -94,6 +97,7 @@ class SpikingLinear(SpikingModule):
             self.register_buffer("offset_output", torch.zeros(out_features))
         self._spec: LinearSpec | None = None
         self._prepared: tuple[Backend, PreparedLinear] | None = None
+        self.version = 0
 
     def _make_weight(self) -> None:
         """Register the buffers of an integer weight."""
@@ -164,7 +168,13 @@ class SpikingLinear(SpikingModule):
 
     def codes(self) -> Tensor:
         """Weight codes, uint8 `[N, K]` in encoded order."""
-        return unpack(self.weight_codes, self.in_features, self.layout.weight_bits)
+        codes = self.weight_codes.to(self.device)
+        return unpack(codes, self.in_features, self.layout.weight_bits)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the linear runs; its stored codes may be in host memory (`release_codes`)."""
+        return self.encoder.channel_group.device
 
     def dequantized_weight(self) -> Tensor:
         """The real weight that the integers stand for, float32 `[N, K]`, original channel order."""
@@ -180,6 +190,16 @@ class SpikingLinear(SpikingModule):
         """Forget everything derived from the stored tensors (after they change)."""
         self._spec = None
         self._prepared = None
+        self.version += 1
+
+    def release_codes(self) -> None:
+        """Move the stored codes to host memory, once a backend has packed them for the device.
+
+        The device holds a weight once; `state_dict`, `save_pretrained` and a move to another device
+        find the codes here.
+        """
+        self._spec = None
+        self.weight_codes = self.weight_codes.cpu()
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         with keeping_float32(self):
@@ -241,8 +261,10 @@ class SpikingLinear(SpikingModule):
     def prepared(self) -> tuple[Backend, PreparedLinear]:
         """The collapsed backend of this layer and the weight packed for it."""
         if self._prepared is None:
-            backend = get_backend(self.backend, self.weight_codes.device)
+            backend = get_backend(self.backend, self.device)
             self._prepared = backend, backend.prepare(self.spec())
+            if backend.packs_weights:
+                self.release_codes()
         return self._prepared
 
     def check_view(self, view: View) -> None:

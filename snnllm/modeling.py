@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from snnllm import checkpoint
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention, register_attention
+from snnllm.block import fuse_block, fuse_norm
 from snnllm.config import SpikeConfig
 from snnllm.execution import choose_views
 from snnllm.hf_quantizer import register_quantizer
@@ -92,6 +93,7 @@ def spike_block(
         parent = block.get_submodule(parent_name)
         dense = cast(nn.Linear, getattr(parent, name))
         setattr(parent, name, spiking_linear(dense, spike, f"{prefix}.{path}"))
+    fuse_block(block)
 
 
 def spiking_linear(dense: nn.Linear, spike: SpikeConfig, name: str) -> SpikingLinear:
@@ -131,6 +133,7 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         self.provenance: dict[str, Any] = {}
         for index, block in enumerate(self.model.layers):
             spike_block(block, index, config, spike)
+        fuse_norm(self.model.norm)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

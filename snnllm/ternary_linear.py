@@ -134,7 +134,7 @@ class TernaryLinear(SpikingLinear):
         parts, start = [], 0
         for steps, columns in self.layout.classes:
             width = digits_width(columns, 2 * steps + 1)
-            packed = self.weight_codes[:, start : start + width]
+            packed = self.weight_codes[:, start : start + width].to(self.device)
             digits = unpack_digits(packed, columns, 2 * steps + 1)
             parts.append((digits.to(torch.int16) - steps).to(torch.int8))
             start += width
@@ -151,7 +151,7 @@ class TernaryLinear(SpikingLinear):
     def dequantized_weight(self) -> Tensor:
         """The real weight that the spikes stand for, float32 `[N, K]`, original channel order."""
         runs = threshold_runs(self.layout.classes, self.layout.group_size)
-        sizes = torch.tensor(runs, device=self.weight_codes.device)
+        sizes = torch.tensor(runs, device=self.device)
         weight = self._unpacked().float() * self.threshold().repeat_interleave(sizes, dim=1)
         return torch.empty_like(weight).index_copy_(1, self.weight_order.long(), weight)
 
@@ -173,7 +173,7 @@ class TernaryLinear(SpikingLinear):
 
     def _on_triton(self) -> bool:
         """Whether the Triton backend runs the layer with the packed weight."""
-        if not isinstance(get_backend(self.backend, self.weight_codes.device), TritonBackend):
+        if not isinstance(get_backend(self.backend, self.device), TritonBackend):
             return False
         if self.layout.activation_bits == FLOAT_BITS:
             return True
@@ -191,6 +191,11 @@ class TernaryLinear(SpikingLinear):
         """Forget everything derived from the stored tensors (after they change)."""
         super().invalidate()
         self._levels = self._packed_weight = self._dense_weight = None
+
+    def release_codes(self) -> None:
+        """Move the stored codes to host memory, and forget the unpacked ones."""
+        super().release_codes()
+        self._levels = None
 
     def __getstate__(self) -> dict[str, Any]:
         """State without what is derived from it."""

@@ -73,6 +73,7 @@ class NativeBackend:
     """
 
     name = "native"
+    packs_weights = False
 
     def __init__(self, definitions: tuple[str, ...] = ()) -> None:
         self._definitions = definitions

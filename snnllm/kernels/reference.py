@@ -89,6 +89,7 @@ class ReferenceBackend:
     """
 
     name = "reference"
+    packs_weights = False
 
     def __init__(self, kind: OperandKind | None = None) -> None:
         self._kind = kind

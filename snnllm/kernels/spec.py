@@ -6,6 +6,8 @@ The specifications hold plain tensors and say nothing about how they are execute
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -131,6 +133,19 @@ class EncoderSpec:
         """Return the factors on the range of every group, float32 [G]."""
         return torch.tensor(self.clip or (1.0,) * len(self.sizes), dtype=torch.float32)
 
+    def is_like(self, other: EncoderSpec) -> bool:
+        """Return whether both give every row the same counts, in the same order."""
+        channels = torch.arange(self.channels) if None in (self.order, other.order) else None
+        mine, its = (channels if e.order is None else e.order.cpu() for e in (self, other))
+        alike = (self.sizes, self.capacities, self.shared) == (
+            other.sizes,
+            other.capacities,
+            other.shared,
+        )
+        return (
+            alike and torch.equal(mine, its) and torch.equal(self.clip_factors, other.clip_factors)
+        )
+
     @cached_property
     def channel_group(self) -> Tensor:
         """Return the group of every *original* channel, uint8 [K]."""
@@ -184,6 +199,35 @@ class LinearSpec:
         return self.levels.shape[1]
 
 
+def concatenate(specs: Sequence[LinearSpec]) -> LinearSpec:
+    """Return one linear with the outputs of several that share an encoder, in order.
+
+    Raises:
+        ValueError: their encoders, segments, weight bits or biases are not alike.
+    """
+    first = specs[0]
+    biased = [spec.bias for spec in specs if spec.bias is not None]
+    alike = all(
+        first.encoder.is_like(spec.encoder)
+        and (spec.segments, spec.weight_bits) == (first.segments, first.weight_bits)
+        and spec.scale.shape[1] == first.scale.shape[1]
+        for spec in specs
+    )
+    if not alike or len(biased) not in (0, len(specs)):
+        names = ", ".join(spec.encoder.name for spec in specs)
+        raise ValueError(
+            f"{names}: only linears with the same encoder, segments and weight bits, and all or none "
+            "of them with a bias, can share an encoding; run them one by one"
+        )
+    return dataclasses.replace(
+        first,
+        levels=torch.cat([spec.levels for spec in specs]),
+        scale=torch.cat([spec.scale for spec in specs]),
+        zero=torch.cat([spec.zero for spec in specs]),
+        bias=torch.cat(biased) if biased else None,
+    )
+
+
 class PreparedLinear:
     """Base of what `Backend.prepare` returns: opaque, only valid for the backend that made it."""
 
@@ -193,9 +237,16 @@ class PreparedLinear:
 
 
 class Backend(Protocol):
-    """An execution of the collapsed view; all backends give the same bits."""
+    """An execution of the collapsed view; all backends give the same bits.
+
+    Attributes:
+        name: what `get_backend` knows it by.
+        packs_weights: whether `prepare` makes a packed copy of the weight, after which the codes that
+            it came from need no room on the device.
+    """
 
     name: str
+    packs_weights: bool
 
     def available(self) -> str | None:
         """Return None when the backend can run here, else the reason why not."""

@@ -87,6 +87,7 @@ class TritonBackend:
     """Collapsed execution on a GPU; bit for bit equal to the reference backend."""
 
     name = "triton"
+    packs_weights = True
 
     def available(self) -> str | None:
         """Return None when Triton and a GPU that it can use are here, else the reason why not."""

@@ -1,0 +1,234 @@
+"""The decoder block of a spiking LLaMA: transformers' own, with the work between the linears fused.
+
+On a GPU with Triton the norms, the gate and the rotary embedding of every view run in kernels with a
+defined order of operations. In the collapsed view, norm and gate encode for the linears behind them
+in the same kernel, and linears that share an encoding (`snnllm.shared_input`) run as one. The outputs
+are the same bit for bit. Everywhere else transformers' own forward functions run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    eager_attention_forward,
+)
+
+from neurons.backends.spec import DTYPES
+from snnllm import shared_input
+from snnllm.config import FLOAT_BITS
+from snnllm.linear import SpikingLinear
+from snnllm.shared_input import Projected, SharedInput, share_input, stamp_of
+
+# transformers 5.20 renamed the argument; both spellings are supported.
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(LlamaAttention.forward).parameters
+    else "past_key_values"
+)
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+class SpikingRMSNorm(LlamaRMSNorm):
+    """RMSNorm whose sum has a defined order where kernels run (`snnllm.norm`), the same in every view."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise `[..., K]`."""
+        if not _in_kernels(self, hidden_states) or self.weight.dtype != hidden_states.dtype:
+            return super().forward(hidden_states)
+        from snnllm.kernels.norm_triton import rms_norm  # needs Triton
+
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return rms_norm(rows, self.weight, self.variance_epsilon)[0].view(hidden_states.shape)
+
+
+class SpikingLlamaMLP(LlamaMLP):
+    """LLaMA's MLP; its gate runs in one kernel with the encoder of down_proj."""
+
+    def forward(self, x: Tensor | Projected) -> Tensor:
+        """Apply the MLP to its input, or to the outputs of gate and up."""
+        if isinstance(x, Projected):
+            sizes = (self.gate_proj.out_features, self.up_proj.out_features)
+            gate, up = x.outputs.split(sizes, dim=-1)
+        elif not _in_kernels(self, x) or self.config.hidden_act != "silu":
+            return super().forward(x)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        from snnllm.kernels.swiglu_triton import silu_mul  # needs Triton
+
+        down = self.down()
+        if down is not None:
+            return down.gated(gate, up)
+        product = silu_mul(gate.flatten(0, -2), up.flatten(0, -2))
+        return self.down_proj(product.view(gate.shape))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State without what is packed for a device, for deepcopy and pickle."""
+        return {**self.__dict__, "_down": None}
+
+    def down(self) -> SharedInput | None:
+        """What runs SiLU, product and encoder in one kernel."""
+        return _packed(self, "_down", (self.down_proj,))
+
+
+class ProjectedAttention(LlamaAttention):
+    """LLaMA's attention, which also takes projections of its input that are there already."""
+
+    def forward(
+        self,
+        hidden_states: Tensor | Projected,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Attention of the parent, from the hidden states or from q, k and v."""
+        if not isinstance(hidden_states, Projected):
+            return super().forward(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+        from snnllm.kernels.rotary_triton import rotate_heads  # needs Triton
+
+        assert position_embeddings is not None  # transformers' model always gives them
+        projected, cache = hidden_states.outputs, kwargs.pop(CACHE_ARGUMENT, None)
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        query, key = rotate_heads(projected, *position_embeddings, heads, kv_heads)
+        value = projected[..., (heads + kv_heads) * self.head_dim :]
+        value = value.unflatten(-1, (kv_heads, self.head_dim)).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        attended, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attended.reshape(*projected.shape[:-1], -1)), weights
+
+
+class SpikingLlamaDecoderLayer(LlamaDecoderLayer):
+    """A LLaMA block; where kernels run, its norms encode for the linears behind them."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the block to `[B, S, hidden]`; arguments as those of the parent."""
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        if args or not _in_kernels(self, hidden_states) or not _fusable(norms, hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        projections, gates = self.projections(), self.gates()
+        if projections is None:
+            attended = self.self_attn(hidden_states=norms[0](hidden_states), **kwargs)[0]
+        else:
+            x, _ = projections.normed(norms[0], hidden_states)
+            attended = self.self_attn(hidden_states=x, **kwargs)[0]
+        if gates is None:
+            residual = hidden_states + attended
+            return residual + self.mlp(norms[1](residual))
+        x, residual = gates.normed(norms[1], attended, hidden_states)
+        return residual + self.mlp(x)
+
+    def projections(self) -> SharedInput | None:
+        """q, k and v as one linear behind the norm; None if they run one by one."""
+        if not isinstance(self.self_attn, ProjectedAttention):
+            return None
+        linears = tuple(getattr(self.self_attn, name) for name in _PROJECTIONS)
+        return _packed(self, "_projections", linears)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State without what is packed for a device, for deepcopy and pickle."""
+        return {**self.__dict__, "_projections": None, "_gates": None}
+
+    def gates(self) -> SharedInput | None:
+        """gate and up as one linear behind the norm; None if they run one by one."""
+        if not isinstance(self.mlp, SpikingLlamaMLP) or self.mlp.config.hidden_act != "silu":
+            return None
+        return _packed(self, "_gates", (self.mlp.gate_proj, self.mlp.up_proj))
+
+
+def fuse_block(block: LlamaDecoderLayer) -> None:
+    """Give a decoder block, its norms and its MLP the forward functions of this module.
+
+    The modules keep their parameters, names and places.
+    """
+    block.__class__ = SpikingLlamaDecoderLayer
+    block.mlp.__class__ = SpikingLlamaMLP
+    fuse_norm(block.input_layernorm)
+    fuse_norm(block.post_attention_layernorm)
+    if type(block.self_attn) is LlamaAttention:
+        block.self_attn.__class__ = ProjectedAttention
+
+
+def fuse_norm(norm: nn.Module) -> None:
+    """Give an RMSNorm of transformers the forward function of this module."""
+    norm.__class__ = SpikingRMSNorm
+
+
+def prepare(model: nn.Module) -> None:
+    """Pack all weights for the device now, instead of in the first forward pass.
+
+    Before `torch.compile`, which cannot pack; `generate` does it by itself.
+    """
+    packed: set[int] = set()
+    device = next(model.parameters()).device
+    fused = shared_input.kernels_run_on(device.type)
+    for module in model.modules():
+        if fused and isinstance(module, SpikingLlamaDecoderLayer):
+            mlp: Any = module.mlp
+            attention: Any = module.self_attn
+            if module.projections() is not None:
+                packed |= {id(getattr(attention, name)) for name in _PROJECTIONS}
+            if module.gates() is not None:
+                packed |= {id(mlp.gate_proj), id(mlp.up_proj)}
+                mlp.down()
+    for module in model.modules():
+        if not isinstance(module, SpikingLinear) or id(module) in packed:
+            continue
+        if FLOAT_BITS not in (module.layout.activation_bits, module.layout.weight_bits):
+            module.prepared()
+
+
+def _in_kernels(module: nn.Module, x: Tensor) -> bool:
+    return (
+        not module.training
+        and shared_input.kernels_run_on(x.device.type)
+        and x.dtype in DTYPES
+        and x.numel() > 0
+    )
+
+
+def _fusable(norms: tuple[nn.Module, ...], x: Tensor) -> bool:
+    """Whether nobody needs the outputs of norms for themselves."""
+    return all(
+        isinstance(norm, SpikingRMSNorm)
+        and norm.weight.dtype == x.dtype
+        and not (norm._forward_hooks or norm._forward_pre_hooks)
+        for norm in norms
+    )
+
+
+def _packed(owner: nn.Module, name: str, linears: tuple[nn.Module, ...]) -> SharedInput | None:
+    """The linears packed as one, kept in `owner` until they change."""
+    stamp = stamp_of(linears)
+    if stamp is None:
+        return None
+    known = owner.__dict__.get(name)
+    if known is None or known[0] != stamp:
+        known = (stamp, share_input(linears))
+        owner.__dict__[name] = known
+    return known[1]

@@ -1,0 +1,172 @@
+"""Linears that share one encoding of their input: q, k and v, or gate and up, as one integer product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnllm.config import FLOAT_BITS
+from snnllm.execution import View
+from snnllm.kernels import get_backend
+from snnllm.kernels.spec import concatenate
+from snnllm.kernels.triton_backend import TritonBackend, TritonLinear, multiply
+from snnllm.linear import SpikingLinear
+from snnllm.transforms import OnlineRotation, RotationTables
+
+_ROTATED_GROUPS = 2  # what the kernel with the rotation takes
+
+
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """An input of linears in the form of what they make of it.
+
+    Attributes:
+        outputs: Of all linears, one after the other, `[..., N]`.
+    """
+
+    outputs: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SharedInput:
+    """One or more linears, packed as one whose input is encoded in the kernel of what runs before.
+
+    Attributes:
+        layer: All outputs, one linear after the other.
+        offset: Taken off the input, float32 `[K]`; or None.
+        rotation: Rotates the input; or None.
+        stamp: `stamp_of` the linears when they were packed.
+    """
+
+    layer: TritonLinear
+    offset: Tensor | None
+    rotation: RotationTables | None
+    stamp: tuple[Any, ...]
+
+    def normed(
+        self, norm: Any, x: Tensor, residual: Tensor | None = None
+    ) -> tuple[Projected, Tensor]:
+        """The outputs for `norm(x + residual)`, and `x + residual`.
+
+        Args:
+            norm: An RMSNorm of transformers.
+            x: `[..., K]`.
+            residual: As x; or None.
+        """
+        from neurons.backends.triton_encode import EncodedRows  # needs Triton
+        from snnllm.kernels.norm_triton import rms_norm_encode
+
+        rows = x.reshape(-1, x.shape[-1])
+        added = None if residual is None else residual.reshape(rows.shape)
+        plan = self.layer.plan
+        encoded = rms_norm_encode(
+            *(rows, added, norm.weight, norm.variance_epsilon, plan.order, plan.segments),
+            *(plan.capacities, plan.clip, plan.spec.shared, self.offset),
+            runs=plan.runs,
+        )
+        y = multiply(EncodedRows(*encoded[:4]), self.layer, x.dtype)
+        return Projected(y.view(*x.shape[:-1], -1)), encoded.residual.view(x.shape)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The outputs for `silu(gate) * up`, both `[..., K]`."""
+        from snnllm.kernels.swiglu_triton import silu_mul_encode  # needs Triton
+
+        plan = self.layer.plan
+        encoded = silu_mul_encode(
+            *(gate.flatten(0, -2), up.flatten(0, -2), self.rotation, plan.order, plan.segments),
+            *(plan.capacities, plan.clip, plan.spec.shared, self.offset),
+        )
+        return multiply(encoded, self.layer, gate.dtype).view(*gate.shape[:-1], -1)
+
+
+@cache
+def _available() -> bool:
+    return TritonBackend().available() is None
+
+
+@torch.compiler.assume_constant_result
+def kernels_run_on(device_type: str) -> bool:
+    """Whether norms, gates and rotary embeddings run in Triton on a device, in every view."""
+    return device_type == "cuda" and _available()
+
+
+def stamp_of(modules: Sequence[nn.Module]) -> tuple[Any, ...] | None:
+    """What must not have changed since some linears were packed; None if they cannot run packed.
+
+    Somebody who hooks a linear or records its neurons wants to see it run.
+    """
+    stamp = []
+    for module in modules:
+        if not isinstance(module, SpikingLinear) or module.view is not View.COLLAPSED:
+            return None
+        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+            return None
+        if module.encoder.watched:
+            return None
+        stamp.append((module.version, module.backend))
+    return tuple(stamp)
+
+
+def share_input(modules: Sequence[nn.Module]) -> SharedInput | None:
+    """Pack linears that encode the same input alike; None if they do not or cannot.
+
+    They do with one mask per input (`mask_scope="input"`), which the pipelines `rotated` and, with
+    rotation, `omniquant` use by themselves.
+    """
+    stamp = stamp_of(modules)
+    linears = [m for m in modules if isinstance(m, SpikingLinear)]
+    if stamp is None or any(not _runs_in_triton(linear) for linear in linears):
+        return None
+    first = linears[0]
+    rotation = None if first.rotation is None else first.rotation.tables()
+    if rotation is not None and len(rotation.sizes) > _ROTATED_GROUPS:
+        return None
+    if any(not _same_input(first, other) for other in linears[1:]):
+        return None
+    offset = first._buffers.get("offset_input")
+    if len(linears) == 1:
+        layer = first.prepared()[1]
+    else:
+        try:
+            spec = concatenate([linear.spec() for linear in linears])
+        except ValueError:  # other masks: each encodes for itself
+            return None
+        layer = get_backend(first.backend, first.device).prepare(spec)
+        for linear in linears:
+            linear.release_codes()
+    assert isinstance(layer, TritonLinear)
+    return SharedInput(layer, offset, rotation, stamp)
+
+
+def _runs_in_triton(linear: SpikingLinear) -> bool:
+    layout = linear.layout
+    if FLOAT_BITS in (layout.activation_bits, layout.weight_bits):
+        return False
+    return get_backend(linear.backend, linear.device).name == TritonBackend.name
+
+
+def _same_input(one: SpikingLinear, other: SpikingLinear) -> bool:
+    """Whether two linears take the same offset off their input and rotate it alike."""
+    if one.backend != other.backend:
+        return False
+    offsets = [linear._buffers.get("offset_input") for linear in (one, other)]
+    return _equal(*offsets) and _same_rotation(one.rotation, other.rotation)
+
+
+def _same_rotation(one: OnlineRotation | None, other: OnlineRotation | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    if one.sizes != other.sizes:
+        return False
+    return all(_equal(a, b) for a, b in zip(one.tables()[:3], other.tables()[:3], strict=True))
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
