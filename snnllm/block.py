@@ -155,7 +155,7 @@ class SpikingLlamaDecoderLayer(LlamaDecoderLayer):
         return {**self.__dict__, "_projections": None, "_gates": None}
 
     def gates(self) -> SharedInput | None:
-        """gate and up as one linear behind the norm; None if they run one by one."""
+        """Gate and up as one linear behind the norm; None if they run one by one."""
         if not isinstance(self.mlp, SpikingLlamaMLP) or self.mlp.config.hidden_act != "silu":
             return None
         return _packed(self, "_gates", (self.mlp.gate_proj, self.mlp.up_proj))

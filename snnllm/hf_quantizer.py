@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
@@ -23,6 +24,7 @@ from snnllm.config import SpikeConfig
 from snnllm.execution import spiking_modules
 from snnllm.linear import SpikingLinear
 from snnllm.precision import restore_float32
+from snnllm.shared_input import kernels_run_on
 
 QUANT_METHOD = "spikellm"
 
@@ -71,11 +73,11 @@ class SpikeHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Not yet: kernel choice and weight packing happen inside the first forward pass.
+        """Whether the linears can be operators of torch, those of Triton on a GPU.
 
-        `generate` with a static cache therefore runs uncompiled instead of failing in a graph break.
+        What a model cannot compile (other views, other backends) its `get_compiled_call` runs as it is.
         """
-        return False
+        return torch.cuda.is_available() and kernels_run_on("cuda")
 
 
 def register_quantizer() -> None:

@@ -14,13 +14,15 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from snnllm import checkpoint
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention, register_attention
-from snnllm.block import fuse_block, fuse_norm
+from snnllm.block import CACHE_ARGUMENT, fuse_block, fuse_norm, prepare
 from snnllm.config import SpikeConfig
+from snnllm.decoding import DecodeGraph
 from snnllm.execution import choose_views
 from snnllm.hf_quantizer import register_quantizer
 from snnllm.layout import LinearLayout
 from snnllm.linear import SpikingLinear
 from snnllm.precision import FLOAT32_BUFFERS
+from snnllm.shared_input import runs_collapsed_in_triton
 from snnllm.ternary_linear import TernaryLinear
 
 _log = logging.getLogger(__name__)
@@ -131,6 +133,8 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         config._attn_implementation = attention_of(spike, config._attn_implementation)
         super().__init__(config)
         self.provenance: dict[str, Any] = {}
+        self._recorded_steps: DecodeGraph | None = None
+        self._decode_graph: DecodeGraph | None = None
         for index, block in enumerate(self.model.layers):
             spike_block(block, index, config, spike)
         fuse_norm(self.model.norm)
@@ -175,6 +179,40 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         """Save as `snnllm convert` does: packed weights, manifest, and the loader shim."""
         super().save_pretrained(save_directory, **kwargs)
         checkpoint.finish(Path(save_directory), self.config, self.provenance)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What `generate` decodes with, static cache: a recorded step, or what the caller wants compiled.
+
+        Weights are packed here, since a compiled call cannot do it.
+        """
+        self._decode_graph = None
+        linears = [m for m in self.modules() if isinstance(m, SpikingLinear)]
+        if not all(runs_collapsed_in_triton(linear) for linear in linears):
+            return self.__call__
+        prepare(self)
+        if compile_config is not None or self.device.type != "cuda":
+            return super().get_compiled_call(compile_config)
+        if self._recorded_steps is None:
+            self._recorded_steps = DecodeGraph(self)
+        self._decode_graph = self._recorded_steps
+        return self._decode_graph
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Inputs of the next forward pass, as transformers makes them.
+
+        A recorded step makes its 4-D mask itself, from the 2-D one.
+        """
+        graph, cache = self._decode_graph, kwargs.get(CACHE_ARGUMENT)
+        if graph is None:
+            return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if kwargs.get("is_first_iteration"):
+            graph.begin(cache, input_ids.shape[0])
+            return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        mask = kwargs.pop("attention_mask", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return inputs if mask is None else {**inputs, "attention_mask": mask}
 
     def _init_weights(self, module: nn.Module) -> None:
         # Spiking linears hold integers, which no initialiser may touch.

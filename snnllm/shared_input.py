@@ -120,7 +120,7 @@ def share_input(modules: Sequence[nn.Module]) -> SharedInput | None:
     """
     stamp = stamp_of(modules)
     linears = [m for m in modules if isinstance(m, SpikingLinear)]
-    if stamp is None or any(not _runs_in_triton(linear) for linear in linears):
+    if stamp is None or any(not runs_collapsed_in_triton(linear) for linear in linears):
         return None
     first = linears[0]
     rotation = None if first.rotation is None else first.rotation.tables()
@@ -130,7 +130,7 @@ def share_input(modules: Sequence[nn.Module]) -> SharedInput | None:
         return None
     offset = first._buffers.get("offset_input")
     if len(linears) == 1:
-        layer = first.prepared()[1]
+        layer: Any = first.prepared()[1]
     else:
         try:
             spec = concatenate([linear.spec() for linear in linears])
@@ -139,13 +139,17 @@ def share_input(modules: Sequence[nn.Module]) -> SharedInput | None:
         layer = get_backend(first.backend, first.device).prepare(spec)
         for linear in linears:
             linear.release_codes()
-    assert isinstance(layer, TritonLinear)
+    if not isinstance(layer, TritonLinear):  # prepared before its backend was changed
+        return None
     return SharedInput(layer, offset, rotation, stamp)
 
 
-def _runs_in_triton(linear: SpikingLinear) -> bool:
+def runs_collapsed_in_triton(linear: SpikingLinear) -> bool:
+    """Whether a linear is an integer product of the Triton backend."""
     layout = linear.layout
     if FLOAT_BITS in (layout.activation_bits, layout.weight_bits):
+        return False
+    if linear.view is not View.COLLAPSED:
         return False
     return get_backend(linear.backend, linear.device).name == TritonBackend.name
 
