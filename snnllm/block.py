@@ -8,7 +8,9 @@ are the same bit for bit. Everywhere else transformers' own forward functions ru
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -201,6 +203,32 @@ def prepare(model: nn.Module) -> None:
             continue
         if FLOAT_BITS not in (module.layout.activation_bits, module.layout.weight_bits):
             module.prepared()
+
+
+def device_bytes(model: nn.Module) -> int:
+    """Bytes that a model holds on its device: parameters, buffers, and weights packed for kernels."""
+    found: dict[int, int] = {}
+    device = next(model.parameters()).device
+    for module in model.modules():
+        packed = [module.__dict__.get(n) for n in ("_prepared", "_projections", "_gates", "_down")]
+        for tensor in _tensors([module._parameters, module._buffers, packed]):
+            if tensor.device == device:
+                storage = tensor.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        yield from _tensors(list(vars(value).values()))
 
 
 def _in_kernels(module: nn.Module, x: Tensor) -> bool:

@@ -95,14 +95,16 @@ def random_spiking(
             f"{spike.label}: random models have integer weight levels; choose 2 to 8 bits, such as W4A4T2."
         )
     blocks, generator = config.num_hidden_layers, torch.Generator(device).manual_seed(seed)
-    with torch.random.fork_rng(_devices(device)), device:
+    with torch.random.fork_rng(_devices(device)):
         torch.manual_seed(seed)
         hollow = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 0})
-        model = SpikingLlamaForCausalLM(spiking_config(hollow, spike)).to(dtype)
+        with device:
+            model = SpikingLlamaForCausalLM(spiking_config(hollow, spike)).to(dtype)
         model.config.num_hidden_layers = blocks
         for index in range(blocks):
-            block = LlamaDecoderLayer(model.config, index)
-            spike_block(block, index, model.config, spike)
+            with device:
+                block = LlamaDecoderLayer(model.config, index)
+                spike_block(block, index, model.config, spike)
             _randomise(block, spike, generator)
             model.model.layers.append(block.to(dtype).eval())
             prepare(block)
@@ -126,7 +128,7 @@ def _randomise(block: nn.Module, spike: SpikeConfig, generator: torch.Generator)
             linear.set_channel_group(group)
             if linear.rotation is not None:
                 # Sorted by group behind it, as the pipelines have it.
-                linear.rotation.randomise(group, generator)
+                linear.rotation.randomise(group, torch.Generator().manual_seed(0))
                 linear.set_channel_group(sorted_groups(group))
             _set_weight(linear, generator)
 

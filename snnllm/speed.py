@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ class Contender:
     Attributes:
         model: A causal language model of transformers.
         using: Makes the context in which it runs, such as a view.
+        options: Further arguments of its `generate`, such as `cache_implementation`.
     """
 
     model: Any
     using: Callable[[], AbstractContextManager[Any]] = nullcontext
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,15 @@ class Timing:
     decode_seconds: float
 
 
-def generate(model: Any, ids: Tensor, tokens: int) -> float:
-    """Seconds of greedy generation of `tokens` tokens after the prompt `ids: [1, S]`."""
+def generate(model: Any, ids: Tensor, tokens: int, **options: Any) -> float:
+    """Seconds of greedy generation of `tokens` tokens after the prompts `ids: [B, S]`.
+
+    Args:
+        model: A causal language model of transformers.
+        ids: Prompts without padding.
+        tokens: New tokens of each.
+        options: Further arguments of its `generate`.
+    """
     ids = ids.to(model.device)
     _finish(ids)
     start = time.perf_counter()
@@ -53,6 +62,8 @@ def generate(model: Any, ids: Tensor, tokens: int) -> float:
             min_new_tokens=tokens,
             max_new_tokens=tokens,
             do_sample=False,
+            pad_token_id=0,
+            **options,
         )
     _finish(ids)
     return time.perf_counter() - start
@@ -64,14 +75,15 @@ def _finish(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def prefill(model: Any, ids: Tensor) -> float:
+def prefill(model: Any, ids: Tensor, **options: Any) -> float:
     """Seconds to the first token."""
-    return generate(model, ids, 1)
+    return generate(model, ids, 1, **options)
 
 
-def decode(model: Any, ids: Tensor, tokens: int) -> float:
-    """Seconds a token of decoding with a dynamic cache, the prompt taken off."""
-    return (generate(model, ids, tokens + 1) - generate(model, ids, 1)) / tokens
+def decode(model: Any, ids: Tensor, tokens: int, **options: Any) -> float:
+    """Seconds a step of decoding, the prompt taken off."""
+    long, short = (generate(model, ids, count, **options) for count in (tokens + 1, 1))
+    return (long - short) / tokens
 
 
 def time_contenders(
@@ -81,8 +93,8 @@ def time_contenders(
 
     Args:
         contenders: What to time, by name.
-        prompt: Ids of the prefill, `[1, S]`.
-        context: Ids before the decoded tokens, `[1, S']`.
+        prompt: Ids of the prefill, `[B, S]`.
+        context: Ids before the decoded tokens, `[B, S']`.
         tokens: Decoded tokens of a repetition.
         repeat: Repetitions, at least 1; one more warms up.
 
@@ -99,8 +111,8 @@ def time_contenders(
         for name, contender in contenders.items():
             with contender.using():
                 pair = (
-                    prefill(contender.model, prompt),
-                    decode(contender.model, context, tokens),
+                    prefill(contender.model, prompt, **contender.options),
+                    decode(contender.model, context, tokens, **contender.options),
                 )
             if repetition > 0:
                 times[name].append(pair)

@@ -1,4 +1,4 @@
-"""The command line: `snnllm convert | eval | generate | simulate | inspect | reproduce | demo`."""
+"""The command line: `snnllm convert | eval | generate | simulate | inspect | bench | reproduce | demo`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _EPILOG = """examples:
   snnllm generate out "The capital of France is"   text
   snnllm simulate out "A prompt" --output rec      membranes, spikes, operations, energy
   snnllm inspect out                               which matmuls are spiking
+  snnllm bench --shape 7B --device cuda            tokens per second beside the dense model
   snnllm reproduce all --model MODEL --quick       the tables of the paper
 
 exit codes: 0 done, 1 a check failed, 2 bad input (the message says what to change)
@@ -25,7 +26,7 @@ exit codes: 0 done, 1 a check failed, 2 bad input (the message says what to chan
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     # Here, because they load transformers: `snnllm --version` need not wait for it.
-    from snnllm.cli import convert, demo, evaluate, generate, inspect, reproduce, simulate
+    from snnllm.cli import bench, convert, demo, evaluate, generate, inspect, reproduce, simulate
 
     parser = argparse.ArgumentParser(
         prog="snnllm",
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"snnllm {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is done")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (convert, evaluate, generate, simulate, inspect, reproduce, demo):
+    for module in (convert, evaluate, generate, simulate, inspect, bench, reproduce, demo):
         module.add_parser(commands)
     return parser
 

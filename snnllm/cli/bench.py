@@ -1,0 +1,251 @@
+"""`snnllm bench`: how fast a model prefills and decodes, beside the dense one, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snnllm.block import device_bytes
+from snnllm.cli.options import checked_device
+from snnllm.config import Operands, SpikeConfig
+from snnllm.conversion import convert
+from snnllm.data import load_text, random_windows, tokenize
+from snnllm.execution import View, use_view
+from snnllm.modeling import load
+from snnllm.pipelines.rotated import RotatedOptions, rotated_config
+from snnllm.random_model import SHAPES, llama_config, random_dense, random_spiking
+from snnllm.sources import dense_model, open_source
+from snnllm.speed import Contender, Timing, time_contenders
+
+_DENSE = ("eager", "compiled")
+_STATIC = {"cache_implementation": "static"}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "bench",
+        help="time prefill and decoding beside the dense model",
+        description="Time to the first token and decoded tokens a second of a spiking model and of the "
+        "dense one in transformers' generate, with random weights of any shape or real ones.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--shape", choices=[*SHAPES], help="random weights of this shape (default: smollm2)"
+    )
+    what.add_argument(
+        "--model", help="dense LLaMA; converted by rtn for the occasion without a checkpoint"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="spiking checkpoint of --model")
+    parser.add_argument("--blocks", type=int, help="with --shape: fewer blocks than it has")
+    parser.add_argument("--preset", default="W4A4T2", help="of a spiking model without checkpoint")
+    parser.add_argument(
+        "--attention",
+        choices=[*Operands],
+        help="with --shape: encode Q, K and V or leave them in float",
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at a time")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[128], help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=32, help="decoded tokens of a repetition")
+    parser.add_argument("--repeat", type=int, default=3, help="repetitions; the median counts")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=[*_DENSE, *View],
+        help="eager and compiled: the dense model, the latter with a static cache; the views of the "
+        "spiking one (default: eager, compiled on a GPU, collapsed)",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=[*_DTYPES],
+        help="of the dense model (default: bfloat16 on a GPU, else float32)",
+    )
+    parser.add_argument("--json", type=Path, help="write the rows there, too")
+    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        contender: Who.
+        batch: Prompts at a time.
+        prompt: Tokens of a prompt.
+        first_ms: To the first token.
+        tokens_s: Decoded tokens a second, of all prompts.
+        weights_gb: Of the model on its device, in 10^9 bytes.
+        peak_gb: Most memory of the GPU in use, in 10^9 bytes; None on a CPU.
+    """
+
+    contender: str
+    batch: int
+    prompt: int
+    first_ms: float
+    tokens_s: float
+    weights_gb: float
+    peak_gb: float | None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print one row for every contender, batch and prompt.
+
+    Raises:
+        ValueError: Options that do not go together, or numbers below 1.
+    """
+    _check(args)
+    device = checked_device(args.device)
+    chosen = args.contenders or ["eager", *(["compiled"] * (device.type == "cuda")), "collapsed"]
+    print(
+        f"{_machine(device)}, torch {torch.__version__}, {args.model or _shape(args)}, {args.preset}"
+    )
+    print(
+        "| model | batch | prompt | first token, ms | decoded tokens/s | weights, GB | peak, GB |"
+    )
+    print("|---" * 7 + "|")
+    rows: list[Row] = []
+    for names, make in (
+        ([n for n in chosen if n in _DENSE], _dense),
+        ([n for n in chosen if n not in _DENSE], _spiking),
+    ):
+        if names:
+            rows += _measure(names, make, args, device)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    if args.json is not None:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("batch", "prompt", "tokens", "repeat", "blocks"):
+        value = getattr(args, name)
+        values = value if isinstance(value, list) else [value]
+        if any(number is not None and number < 1 for number in values):
+            raise ValueError(f"--{name} must be at least 1.")
+    if args.model is None:
+        args.shape = args.shape or "smollm2"
+        if args.checkpoint is not None:
+            raise ValueError("--checkpoint needs --model, the dense model that it came from.")
+    elif args.blocks is not None or args.attention is not None:
+        raise ValueError("--blocks and --attention go with --shape; a model has its own.")
+
+
+def _shape(args: argparse.Namespace) -> str:
+    blocks = (
+        "" if args.blocks is None else f" ({args.blocks} of {SHAPES[args.shape].blocks} blocks)"
+    )
+    return f"{args.shape}{blocks} with random weights"
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    return _DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+
+
+def _config(args: argparse.Namespace) -> Any:
+    shape = SHAPES[args.shape]
+    if args.blocks is not None:
+        shape = shape._replace(blocks=args.blocks)
+    return llama_config(shape, max(4096, *(p + args.tokens + 1 for p in args.prompt)))
+
+
+def _dense(args: argparse.Namespace, device: torch.device) -> Any:
+    if args.model is None:
+        return random_dense(_config(args), device, _dtype(args, device))
+    return dense_model(open_source(args.model)).to(device, _dtype(args, device))
+
+
+def _spiking(args: argparse.Namespace, device: torch.device) -> Any:
+    if args.checkpoint is not None:
+        return load(args.checkpoint, _dtype(args, device)).to(device)
+    spike = SpikeConfig.preset(args.preset)
+    if args.model is None:
+        if args.attention is not None:
+            spike = SpikeConfig.preset(args.preset, attention=args.attention)
+        spike = rotated_config(spike, RotatedOptions())  # what the default pipeline makes
+        return random_spiking(_config(args), spike, device, _dtype(args, device))
+    source = open_source(args.model)
+    windows = random_windows(tokenize(load_text("pydoc:train"), source.tokenizer()), 128, 2, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        convert(source, f"{folder}/out", spike, windows, pipeline="rtn")
+        return load(f"{folder}/out", _dtype(args, device)).to(device)
+
+
+def _measure(
+    names: list[str],
+    make: Callable[[argparse.Namespace, torch.device], Any],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> list[Row]:
+    """Rows of the contenders that share a model; printed as they come."""
+    model = make(args, device)
+    rows = []
+    for batch in args.batch:
+        for prompt in args.prompt:
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=generator)
+            for name in names:
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                timings = time_contenders(
+                    _contender(name, model, device), ids, ids, args.tokens, args.repeat
+                )
+                rows.append(_row(name, batch, prompt, timings, model, device))
+                print(_line(rows[-1]), flush=True)
+    return rows
+
+
+def _contender(name: str, model: Any, device: torch.device) -> Mapping[str, Contender]:
+    static = (
+        _STATIC if name == "compiled" or (device.type == "cuda" and name == "collapsed") else {}
+    )
+    using = partial(use_view, model, name) if name not in _DENSE else None
+    made = Contender(model, options=static) if using is None else Contender(model, using, static)
+    return {name: made}
+
+
+def _row(
+    name: str,
+    batch: int,
+    prompt: int,
+    timings: Mapping[str, Timing],
+    model: Any,
+    device: torch.device,
+) -> Row:
+    timing = timings[name]
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    return Row(
+        name,
+        batch,
+        prompt,
+        1e3 * timing.prefill_seconds,
+        batch / timing.decode_seconds,
+        device_bytes(model) / 1e9,
+        peak,
+    )
+
+
+def _line(row: Row) -> str:
+    peak = "-" if row.peak_gb is None else f"{row.peak_gb:.2f}"
+    return (
+        f"| {row.contender} | {row.batch} | {row.prompt} | {row.first_ms:.1f} | {row.tokens_s:.1f} | "
+        f"{row.weights_gb:.2f} | {peak} |"
+    )
