@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -44,7 +45,7 @@ class SpikingRMSNorm(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise `[..., K]`."""
         if not _in_kernels(self, hidden_states) or self.weight.dtype != hidden_states.dtype:
-            return super().forward(hidden_states)
+            return cast(Tensor, super().forward(hidden_states))
         from snnllm.kernels.norm_triton import rms_norm  # needs Triton
 
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -60,7 +61,7 @@ class SpikingLlamaMLP(LlamaMLP):
             sizes = (self.gate_proj.out_features, self.up_proj.out_features)
             gate, up = x.outputs.split(sizes, dim=-1)
         elif not _in_kernels(self, x) or self.config.hidden_act != "silu":
-            return super().forward(x)
+            return cast(Tensor, super().forward(x))
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         from snnllm.kernels.swiglu_triton import silu_mul  # needs Triton
@@ -69,7 +70,7 @@ class SpikingLlamaMLP(LlamaMLP):
         if down is not None:
             return down.gated(gate, up)
         product = silu_mul(gate.flatten(0, -2), up.flatten(0, -2))
-        return self.down_proj(product.view(gate.shape))
+        return cast(Tensor, self.down_proj(product.view(gate.shape)))
 
     def __getstate__(self) -> dict[str, Any]:
         """State without what is packed for a device, for deepcopy and pickle."""
@@ -98,16 +99,9 @@ class ProjectedAttention(LlamaAttention):
                 attention_mask=attention_mask,
                 **kwargs,
             )
-        from snnllm.kernels.rotary_triton import rotate_heads  # needs Triton
-
-        assert position_embeddings is not None  # transformers' model always gives them
         projected, cache = hidden_states.outputs, kwargs.pop(CACHE_ARGUMENT, None)
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        query, key = rotate_heads(projected, *position_embeddings, heads, kv_heads)
-        value = projected[..., (heads + kv_heads) * self.head_dim :]
-        value = value.unflatten(-1, (kv_heads, self.head_dim)).transpose(1, 2)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+        position = kwargs.pop("cache_position", None)
+        query, key, value = self._heads(projected, position_embeddings, cache, position)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -124,6 +118,33 @@ class ProjectedAttention(LlamaAttention):
         )
         return self.o_proj(attended.reshape(*projected.shape[:-1], -1)), weights
 
+    def _heads(
+        self,
+        projected: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        cache: Any,
+        position: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the new tokens, keys and values of all, `[B, H, S, D]`."""
+        from snnllm.kernels.rotary_triton import rotate_and_store, rotate_heads  # needs Triton
+
+        assert position_embeddings is not None  # transformers' model always gives them
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        if position is not None and type(cache) is StaticCache:
+            layer = cache.layers[self.layer_idx]
+            if type(layer) is StaticLayer and layer.is_initialized:
+                query = rotate_and_store(
+                    *(projected, *position_embeddings, heads, layer.keys, layer.values),
+                    *(layer.cumulative_length, position),
+                )
+                return query, layer.keys, layer.values
+        query, key = rotate_heads(projected, *position_embeddings, heads, kv_heads)
+        value = projected[..., (heads + kv_heads) * self.head_dim :]
+        value = value.unflatten(-1, (kv_heads, self.head_dim)).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        return query, key, value
+
 
 class SpikingLlamaDecoderLayer(LlamaDecoderLayer):
     """A LLaMA block; where kernels run, its norms encode for the linears behind them."""
@@ -132,7 +153,7 @@ class SpikingLlamaDecoderLayer(LlamaDecoderLayer):
         """Apply the block to `[B, S, hidden]`; arguments as those of the parent."""
         norms = (self.input_layernorm, self.post_attention_layernorm)
         if args or not _in_kernels(self, hidden_states) or not _fusable(norms, hidden_states):
-            return super().forward(hidden_states, *args, **kwargs)
+            return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
         projections, gates = self.projections(), self.gates()
         if projections is None:
             attended = self.self_attn(hidden_states=norms[0](hidden_states), **kwargs)[0]
@@ -140,10 +161,10 @@ class SpikingLlamaDecoderLayer(LlamaDecoderLayer):
             x, _ = projections.normed(norms[0], hidden_states)
             attended = self.self_attn(hidden_states=x, **kwargs)[0]
         if gates is None:
-            residual = hidden_states + attended
-            return residual + self.mlp(norms[1](residual))
+            residual: Tensor = hidden_states + attended
+            return residual + cast(Tensor, self.mlp(norms[1](residual)))
         x, residual = gates.normed(norms[1], attended, hidden_states)
-        return residual + self.mlp(x)
+        return residual + cast(Tensor, self.mlp(x))
 
     def projections(self) -> SharedInput | None:
         """q, k and v as one linear behind the norm; None if they run one by one."""

@@ -1,39 +1,43 @@
-"""Decoding with a static cache: one step of `generate` as a CUDA graph.
+"""Greedy decoding and sampling of `generate` with a static cache: a step is a CUDA graph.
 
-`generate(cache_implementation="static")` of transformers asks the model for a compiled forward pass
-(`get_compiled_call`). Collapsed models answer with a `DecodeGraph`: nothing is compiled, one step is
-recorded as it runs, and replayed for every further token. Buffers of the cache are used again by the
-next call of `generate` with the same batch and length, so that the recorded step stays valid.
+`transformers` compiles the forward pass and waits for the device after every token. Here nothing is
+compiled: the second step is recorded as it runs and replayed from then on, with masks and positions
+kept on the device; and whether all sequences have ended is read one step late, so that the device
+never waits for the program. Buffers of the cache serve the next call of `generate` with the same batch
+and length, so that the recorded step stays valid.
 """
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from snnllm.block import CACHE_ARGUMENT
 from snnllm.linear import SpikingLinear
 
-_TENSORS = ("input_ids", "position_ids", "attention_mask")
+_log = logging.getLogger(__name__)
+_ALIGNMENT = 8  # attention copies masks whose rows do not start at multiples of it
 
 
-class DecodeGraph:
-    """The forward pass of one token a sequence, recorded once and replayed.
+def records_on(device: torch.device) -> bool:
+    """Whether steps on a device can be recorded."""
+    return device.type == "cuda"
 
-    The first call with a cache runs as it is (kernels compile, libraries set up), the second records.
-    Calls that cannot be recorded, such as those that ask for hidden states, run as they are.
+
+class DecodeSteps:
+    """Forward passes of one token a sequence: the first runs as it is, the second is recorded.
 
     Args:
         model: The causal LLaMA.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model: Any = model
         self._forget()
 
     def _forget(self) -> None:
@@ -41,105 +45,191 @@ class DecodeGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._cache: weakref.ref[Cache] | None = None
         self._layers: list[Any] = []
-        self._buffers: list[Tensor] = []
-        self._key: tuple[Any, ...] = ()
-        self._inputs: dict[str, Tensor] = {}
-        self._logits: Tensor | None = None
         self._weights: tuple[Any, ...] = ()
-        self._moves = False
+        self._steps, self._records = 0, False
+        self._tokens = self._positions = self._length = self._seen = torch.empty(0)
+        self._logits = torch.empty(0)
 
     def __getstate__(self) -> dict[str, Any]:
         """The model alone, for deepcopy and pickle."""
         return {"_model": self._model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_model"])  # type: ignore[misc]
+        self._model = state["_model"]
+        self._forget()
 
-    def begin(self, cache: Any, batch: int) -> None:
-        """Meet the empty cache of a new generation: give it the buffers of the last one, if they fit."""
-        if self._graph is None:
-            return
-        alive = self._cache is not None and self._cache() is not None
+    def begin(self, cache: StaticCache, mask: Tensor, positions: Tensor) -> None:
+        """Meet the empty cache of a new generation: give it the buffers of the last one, if they fit.
+
+        Args:
+            cache: Empty.
+            mask: 1 at tokens, 0 at padding, `[B, S]` of the prompts.
+            positions: Of the first new tokens, `[B or 1, 1]`.
+        """
+        weights = weights_state(self._model)
+        free = self._cache is None or self._cache() is None
         fits = (
-            not alive
-            and type(cache) is StaticCache
-            and self._weights == weights_state(self._model)
-            and self._inputs["input_ids"].shape[0] == batch
+            self._graph is not None
+            and free
+            and self._weights == weights
+            and len(self._tokens) == len(mask)
             and len(cache.layers) == len(self._layers)
             and all(
-                type(new) is type(old)
-                and not new.is_initialized
-                and new.max_cache_len == old.max_cache_len
+                type(new) is type(old) and new.max_cache_len == old.max_cache_len
                 for new, old in zip(cache.layers, self._layers, strict=True)
             )
         )
-        if not fits:
+        if fits:
+            for layer in self._layers:
+                layer.reset()
+            cache.layers[:] = self._layers
+        else:
             self._forget()
-            return
-        for layer in self._layers:
-            layer.reset()
-        cache.layers[:] = self._layers
+            self._weights, self._layers = weights, list(cache.layers)
+            self._make_inputs(mask, cache.layers[0].max_cache_len)
         self._cache = weakref.ref(cache)
+        # Beyond the prompts everything counts, as far as it has been written.
+        self._seen[:, : mask.shape[1]] = mask.bool()
+        self._seen[:, mask.shape[1] :] = True
+        self._positions.copy_(positions)
+        self._length.fill_(mask.shape[1])
 
-    def __call__(self, **inputs: Any) -> Any:
-        """The outputs of `model(**inputs)`; the logits are overwritten by the next call."""
-        cache = inputs.get(CACHE_ARGUMENT)
-        tensors = {n: inputs[n] for n in _TENSORS if isinstance(inputs.get(n), Tensor)}
-        others = {n: v for n, v in inputs.items() if n not in tensors and n != CACHE_ARGUMENT}
-        plain = all(v is None or isinstance(v, bool | int) for v in others.values())
-        asked = any(v for n, v in others.items() if n.startswith("output_"))
-        one = type(cache) is StaticCache and inputs["input_ids"].shape[1] == 1
-        if not one or not plain or asked or torch.is_grad_enabled() or not others["return_dict"]:
-            return self._model(**inputs)
-        tensors = _of_full_length(tensors, cache.layers[0].max_cache_len)
-        key = (tuple((n, t.shape, t.dtype) for n, t in tensors.items()), tuple(others.items()))
-        if self._cache is None or self._cache() is not cache or self._key != key:
-            self._forget()
-            self._cache, self._key = weakref.ref(cache), key
-            return self._model(**inputs)
-        if self._graph is not None and not _same(self._buffers, _buffers_of(cache.layers)):
-            self._graph, self._moves = None, True  # as beam search does
-        if self._moves:
-            return self._model(**inputs)
+    def _make_inputs(self, mask: Tensor, capacity: int) -> None:
+        batch, device = len(mask), mask.device
+        self._records = records_on(device)
+        self._tokens = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+        self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+        self._length = torch.zeros(1, dtype=torch.int64, device=device)
+        self._seen = torch.ones((batch, capacity), dtype=torch.bool, device=device)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Float32 logits `[B, V]` behind tokens `[B]`; overwritten by the next call."""
+        self._tokens.copy_(tokens.unsqueeze(1))
+        if self._steps == 1 and self._records:
+            self._record()
+        self._steps += 1
         if self._graph is None:
-            self._record(cache, tensors, others)
-        for name, tensor in tensors.items():
-            self._inputs[name].copy_(tensor)
-        assert self._graph is not None  # just recorded
+            return self._forward()
         self._graph.replay()
-        return CausalLMOutputWithPast(logits=self._logits, **{CACHE_ARGUMENT: cache})
+        return self._logits
 
-    def _record(self, cache: Cache, tensors: dict[str, Tensor], others: dict[str, Any]) -> None:
-        self._inputs = {n: t.clone() for n, t in tensors.items()}
-        self._weights = weights_state(self._model)
+    def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self._model(**self._inputs, **others, **{CACHE_ARGUMENT: cache})
-        self._logits = output.logits
-        # Not the cache itself: once nobody else holds it, its buffers are free for the next one.
-        self._layers, self._buffers = list(cache.layers), _buffers_of(cache.layers)
+        try:
+            with torch.cuda.graph(graph):
+                self._logits = self._forward()
+        except RuntimeError as error:
+            # Something waits for the device: it runs without a graph, which is slower.
+            _log.warning("decoding is not recorded as a CUDA graph: %s", error)
+            self._records = False
+            return
         self._graph = graph
 
+    def _forward(self) -> Tensor:
+        cache = None if self._cache is None else self._cache()
+        assert cache is not None  # `sample` holds it
+        outputs = self._model(
+            input_ids=self._tokens,
+            attention_mask=self._mask(),
+            position_ids=self._positions,
+            use_cache=True,
+            return_dict=True,
+            cache_position=self._length,
+            **{CACHE_ARGUMENT: cache},
+        )
+        self._positions.add_(1)
+        self._length.add_(1)
+        logits: Tensor = outputs.logits[:, -1].to(torch.float32, copy=True)
+        return logits
 
-def _buffers_of(layers: list[Any]) -> list[Tensor]:
-    """The tensors that layers of a cache read and write."""
-    return [v for layer in layers for v in vars(layer).values() if isinstance(v, Tensor)]
+    def _mask(self) -> Tensor:
+        """0 where a token may look and a large negative number elsewhere, `[B, 1, 1, capacity]`."""
+        batch, capacity = self._seen.shape
+        index = torch.arange(capacity, device=self._seen.device)
+        dtype: torch.dtype = self._model.dtype
+        rows = torch.full(
+            (batch, 1, 1, capacity + -capacity % _ALIGNMENT),
+            torch.finfo(dtype).min,
+            dtype=dtype,
+            device=self._seen.device,
+        )[..., :capacity]
+        return rows.masked_fill_(((index <= self._length) & self._seen)[:, None, None], 0.0)
 
 
-def _same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+def sample(
+    model: Any,
+    steps: DecodeSteps,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> Tensor:
+    """Greedy decoding or sampling; the tokens that `GenerationMixin._sample` makes.
 
-
-def _of_full_length(tensors: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Inputs whose shapes do not change from step to step: a 2-D mask as long as the cache.
-
-    What it says of positions beyond the present one does not matter: the causal mask hides them.
+    Returns:
+        Prompts and new tokens, `[B, S + new]`.
     """
-    mask = tensors.get("attention_mask")
-    if mask is None or mask.dim() != 2:
-        return tensors
-    full = nn.functional.pad(mask, (0, length - mask.shape[1]), value=1)
-    return {**tensors, "attention_mask": full}
+    mask = model_kwargs.get("attention_mask")
+    steps.begin(
+        model_kwargs[CACHE_ARGUMENT],
+        torch.ones_like(input_ids) if mask is None else mask,
+        model_kwargs["position_ids"][:, -1:] + 1,
+    )
+    pad = generation_config._pad_token_tensor
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    unfinished = torch.ones(len(input_ids), dtype=torch.int64, device=input_ids.device)
+    outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    logits = outputs.logits[:, -1].to(torch.float32, copy=True)
+    del outputs
+    finished = _LateFlag(input_ids.device)
+    while True:
+        scores = logits_processor(input_ids, logits)
+        if generation_config.do_sample:
+            probability = nn.functional.softmax(scores, dim=-1)
+            tokens = torch.multinomial(probability, num_samples=1).squeeze(1)
+        else:
+            tokens = torch.argmax(scores, dim=-1)
+        if ends:
+            tokens = tokens * unfinished + pad * (1 - unfinished)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        full = input_ids.shape[1] >= stopping_criteria.max_length
+        if streamer is not None:  # which waits for every token anyway
+            streamer.put(tokens.cpu())
+            if full or not bool(unfinished.any()):
+                streamer.end()
+                return input_ids
+        elif finished.before(~unfinished.any()):
+            return input_ids[:, :-1]
+        elif full:
+            return input_ids
+        logits = steps(tokens)
+
+
+class _LateFlag:
+    """A flag on a device, read one step late without waiting for the present step."""
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._values = [torch.zeros((), dtype=torch.bool, pin_memory=cuda) for _ in range(2)]
+        self._copied = [torch.cuda.Event() if cuda else None for _ in range(2)]
+        self._step = 0
+
+    def before(self, flag: Tensor) -> bool:
+        """Remember the flag of this step; return that of the step before, False at the first."""
+        now, last = self._step % 2, (self._step + 1) % 2
+        self._values[now].copy_(flag, non_blocking=True)
+        copied, earlier = self._copied[now], self._copied[last]
+        if copied is not None:
+            copied.record()
+        self._step += 1
+        if self._step == 1:
+            return False
+        if earlier is not None:
+            earlier.synchronize()
+        return bool(self._values[last])
 
 
 def weights_state(model: nn.Module) -> tuple[Any, ...]:

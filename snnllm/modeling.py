@@ -9,14 +9,20 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from snnllm import checkpoint
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention, register_attention
 from snnllm.block import CACHE_ARGUMENT, fuse_block, fuse_norm, prepare
 from snnllm.config import SpikeConfig
-from snnllm.decoding import DecodeGraph
+from snnllm.decoding import DecodeSteps, records_on, sample
 from snnllm.execution import choose_views
 from snnllm.hf_quantizer import register_quantizer
 from snnllm.layout import LinearLayout
@@ -37,6 +43,12 @@ LINEARS = (
     "mlp.down_proj",
 )
 """The linears of a LLaMA block, in the order of execution."""
+
+_SAMPLED = {
+    *("logits_processor", "stopping_criteria", "generation_config", "streamer", "synced_gpus"),
+    *("attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_ARGUMENT),
+}
+"""What `generate` hands on of an ordinary call; others go to transformers' own loop."""
 
 
 class SpikingLlamaConfig(LlamaConfig):
@@ -133,8 +145,7 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         config._attn_implementation = attention_of(spike, config._attn_implementation)
         super().__init__(config)
         self.provenance: dict[str, Any] = {}
-        self._recorded_steps: DecodeGraph | None = None
-        self._decode_graph: DecodeGraph | None = None
+        self._steps: DecodeSteps | None = None
         for index, block in enumerate(self.model.layers):
             spike_block(block, index, config, spike)
         fuse_norm(self.model.norm)
@@ -181,38 +192,49 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         checkpoint.finish(Path(save_directory), self.config, self.provenance)
 
     def get_compiled_call(self, compile_config: Any) -> Any:
-        """What `generate` decodes with, static cache: a recorded step, or what the caller wants compiled.
-
-        Weights are packed here, since a compiled call cannot do it.
-        """
-        self._decode_graph = None
-        linears = [m for m in self.modules() if isinstance(m, SpikingLinear)]
-        if not all(runs_collapsed_in_triton(linear) for linear in linears):
+        """The compiled forward pass, weights packed before; or this one, where kernels are no operators."""
+        if not self._runs_in_triton():
             return self.__call__
         prepare(self)
-        if compile_config is not None or self.device.type != "cuda":
-            return super().get_compiled_call(compile_config)
-        if self._recorded_steps is None:
-            self._recorded_steps = DecodeGraph(self)
-        self._decode_graph = self._recorded_steps
-        return self._decode_graph
+        return super().get_compiled_call(compile_config)
 
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Inputs of the next forward pass, as transformers makes them.
+    def _runs_in_triton(self) -> bool:
+        linears = [m for m in self.modules() if isinstance(m, SpikingLinear)]
+        return bool(linears) and all(runs_collapsed_in_triton(linear) for linear in linears)
 
-        A recorded step makes its 4-D mask itself, from the 2-D one.
+    def _sample(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Greedy decoding and sampling: recorded steps for a static cache on a GPU (`snnllm.decoding`).
+
+        Whoever passes a `compile_config`, `disable_compile`, a cache of his own, or asks for more than
+        the tokens gets the loop of transformers.
         """
-        graph, cache = self._decode_graph, kwargs.get(CACHE_ARGUMENT)
-        if graph is None:
-            return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        if kwargs.get("is_first_iteration"):
-            graph.begin(cache, input_ids.shape[0])
-            return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        mask = kwargs.pop("attention_mask", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        return inputs if mask is None else {**inputs, "attention_mask": mask}
+        config, cache = kwargs.get("generation_config"), kwargs.get(CACHE_ARGUMENT)
+        recorded = (
+            not args
+            and records_on(self.device)
+            and type(cache) is StaticCache
+            and cache is not None
+            and not getattr(cache, "_is_user_defined", False)
+            and not any(layer.is_initialized for layer in cache.layers)
+            and config is not None
+            and config.compile_config is None
+            and not config.disable_compile
+            and not config.return_dict_in_generate
+            and not config.is_assistant
+            and not kwargs.get("synced_gpus")
+            and not set(kwargs) - _SAMPLED
+            and kwargs["stopping_criteria"].max_length is not None
+            and self._runs_in_triton()
+        )
+        if not recorded:
+            return super()._sample(input_ids, *args, **kwargs)
+        prepare(self)
+        if self._steps is None:
+            self._steps = DecodeSteps(self)
+        names = ("logits_processor", "stopping_criteria", "generation_config", "streamer")
+        given = {name: kwargs.pop(name, None) for name in names}
+        kwargs.pop("synced_gpus", None)
+        return sample(self, self._steps, input_ids, **given, model_kwargs=kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         # Spiking linears hold integers, which no initialiser may touch.

@@ -99,7 +99,8 @@ def random_spiking(
         torch.manual_seed(seed)
         hollow = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 0})
         with device:
-            model = SpikingLlamaForCausalLM(spiking_config(hollow, spike)).to(dtype)
+            model = SpikingLlamaForCausalLM(spiking_config(hollow, spike))
+        model.to(dtype)
         model.config.num_hidden_layers = blocks
         for index in range(blocks):
             with device:
@@ -108,7 +109,8 @@ def random_spiking(
             _randomise(block, spike, generator)
             model.model.layers.append(block.to(dtype).eval())
             prepare(block)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _randomise(block: nn.Module, spike: SpikeConfig, generator: torch.Generator) -> None:

@@ -106,7 +106,7 @@ def stamp_of(modules: Sequence[nn.Module]) -> tuple[Any, ...] | None:
             return None
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
             return None
-        if module.encoder.watched:
+        if not torch.compiler.is_compiling() and module.encoder.watched:
             return None
         stamp.append((module.version, module.backend))
     return tuple(stamp)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neurons.backends.device import on
+from neurons.backends.device import EARLY_ROWS, early_launch, on
 from neurons.backends.triton_encode import (
     check_layout,
     check_rows,
@@ -247,6 +247,7 @@ def _launch(
 ) -> None:
     lanes = min(LANES, triton.next_power_of_2(x.shape[1]))
     launch: Any = _norm[(x.shape[0],)]
+    early = x.shape[0] <= EARLY_ROWS and early_launch(x.device)
     with on(x.device):
         launch(
             *(x, x if residual is None else residual, x if weight is None else weight),
@@ -261,6 +262,7 @@ def _launch(
             GATHER=gather,
             HAS_OFFSET=has_offset,
             RUNS=runs,
+            EARLY=early,
             SEGMENTS=triton.next_power_of_2(segments),
             LANES=lanes,
             LEVELS=lanes.bit_length() - 1,
@@ -302,12 +304,15 @@ def _norm(  # type: ignore[no-untyped-def]
     GATHER: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     RUNS: tl.constexpr,
+    EARLY: tl.constexpr,
     SEGMENTS: tl.constexpr,
     LANES: tl.constexpr,
     LEVELS: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     residual_ptr += row * residual_stride

@@ -16,7 +16,7 @@ from torch import Tensor
 from neurons.backends.device import on
 from neurons.backends.triton_encode_row import rounded
 
-__all__ = ["rotate_heads"]
+__all__ = ["rotate_and_store", "rotate_heads"]
 
 _HEADS = 4
 
@@ -40,6 +40,57 @@ def rotate_heads(
         TypeError: if a dtype does not fit.
         ValueError: if a shape does not fit, or D is odd.
     """
+    _check(projected, cos, sin, heads, kv_heads)
+    query, key = torch.ops.snnllm.rotate_heads(
+        projected.detach(), cos.contiguous(), sin.contiguous(), heads, kv_heads
+    )
+    return query, key
+
+
+def rotate_and_store(
+    projected: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """Rotate queries and keys, and write keys and values into a static cache.
+
+    Args:
+        projected: ``[B, S, (H + 2 H_kv) D]``, contiguous.
+        cos: ``[B or 1, S, D]`` in the dtype of the projections.
+        sin: as cos.
+        heads: H.
+        keys: ``[B, H_kv, L, D]``, contiguous; changed at the positions of the S tokens.
+        values: as keys.
+        length: tokens in the cache, int64, one element; becomes ``position + S``.
+        position: of the first of the S tokens in the cache, int64, one element, another tensor.
+
+    Returns:
+        Queries ``[B, H, S, D]``, contiguous.
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if a shape does not fit, or D is odd.
+    """
+    _check(projected, cos, sin, heads, keys.shape[1])
+    query: Tensor = torch.ops.snnllm.rotate_and_store(
+        projected.detach(),
+        cos.contiguous(),
+        sin.contiguous(),
+        heads,
+        keys,
+        values,
+        length,
+        position,
+    )
+    return query
+
+
+def _check(projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> None:
     batch, tokens, width = projected.shape
     dim, rest = divmod(width, heads + 2 * kv_heads)
     if rest or dim % 2 or not projected.is_contiguous():
@@ -52,19 +103,16 @@ def rotate_heads(
             raise TypeError(f"{name} must be {projected.dtype} as projected is, got {table.dtype}.")
         if tuple(table.shape) not in ((batch, tokens, dim), (1, tokens, dim)):
             raise ValueError(f"{name} must be [B or 1, {tokens}, {dim}], got {tuple(table.shape)}.")
-    query, key = torch.ops.snnllm.rotate_heads(
-        projected.detach(), cos.contiguous(), sin.contiguous(), heads, kv_heads
-    )
-    return query, key
+
+
+def _queries(projected: Tensor, heads: int, kv_heads: int) -> Tensor:
+    batch, tokens, width = projected.shape
+    return projected.new_empty((batch, heads, tokens, width // (heads + 2 * kv_heads)))
 
 
 def _outputs(projected: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
-    batch, tokens, width = projected.shape
-    dim = width // (heads + 2 * kv_heads)
-    return (
-        projected.new_empty((batch, heads, tokens, dim)),
-        projected.new_empty((batch, kv_heads, tokens, dim)),
-    )
+    query = _queries(projected, heads, kv_heads)
+    return query, query.new_empty((len(query), kv_heads, *query.shape[2:]))
 
 
 @torch.library.custom_op("snnllm::rotate_heads", mutates_args=())
@@ -73,21 +121,7 @@ def _rotate_heads_op(
 ) -> tuple[Tensor, Tensor]:
     """Arguments of :func:`rotate_heads`."""
     query, key = _outputs(projected, heads, kv_heads)
-    batch, tokens, width = projected.shape
-    if projected.numel() == 0:
-        return query, key
-    dim = width // (heads + 2 * kv_heads)
-    launch: Any = _rotate[(batch * tokens, triton.cdiv(heads + kv_heads, _HEADS))]
-    with on(projected.device):
-        launch(
-            *(projected, cos, sin, query, key, tokens, 0 if cos.shape[0] == 1 else tokens),
-            *(heads, kv_heads),
-            DIM=dim,
-            HALF=triton.next_power_of_2(dim // 2),
-            HEADS=_HEADS,
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
+    _launch(projected, cos, sin, query, key, key, None, None)
     return query, key
 
 
@@ -98,17 +132,84 @@ def _(
     return _outputs(projected, heads, kv_heads)
 
 
-@triton.jit(do_not_specialize=["tokens", "table_tokens"])
+@torch.library.custom_op("snnllm::rotate_and_store", mutates_args=("keys", "values", "length"))
+def _rotate_and_store_op(
+    projected: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """Arguments of :func:`rotate_and_store`."""
+    query = _queries(projected, heads, keys.shape[1])
+    _launch(projected, cos, sin, query, keys, values, length, position)
+    return query
+
+
+@_rotate_and_store_op.register_fake
+def _(
+    projected: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    position: Tensor,
+) -> Tensor:
+    return _queries(projected, heads, keys.shape[1])
+
+
+def _launch(
+    projected: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor | None,
+    position: Tensor | None,
+) -> None:
+    """Write queries, keys and, with a position, values."""
+    batch, tokens, _ = projected.shape
+    if projected.numel() == 0:
+        return
+    (heads, dim), kv_heads = (query.shape[1], query.shape[3]), keys.shape[1]
+    written = heads + kv_heads * (1 if position is None else 2)
+    launch: Any = _rotate[(batch * tokens, triton.cdiv(written, _HEADS))]
+    with on(projected.device):
+        launch(
+            *(projected, cos, sin, query, keys, values),
+            *(cos if length is None else length, cos if position is None else position),
+            *(tokens, keys.shape[2], 0 if cos.shape[0] == 1 else tokens, heads, kv_heads),
+            STORE=position is not None,
+            DIM=dim,
+            HALF=triton.next_power_of_2(dim // 2),
+            HEADS=_HEADS,
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity", "table_tokens"])
 def _rotate(  # type: ignore[no-untyped-def]
     projected_ptr,
     cos_ptr,
     sin_ptr,
     query_ptr,
     key_ptr,
+    value_ptr,
+    length_ptr,
+    position_ptr,
     tokens,
+    capacity,
     table_tokens,
     heads,
     kv_heads,
+    STORE: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
@@ -117,7 +218,8 @@ def _rotate(  # type: ignore[no-untyped-def]
     batch, token = row // tokens, row % tokens
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     half = tl.arange(0, HALF)
-    inside = ((head < heads + kv_heads)[:, None]) & ((half < DIM // 2)[None, :])
+    written = heads + kv_heads * (2 if STORE else 1)
+    inside = ((head < written)[:, None]) & ((half < DIM // 2)[None, :])
     x_at = projected_ptr + row * (heads + 2 * kv_heads) * DIM + head[:, None] * DIM + half[None, :]
     a = tl.load(x_at, mask=inside, other=0.0)
     b = tl.load(x_at + DIM // 2, mask=inside, other=0.0)
@@ -131,15 +233,26 @@ def _rotate(  # type: ignore[no-untyped-def]
     a32, b32 = a.to(tl.float32), b.to(tl.float32)
     left = rounded(a32 * cos_a, dtype).to(tl.float32) + rounded(-b32 * sin_a, dtype).to(tl.float32)
     right = rounded(b32 * cos_b, dtype).to(tl.float32) + rounded(a32 * sin_b, dtype).to(tl.float32)
-    is_query = head < heads
-    key_head = head - heads
+    is_query, is_value = head < heads, head >= heads + kv_heads
+    left = tl.where(is_value[:, None], a, rounded(left, dtype))
+    right = tl.where(is_value[:, None], b, rounded(right, dtype))
+    slot = token
+    if STORE:
+        first = tl.load(position_ptr)
+        slot += first
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(length_ptr, first + tokens)
     query_at = ((batch * heads + head) * tokens + token) * DIM
-    key_at = ((batch * kv_heads + key_head) * tokens + token) * DIM
+    kv_head = head - heads - tl.where(is_value, kv_heads, 0)
+    kv_at = (((batch * kv_heads + kv_head) * capacity + slot) * DIM)[:, None] + half[None, :]
     q_at = query_ptr + query_at[:, None] + half[None, :]
-    k_at = key_ptr + key_at[:, None] + half[None, :]
-    to_query, to_key = inside & is_query[:, None], inside & (key_head >= 0)[:, None]
-    left, right = rounded(left, dtype), rounded(right, dtype)
+    to_query = inside & is_query[:, None]
     tl.store(q_at, left, mask=to_query)
     tl.store(q_at + DIM // 2, right, mask=to_query)
-    tl.store(k_at, left, mask=to_key)
-    tl.store(k_at + DIM // 2, right, mask=to_key)
+    to_key = inside & ((head >= heads) & (head < heads + kv_heads))[:, None]
+    tl.store(key_ptr + kv_at, left, mask=to_key)
+    tl.store(key_ptr + kv_at + DIM // 2, right, mask=to_key)
+    if STORE:
+        to_value = inside & is_value[:, None]
+        tl.store(value_ptr + kv_at, left, mask=to_value)
+        tl.store(value_ptr + kv_at + DIM // 2, right, mask=to_value)

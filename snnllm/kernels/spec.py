@@ -135,16 +135,16 @@ class EncoderSpec:
 
     def is_like(self, other: EncoderSpec) -> bool:
         """Return whether both give every row the same counts, in the same order."""
-        channels = torch.arange(self.channels) if None in (self.order, other.order) else None
-        mine, its = (channels if e.order is None else e.order.cpu() for e in (self, other))
-        alike = (self.sizes, self.capacities, self.shared) == (
-            other.sizes,
-            other.capacities,
-            other.shared,
-        )
+        mine = (self.sizes, self.capacities, self.shared)
         return (
-            alike and torch.equal(mine, its) and torch.equal(self.clip_factors, other.clip_factors)
+            mine == (other.sizes, other.capacities, other.shared)
+            and torch.equal(self._original_channels, other._original_channels)
+            and torch.equal(self.clip_factors, other.clip_factors)
         )
+
+    @property
+    def _original_channels(self) -> Tensor:
+        return torch.arange(self.channels) if self.order is None else self.order.cpu()
 
     @cached_property
     def channel_group(self) -> Tensor:

@@ -1,0 +1,217 @@
+"""The decoder block: linears that share an encoding, and norm, gate and rotary fused with encoders."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from snnllm import shared_input
+from snnllm.block import CACHE_ARGUMENT, device_bytes, prepare
+from snnllm.config import SpikeConfig
+from snnllm.execution import View, use_view
+from snnllm.linear import SpikingLinear
+from snnllm.modeling import SpikingLlamaForCausalLM
+from snnllm.pipelines.rotated import RotatedOptions, rotated_config
+from snnllm.random_model import Shape, llama_config, random_dense, random_spiking
+
+pytest.importorskip("triton", reason="needs triton (pip install triton)")
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+TINY = Shape(32, 48, 2, 1, 1, 64)
+# The interpreter truncates to bfloat16, where devices round.
+HALF = torch.bfloat16 if CUDA else torch.float16
+
+
+def linears_of(model: Any) -> list[SpikingLinear]:
+    return [m for m in model.modules() if isinstance(m, SpikingLinear)]
+
+
+def make(dtype: torch.dtype = torch.float32, rotated: bool = True, **overrides: Any) -> Any:
+    spike = SpikeConfig.preset("W4A4T2", **overrides)
+    if rotated:
+        spike = rotated_config(spike, RotatedOptions())
+    model = random_spiking(llama_config(TINY, 64), spike, DEVICE, dtype)
+    for linear in linears_of(model):
+        linear.backend = "triton"
+        linear.invalidate()
+    return model
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run, in Triton's interpreter where there is no GPU."""
+    monkeypatch.setattr(shared_input, "kernels_run_on", lambda device_type: True)
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(3, 64, (2, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+@torch.no_grad()
+def logits_one_by_one(model: Any, ids: Tensor) -> Tensor:
+    """Linears that somebody watches run one by one, each with its own encoding."""
+    hooks = [m.register_forward_pre_hook(lambda *given: None) for m in linears_of(model)]
+    logits: Tensor = model(ids).logits
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+def one_by_one(layer: Any, x: Tensor) -> Tensor:
+    """What q, k and v make of the normalised input, each with its own encoding."""
+    normed = layer.input_layernorm(x)
+    attention = layer.self_attn
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return torch.cat([linear(normed) for linear in linears], -1)
+
+
+def hidden(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize(("attention", "dtype"), [("float", HALF), ("encoded", torch.float32)])
+def test_fused_is_one_by_one(ids, attention, dtype):
+    model = make(dtype, attention=attention)
+    layer = model.model.layers[0]
+    assert layer.projections() is not None
+    assert layer.gates() is not None
+    assert layer.mlp.down() is not None
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, logits_one_by_one(model, ids))
+
+
+@pytest.mark.usefixtures("fused")
+def test_views_and_backends_agree_where_kernels_run(ids):
+    model = make(attention="float")
+    with torch.no_grad():
+        logits = model(ids).logits
+        for linear in linears_of(model):
+            linear.backend = "reference"
+            linear.invalidate()
+        assert model.model.layers[0].projections() is None
+        assert torch.equal(model(ids).logits, logits)
+        with use_view(model, "unrolled"):
+            assert torch.equal(model(ids).logits, logits)
+
+
+@pytest.mark.parametrize("attention", ["float", "encoded"])
+def test_kernels_change_the_outputs_by_rounding_only(ids, monkeypatch, attention):
+    model = make(attention=attention)
+    for linear in linears_of(model):
+        linear.backend = "reference"
+    with torch.no_grad():
+        logits = model(ids).logits
+        monkeypatch.setattr(shared_input, "kernels_run_on", lambda device_type: True)
+        torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("part", ["mask", "clip", "offset", "backend", "bias", "view"])
+def test_linears_that_encode_differently_run_one_by_one(part):
+    layer = make(attention="float").model.layers[0]
+    key = layer.self_attn.k_proj
+    assert layer.projections() is not None
+    if part == "mask":
+        key.set_channel_group(key.encoder.channel_group.flip(0))
+    elif part == "clip":
+        key.encoder.clip.mul_(0.5)
+        key.invalidate()
+    elif part == "offset":
+        key.get_buffer("offset_input").add_(1.0)
+        key.invalidate()
+    elif part == "bias":
+        key.bias = torch.nn.Parameter(torch.ones(key.out_features, device=DEVICE))
+        del key._buffers["offset_output"]
+        layer.self_attn.q_proj._buffers.pop("offset_output")
+        key.invalidate()
+    elif part == "backend":
+        key.backend = "reference"
+    else:
+        key.view = View.UNROLLED
+    assert layer.projections() is None
+    assert layer.gates() is not None
+
+
+@pytest.mark.usefixtures("fused")
+def test_a_changed_weight_is_packed_again():
+    layer, x = make(attention="float").model.layers[0], hidden()
+    before = layer.projections().normed(layer.input_layernorm, x)[0].outputs
+    for linear in (layer.self_attn.q_proj, layer.self_attn.v_proj):
+        linear.weight_codes.zero_()
+        linear.invalidate()
+    after = layer.projections().normed(layer.input_layernorm, x)[0].outputs
+    assert not torch.equal(before, after)
+    assert torch.equal(after, one_by_one(layer, x))
+
+
+@pytest.mark.usefixtures("fused")
+def test_copies_and_state_dicts_are_those_of_the_stored_codes(ids):
+    model = make(attention="float")
+    prepare(model)
+    with torch.no_grad():
+        logits = model(ids).logits
+    other = copy.deepcopy(model)
+    assert other.model.layers[0]._gates is None
+    fresh = SpikingLlamaForCausalLM(model.config).to(DEVICE).eval()
+    fresh.load_state_dict(model.state_dict())
+    for linear in linears_of(fresh):
+        linear.backend = "triton"
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, logits)
+        assert torch.equal(fresh(ids).logits, logits)
+
+
+@pytest.mark.usefixtures("fused")
+def test_prepared_models_are_one_graph(ids):
+    model = make(attention="float")
+    prepare(model)
+    caches = [StaticCache(config=model.config, max_cache_len=8) for _ in range(2)]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        eager = model(ids, **{CACHE_ARGUMENT: caches[0]}).logits
+        assert torch.equal(compiled(ids, **{CACHE_ARGUMENT: caches[1]}).logits, eager)
+
+
+def test_on_a_cpu_transformers_own_forward_runs(ids, monkeypatch):
+    if CUDA:
+        pytest.skip("there is a GPU")
+    model = make(attention="float")
+    for linear in linears_of(model):
+        linear.backend = "auto"
+    called = []
+    monkeypatch.setattr("snnllm.block.share_input", lambda linears: called.append(linears))
+    with torch.no_grad():
+        model(ids)
+    assert not called
+
+
+@pytest.mark.gpu
+def test_a_gpu_holds_a_weight_once(ids):
+    model = random_spiking(
+        llama_config(Shape(1024, 2816, 8, 8, 2, 64)),
+        rotated_config(SpikeConfig.preset("W4A4T2"), RotatedOptions()),
+        DEVICE,
+        torch.bfloat16,
+    )
+    weights = sum(m.in_features * m.out_features for m in linears_of(model))
+    others = sum(p.nbytes for p in model.parameters())
+    with torch.no_grad():
+        model(ids)
+    assert all(m.weight_codes.device.type == "cpu" for m in linears_of(model))
+    assert device_bytes(model) < others + 0.56 * weights
+    assert torch.cuda.memory_allocated() < others + 0.6 * weights + 32e6
+
+
+def test_bytes_of_a_dense_model_are_those_of_its_parameters():
+    model = random_dense(llama_config(TINY), torch.device("cpu"), torch.bfloat16)
+    buffers = sum(b.nbytes for b in model.buffers())
+    assert device_bytes(model) == sum(p.nbytes for p in model.parameters()) + buffers

@@ -1,0 +1,175 @@
+"""Recorded steps of decoding: the tokens of transformers' own loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CompileConfig, StaticCache
+
+from snnllm import modeling
+from snnllm.config import SpikeConfig
+from snnllm.decoding import DecodeSteps
+from snnllm.pipelines.rotated import RotatedOptions, rotated_config
+from snnllm.random_model import Shape, llama_config, random_spiking
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+ATTENTIONS = ["float", "encoded"]
+
+
+@pytest.fixture(scope="module", params=ATTENTIONS)
+def model(request: pytest.FixtureRequest) -> Any:
+    spike = SpikeConfig.preset("W4A4T2", attention=request.param)
+    spike = rotated_config(spike, RotatedOptions())
+    shape = Shape(32, 96, 4, 2, 2, 64)
+    return random_spiking(llama_config(shape, 96), spike, DEVICE, torch.float32)
+
+
+@pytest.fixture
+def prompts() -> dict[str, Tensor]:
+    """Three prompts, two of them padded on the left."""
+    ids = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :2] = mask[2, :6] = 0
+    return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
+
+
+def generate(model: Any, prompts: dict[str, Tensor], **options: Any) -> Tensor:
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options}
+    with torch.no_grad():
+        ids: Tensor = model.generate(**prompts, **options)
+    return ids
+
+
+@pytest.fixture
+def recorded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Our loop runs on the CPU too, step by step; the calls of it are listed."""
+    calls: list[Any] = []
+    original = modeling.sample
+
+    def listed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(modeling, "sample", listed)
+    if not CUDA:
+        monkeypatch.setattr(modeling, "records_on", lambda device: True)
+        monkeypatch.setattr(type(model), "_runs_in_triton", lambda self: True)
+    return calls
+
+
+def test_tokens_are_those_of_the_dynamic_cache(model, prompts, recorded):
+    expected = generate(model, prompts)
+    assert not recorded
+    for _ in range(2):  # the second time with the buffers of the first
+        assert torch.equal(generate(model, prompts, cache_implementation="static"), expected)
+    assert len(recorded) == 2
+
+
+@pytest.mark.parametrize("new", [1, 2, 3])
+def test_few_tokens(model, prompts, recorded, new):
+    expected = generate(model, prompts, max_new_tokens=new)
+    static = generate(model, prompts, max_new_tokens=new, cache_implementation="static")
+    assert torch.equal(static, expected)
+    assert recorded
+
+
+def test_sampling_draws_the_same_tokens(model, prompts, recorded):
+    drawn = []
+    for cache in ("dynamic", "static"):
+        torch.manual_seed(0)
+        options = {"do_sample": True, "top_k": 8, "temperature": 0.7}
+        drawn.append(generate(model, prompts, cache_implementation=cache, **options))
+    assert torch.equal(*drawn)
+    assert recorded
+
+
+def test_sequences_end_at_their_own_end_tokens(model, prompts, recorded):
+    free = generate(model, prompts)[:, prompts["input_ids"].shape[1] :]
+    ends = [int(free[0, 2]), int(free[1, 4]), int(free[2, 1])]
+    expected = generate(model, prompts, eos_token_id=ends)
+    assert expected.shape[1] < prompts["input_ids"].shape[1] + 8  # all end early
+    static = generate(model, prompts, eos_token_id=ends, cache_implementation="static")
+    assert torch.equal(static, expected)
+    assert recorded
+
+
+def test_every_end_is_where_transformers_ends(model, prompts, recorded):
+    """One sequence, ended after each number of tokens, also with the last one."""
+    one = {name: tensor[:1] for name, tensor in prompts.items()}
+    free = generate(model, one)[0, one["input_ids"].shape[1] :].tolist()
+    for end in dict.fromkeys(free):
+        expected = generate(model, one, eos_token_id=end)
+        static = generate(model, one, eos_token_id=end, cache_implementation="static")
+        assert torch.equal(static, expected)
+    assert recorded
+
+
+class _Heard:
+    """A streamer that remembers."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_hears_every_token_once(model, prompts, recorded):
+    one = {name: tensor[:1] for name, tensor in prompts.items()}
+    free = generate(model, one)[0, one["input_ids"].shape[1] :].tolist()
+    for options in ({}, {"eos_token_id": free[3]}):
+        heard = _Heard()
+        ids = generate(model, one, cache_implementation="static", streamer=heard, **options)
+        assert heard.tokens == ids[0].tolist()
+        assert heard.ended == 1
+    assert recorded
+
+
+def test_other_calls_go_to_transformers(model, prompts, recorded, monkeypatch):
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: self.__call__)
+    static = {"cache_implementation": "static"}
+    expected = generate(model, prompts)
+    asked = generate(model, prompts, **static, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(asked.sequences, expected)
+    for options in ({"disable_compile": True}, {"compile_config": CompileConfig()}):
+        assert torch.equal(generate(model, prompts, **static, **options), expected)
+    mine = StaticCache(config=model.config, max_cache_len=20)
+    assert torch.equal(generate(model, prompts, past_key_values=mine), expected)
+    beams = generate(model, prompts, num_beams=2)
+    assert torch.equal(generate(model, prompts, num_beams=2, **static), beams)
+    assert not recorded
+
+
+def test_a_cache_in_use_keeps_its_buffers(model, prompts):
+    steps = DecodeSteps(model)
+    positions = prompts["attention_mask"].sum(1, keepdim=True)
+    first, second = (StaticCache(config=model.config, max_cache_len=20) for _ in range(2))
+    steps.begin(first, prompts["attention_mask"], positions)
+    steps.begin(second, prompts["attention_mask"], positions)
+    assert first.layers[0] is not second.layers[0]
+
+
+def test_compiled_calls_need_kernels_that_are_operators(model):
+    if CUDA:
+        pytest.skip("there is a GPU")
+    assert model.get_compiled_call(None) == model.__call__
+
+
+@pytest.mark.gpu
+def test_a_step_is_recorded_and_used_again(model, prompts):
+    generate(model, prompts, cache_implementation="static")
+    graph = model._steps._graph
+    assert graph is not None
+    generate(model, prompts, cache_implementation="static")
+    assert model._steps._graph is graph
+    model.model.layers[0].mlp.down_proj.invalidate()
+    generate(model, prompts, cache_implementation="static")
+    assert model._steps._graph not in (None, graph)
