@@ -28,10 +28,15 @@ def exact_matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
     dtype = exact_dtype(bound, a.device)
     left, right = a.to(dtype), b.to(dtype)
     kind = a.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return torch.matmul(left, right).to(torch.int32)
     return torch.matmul(left, right).to(torch.int32)
+
+
+@torch.compiler.assume_constant_result  # dynamo of torch 2.11 cannot trace it
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def exact_dtype(bound: int, device: torch.device) -> torch.dtype:
