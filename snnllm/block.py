@@ -26,7 +26,6 @@ from transformers.models.llama.modeling_llama import (
 
 from neurons.backends.spec import DTYPES
 from snnllm import shared_input
-from snnllm.config import FLOAT_BITS
 from snnllm.linear import SpikingLinear
 from snnllm.shared_input import Projected, SharedInput, share_input, stamp_of
 
@@ -37,6 +36,8 @@ CACHE_ARGUMENT = (
     else "past_key_values"
 )
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_PACKED = ("_prepared", "_packed_weight", "_projections", "_gates", "_down")
+"""Attributes that hold packed weights."""
 
 
 class SpikingRMSNorm(LlamaRMSNorm):
@@ -220,10 +221,8 @@ def prepare(model: nn.Module) -> None:
                 packed |= {id(mlp.gate_proj), id(mlp.up_proj)}
                 mlp.down()
     for module in model.modules():
-        if not isinstance(module, SpikingLinear) or id(module) in packed:
-            continue
-        if FLOAT_BITS not in (module.layout.activation_bits, module.layout.weight_bits):
-            module.prepared()
+        if isinstance(module, SpikingLinear) and id(module) not in packed:
+            module.pack()
 
 
 def device_bytes(model: nn.Module) -> int:
@@ -231,7 +230,7 @@ def device_bytes(model: nn.Module) -> int:
     found: dict[int, int] = {}
     device = next(model.parameters()).device
     for module in model.modules():
-        packed = [module.__dict__.get(n) for n in ("_prepared", "_projections", "_gates", "_down")]
+        packed = [module.__dict__.get(n) for n in _PACKED]
         for tensor in _tensors([module._parameters, module._buffers, packed]):
             if tensor.device == device:
                 storage = tensor.untyped_storage()

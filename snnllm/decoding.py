@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache
 
-from snnllm.block import CACHE_ARGUMENT
+from snnllm.block import CACHE_ARGUMENT, prepare
 from snnllm.linear import SpikingLinear
 
 _log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class DecodeSteps:
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
+        self._weights: tuple[Any, ...] = ()  # parameters and versions that a recorded step reads
         self._forget()
 
     def _forget(self) -> None:
@@ -45,7 +46,6 @@ class DecodeSteps:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._cache: weakref.ref[Cache] | None = None
         self._layers: list[Any] = []
-        self._weights: tuple[Any, ...] = ()
         self._steps, self._records = 0, False
         self._tokens = self._positions = self._length = self._seen = torch.empty(0)
         self._logits = torch.empty(0)
@@ -55,8 +55,26 @@ class DecodeSteps:
         return {"_model": self._model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._model = state["_model"]
+        self._model, self._weights = state["_model"], ()
         self._forget()
+
+    def ready(self) -> bool:
+        """Whether all linears run in operators of Triton; packs their weights, and notes their state."""
+        parameters, linears = [], []
+        for module in self._model.modules():
+            parameters += [
+                (p.data_ptr(), p.dtype) for p in module._parameters.values() if p is not None
+            ]
+            if isinstance(module, SpikingLinear):
+                linears.append(module)
+        if not linears or not all(linear.runs_in_triton() for linear in linears):
+            return False
+        state = (parameters, [(linear.version, linear.backend) for linear in linears])
+        if state != self._weights:
+            self._forget()
+            prepare(self._model)
+            self._weights = state
+        return True
 
     def begin(self, cache: StaticCache, mask: Tensor, positions: Tensor) -> None:
         """Meet the empty cache of a new generation: give it the buffers of the last one, if they fit.
@@ -66,12 +84,10 @@ class DecodeSteps:
             mask: 1 at tokens, 0 at padding, `[B, S]` of the prompts.
             positions: Of the first new tokens, `[B or 1, 1]`.
         """
-        weights = weights_state(self._model)
         free = self._cache is None or self._cache() is None
         fits = (
             self._graph is not None
             and free
-            and self._weights == weights
             and len(self._tokens) == len(mask)
             and len(cache.layers) == len(self._layers)
             and all(
@@ -85,7 +101,7 @@ class DecodeSteps:
             cache.layers[:] = self._layers
         else:
             self._forget()
-            self._weights, self._layers = weights, list(cache.layers)
+            self._layers = list(cache.layers)
             self._make_inputs(mask, cache.layers[0].max_cache_len)
         self._cache = weakref.ref(cache)
         # Beyond the prompts everything counts, as far as it has been written.
@@ -230,12 +246,3 @@ class _LateFlag:
         if earlier is not None:
             earlier.synchronize()
         return bool(self._values[last])
-
-
-def weights_state(model: nn.Module) -> tuple[Any, ...]:
-    """Changes when a recorded step of the model is stale: other weights, another view."""
-    parameters = tuple((p.data_ptr(), p.dtype) for p in model.parameters())
-    linears = tuple(
-        (m.version, m.view, m.backend) for m in model.modules() if isinstance(m, SpikingLinear)
-    )
-    return parameters, linears

@@ -11,7 +11,7 @@ from neurons import Encoding, SpikeEncoder
 from neurons.functional import spikes_to_events
 from snnllm.config import FLOAT_BITS, Capacity
 from snnllm.execution import SpikingModule, View
-from snnllm.kernels import NativeBackend, get_backend
+from snnllm.kernels import NativeBackend, TritonBackend, get_backend
 from snnllm.kernels.epilogue import centre, scale_and_sum
 from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.spec import (
@@ -266,6 +266,18 @@ class SpikingLinear(SpikingModule):
             if backend.packs_weights:
                 self.release_codes()
         return self._prepared
+
+    def pack(self) -> None:
+        """Pack the weight for its backend now, instead of in the first forward pass."""
+        if FLOAT_BITS not in (self.layout.activation_bits, self.layout.weight_bits):
+            self.prepared()
+
+    def runs_in_triton(self) -> bool:
+        """Whether the layer runs in kernels of Triton, which are operators of torch, once packed."""
+        if FLOAT_BITS in (self.layout.activation_bits, self.layout.weight_bits):
+            return False
+        collapsed = self.view is View.COLLAPSED
+        return collapsed and isinstance(get_backend(self.backend, self.device), TritonBackend)
 
     def check_view(self, view: View) -> None:
         """Refuse a view that the layout cannot run.

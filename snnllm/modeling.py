@@ -28,7 +28,6 @@ from snnllm.hf_quantizer import register_quantizer
 from snnllm.layout import LinearLayout
 from snnllm.linear import SpikingLinear
 from snnllm.precision import FLOAT32_BUFFERS
-from snnllm.shared_input import runs_collapsed_in_triton
 from snnllm.ternary_linear import TernaryLinear
 
 _log = logging.getLogger(__name__)
@@ -193,14 +192,11 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """The compiled forward pass, weights packed before; or this one, where kernels are no operators."""
-        if not self._runs_in_triton():
+        linears = [m for m in self.modules() if isinstance(m, SpikingLinear)]
+        if not all(linear.runs_in_triton() for linear in linears):
             return self.__call__
         prepare(self)
         return super().get_compiled_call(compile_config)
-
-    def _runs_in_triton(self) -> bool:
-        linears = [m for m in self.modules() if isinstance(m, SpikingLinear)]
-        return bool(linears) and all(runs_collapsed_in_triton(linear) for linear in linears)
 
     def _sample(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Greedy decoding and sampling: recorded steps for a static cache on a GPU (`snnllm.decoding`).
@@ -224,13 +220,11 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
             and not kwargs.get("synced_gpus")
             and not set(kwargs) - _SAMPLED
             and kwargs["stopping_criteria"].max_length is not None
-            and self._runs_in_triton()
         )
-        if not recorded:
-            return super()._sample(input_ids, *args, **kwargs)
-        prepare(self)
-        if self._steps is None:
+        if recorded and self._steps is None:
             self._steps = DecodeSteps(self)
+        if not recorded or self._steps is None or not self._steps.ready():
+            return super()._sample(input_ids, *args, **kwargs)
         names = ("logits_processor", "stopping_criteria", "generation_config", "streamer")
         given = {name: kwargs.pop(name, None) for name in names}
         kwargs.pop("synced_gpus", None)

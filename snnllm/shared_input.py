@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnllm.config import FLOAT_BITS
 from snnllm.execution import View
 from snnllm.kernels import get_backend
 from snnllm.kernels.spec import concatenate
@@ -119,8 +118,9 @@ def share_input(modules: Sequence[nn.Module]) -> SharedInput | None:
     rotation, `omniquant` use by themselves.
     """
     stamp = stamp_of(modules)
-    linears = [m for m in modules if isinstance(m, SpikingLinear)]
-    if stamp is None or any(not runs_collapsed_in_triton(linear) for linear in linears):
+    # Ternary linears have kernels of their own, and an order of the columns for each.
+    linears = [m for m in modules if type(m) is SpikingLinear and m.runs_in_triton()]
+    if stamp is None or len(linears) < len(modules):
         return None
     first = linears[0]
     rotation = None if first.rotation is None else first.rotation.tables()
@@ -142,16 +142,6 @@ def share_input(modules: Sequence[nn.Module]) -> SharedInput | None:
     if not isinstance(layer, TritonLinear):  # prepared before its backend was changed
         return None
     return SharedInput(layer, offset, rotation, stamp)
-
-
-def runs_collapsed_in_triton(linear: SpikingLinear) -> bool:
-    """Whether a linear is an integer product of the Triton backend."""
-    layout = linear.layout
-    if FLOAT_BITS in (layout.activation_bits, layout.weight_bits):
-        return False
-    if linear.view is not View.COLLAPSED:
-        return False
-    return get_backend(linear.backend, linear.device).name == TritonBackend.name
 
 
 def _same_input(one: SpikingLinear, other: SpikingLinear) -> bool:

@@ -169,7 +169,18 @@ class TernaryLinear(SpikingLinear):
                 self._packed_weight = packed
             else:
                 self._packed_weight = count_with(packed, self._encoder_spec(), self._segments())
+            self.release_codes()
         return self._packed_weight
+
+    def pack(self) -> None:
+        """Pack the weight now, instead of in the first forward pass."""
+        if self.packed_weight() is None:
+            super().pack()
+
+    def runs_in_triton(self) -> bool:
+        """Whether the layer runs in kernels of Triton, which are operators of torch, once packed."""
+        packed = self.view is View.COLLAPSED and self._on_triton()
+        return packed or super().runs_in_triton()
 
     def _on_triton(self) -> bool:
         """Whether the Triton backend runs the layer with the packed weight."""

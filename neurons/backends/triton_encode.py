@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from neurons.backends.device import EARLY_ROWS, early_launch, interpreted, on
+from neurons.backends.operator import operator
 from neurons.backends.spec import DTYPES
 from neurons.backends.triton_encode_row import encode_row
 from neurons.backends.triton_encode_tiles import MOST_POSITIONS, launch_tiles
@@ -96,7 +97,7 @@ def encode_rows(
     check_layout(order, table, capacities, clip, offset, x.shape[1])
     known = known_runs(runs, order, table, capacities, x.shape[1])
     return EncodedRows(
-        *torch.ops.neurons.encode_rows(
+        *_encode_rows_op(
             x.detach(), order, table, capacities, clip, shared, offset, positions, known
         )
     )
@@ -227,7 +228,7 @@ def outputs(x: Tensor, positions: int, groups: int, segments: int) -> tuple[Tens
     )
 
 
-@torch.library.custom_op("neurons::encode_rows", mutates_args=())
+@operator("neurons::encode_rows")
 def _encode_rows_op(
     x: Tensor,
     order: Tensor | None,

@@ -10,12 +10,12 @@ a CPU give the same bits.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from neurons.backends.device import EARLY_ROWS, early_launch, on
+from neurons.backends.operator import operator
 from neurons.backends.triton_encode import (
     check_layout,
     check_rows,
@@ -70,7 +70,7 @@ def rms_norm(
         ValueError: if a shape or a stride does not fit.
     """
     _check(x, residual, weight)
-    row, stream = torch.ops.snnllm.rms_norm(x.detach(), residual, weight, eps)
+    row, stream = _rms_norm_op(x.detach(), residual, weight, eps)
     return row, x if residual is None else stream
 
 
@@ -120,7 +120,7 @@ def rms_norm_encode(
     check_layout(order, segments, capacities, clip, offset, x.shape[1])
     positions = padded(x.shape[1]) if order is None else order.shape[0]
     encoded = NormEncoded(
-        *torch.ops.snnllm.rms_norm_encode(
+        *_rms_norm_encode_op(
             *(x.detach(), residual, weight, eps, order, segments, capacities, clip),
             *(shared, offset, with_row, positions),
             known_runs(runs, order, segments, capacities, x.shape[1]),
@@ -142,7 +142,7 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> None:
         )
 
 
-@torch.library.custom_op("snnllm::rms_norm", mutates_args=())
+@operator("snnllm::rms_norm")
 def _rms_norm_op(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ def _(
     return _rows(x, True), _rows(x, residual is not None)
 
 
-@torch.library.custom_op("snnllm::rms_norm_encode", mutates_args=())
+@operator("snnllm::rms_norm_encode")
 def _rms_norm_encode_op(
     x: Tensor,
     residual: Tensor | None,

@@ -8,12 +8,12 @@ sums are rounded to the dtype one by one, so the bits are those of ``apply_rotar
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from neurons.backends.device import on
+from neurons.backends.operator import operator
 from neurons.backends.triton_encode_row import rounded
 
 __all__ = ["rotate_and_store", "rotate_heads"]
@@ -41,7 +41,7 @@ def rotate_heads(
         ValueError: if a shape does not fit, or D is odd.
     """
     _check(projected, cos, sin, heads, kv_heads)
-    query, key = torch.ops.snnllm.rotate_heads(
+    query, key = _rotate_heads_op(
         projected.detach(), cos.contiguous(), sin.contiguous(), heads, kv_heads
     )
     return query, key
@@ -77,7 +77,7 @@ def rotate_and_store(
         ValueError: if a shape does not fit, or D is odd.
     """
     _check(projected, cos, sin, heads, keys.shape[1])
-    query: Tensor = torch.ops.snnllm.rotate_and_store(
+    query: Tensor = _rotate_and_store_op(
         projected.detach(),
         cos.contiguous(),
         sin.contiguous(),
@@ -115,7 +115,7 @@ def _outputs(projected: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tens
     return query, query.new_empty((len(query), kv_heads, *query.shape[2:]))
 
 
-@torch.library.custom_op("snnllm::rotate_heads", mutates_args=())
+@operator("snnllm::rotate_heads")
 def _rotate_heads_op(
     projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def _(
     return _outputs(projected, heads, kv_heads)
 
 
-@torch.library.custom_op("snnllm::rotate_and_store", mutates_args=("keys", "values", "length"))
+@operator("snnllm::rotate_and_store", mutates_args=("keys", "values", "length"))
 def _rotate_and_store_op(
     projected: Tensor,
     cos: Tensor,

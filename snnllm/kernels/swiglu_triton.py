@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 
 from neurons.backends.device import EARLY_ROWS, early_launch, on
+from neurons.backends.operator import operator
 from neurons.backends.triton_encode import (
     EncodedRows,
     check_layout,
@@ -69,7 +70,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: if a shape or a stride does not fit.
     """
     _check(gate, up)
-    product: Tensor = torch.ops.snnllm.silu_mul(gate.detach(), up.detach())
+    product: Tensor = _silu_mul_op(gate.detach(), up.detach())
     return product
 
 
@@ -89,7 +90,7 @@ def rotate(x: Tensor, sizes: Sequence[int]) -> Tensor:
     """
     check_rows(x)
     _check_sizes(sizes, x.shape[1])
-    rotated: Tensor = torch.ops.snnllm.rotate(x.detach(), list(sizes))
+    rotated: Tensor = _rotate_op(x.detach(), list(sizes))
     return rotated
 
 
@@ -140,7 +141,7 @@ def silu_mul_encode(
         _check_sizes(rotation, channels)
     positions = padded(channels) if order is None else order.shape[0]
     return EncodedRows(
-        *torch.ops.snnllm.silu_mul_encode(
+        *_silu_mul_encode_op(
             *(gate.detach(), up.detach(), [] if rotation is None else list(rotation), order),
             *(segments, capacities, clip, shared, offset, positions),
             known_runs(runs, order, segments, capacities, channels),
@@ -210,7 +211,7 @@ def _check_sizes(sizes: Sequence[int], channels: int) -> None:
         )
 
 
-@torch.library.custom_op("snnllm::silu_mul", mutates_args=())
+@operator("snnllm::silu_mul")
 def _silu_mul_op(gate: Tensor, up: Tensor) -> Tensor:
     """Arguments of :func:`silu_mul`."""
     product = gate.new_empty(gate.shape)
@@ -231,7 +232,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("snnllm::rotate", mutates_args=())
+@operator("snnllm::rotate")
 def _rotate_op(x: Tensor, sizes: list[int]) -> Tensor:
     """Arguments of :func:`rotate`."""
     rotated = x.new_empty(x.shape, dtype=torch.float32)
@@ -253,7 +254,7 @@ def _(x: Tensor, sizes: list[int]) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("snnllm::silu_mul_encode", mutates_args=())
+@operator("snnllm::silu_mul_encode")
 def _silu_mul_encode_op(
     gate: Tensor,
     up: Tensor,

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from neurons.backends.device import EARLY_ROWS, early_launch, interpreted, on
+from neurons.backends.operator import operator
 from snnllm.kernels.triton_dot import dot_product
 from snnllm.kernels.triton_linear import matmul
 
@@ -30,7 +31,7 @@ def choose_config(rows: int, columns: int) -> tuple[int, ...]:
     return (64, 128, 4, 4, 0)
 
 
-@torch.library.custom_op("snnllm::encoded_linear", mutates_args=())
+@operator("snnllm::encoded_linear")
 def encoded_linear(
     count: Tensor,
     threshold: Tensor,

@@ -12,6 +12,7 @@ from transformers import CompileConfig, StaticCache
 from snnllm import modeling
 from snnllm.config import SpikeConfig
 from snnllm.decoding import DecodeSteps
+from snnllm.linear import SpikingLinear
 from snnllm.pipelines.rotated import RotatedOptions, rotated_config
 from snnllm.random_model import Shape, llama_config, random_spiking
 
@@ -57,7 +58,7 @@ def recorded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(modeling, "sample", listed)
     if not CUDA:
         monkeypatch.setattr(modeling, "records_on", lambda device: True)
-        monkeypatch.setattr(type(model), "_runs_in_triton", lambda self: True)
+        monkeypatch.setattr(SpikingLinear, "runs_in_triton", lambda self: True)
     return calls
 
 
@@ -154,6 +155,7 @@ def test_a_cache_in_use_keeps_its_buffers(model, prompts):
     first, second = (StaticCache(config=model.config, max_cache_len=20) for _ in range(2))
     steps.begin(first, prompts["attention_mask"], positions)
     steps.begin(second, prompts["attention_mask"], positions)
+    assert steps.ready() is CUDA
     assert first.layers[0] is not second.layers[0]
 
 
