@@ -11,54 +11,22 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from typing import NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from snnllm.config import SpikeConfig
 from snnllm.conversion import Pipeline, convert
+from snnllm.random_model import SHAPES, Shape, llama_config, random_dense
 
-
-class Shape(NamedTuple):
-    """Sizes of a LLaMA: hidden, intermediate, heads, KV heads, blocks."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    blocks: int
-
-
-SHAPES = {
-    "135M": Shape(576, 1536, 9, 3, 30),
-    "1B": Shape(2048, 8192, 32, 8, 16),
-    "7B": Shape(4096, 11008, 32, 32, 32),
-    "13B": Shape(5120, 13824, 40, 40, 40),
-    "70B": Shape(8192, 28672, 64, 8, 80),
-}
 _CONVERTED = 2
+_VOCABULARY = 1024
 
 
 def random_llama(shape: Shape, blocks: int) -> LlamaForCausalLM:
     """A LLaMA in bf16 with random weights and a small vocabulary."""
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        num_hidden_layers=blocks,
-        vocab_size=1024,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+    config = llama_config(shape._replace(blocks=blocks, vocabulary=_VOCABULARY))
+    return random_dense(config, torch.device("cpu"), torch.bfloat16)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument(
-        "--shape", nargs="+", choices=sorted(SHAPES), default=["7B" if cuda else "135M"]
+        "--shape", nargs="+", choices=sorted(SHAPES), default=["7B" if cuda else "smollm2"]
     )
     parser.add_argument("--pipeline", nargs="+", choices=[*Pipeline], default=["rotated"])
     parser.add_argument("--preset", default="W4A4T2")
@@ -79,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     print("| shape | pipeline | s a block | whole model, min | peak GPU GiB |")
     print("|---|---|---|---|---|")
     generator = torch.Generator().manual_seed(0)
-    windows = torch.randint(0, 1024, (args.windows, args.window), generator=generator)
+    windows = torch.randint(0, _VOCABULARY, (args.windows, args.window), generator=generator)
     for key in args.shape:
         model = random_llama(SHAPES[key], _CONVERTED)
         for pipeline in args.pipeline:

@@ -37,6 +37,7 @@ _PUBLIC_NAMES = {
     "count_operations": "snnllm.operations",
     "SpikingLlamaConfig": "snnllm.modeling",
     "SpikingLlamaForCausalLM": "snnllm.modeling",
+    "prepare": "snnllm.block",
     "convert": "snnllm.conversion",
     "PerplexityResult": "snnllm.evaluate",
     "token_perplexity": "snnllm.evaluate",

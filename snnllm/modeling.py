@@ -208,6 +208,7 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         recorded = (
             not args
             and records_on(self.device)
+            and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
             and type(cache) is StaticCache
             and cache is not None
             and not getattr(cache, "_is_user_defined", False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,11 @@ from snnllm.config import Operands, SpikeConfig
 from snnllm.conversion import convert
 from snnllm.data import load_text, random_windows, tokenize
 from snnllm.execution import View, use_view
-from snnllm.modeling import load
+from snnllm.modeling import SpikingLlamaConfig, load
 from snnllm.pipelines.rotated import RotatedOptions, rotated_config
 from snnllm.random_model import SHAPES, llama_config, random_dense, random_spiking
 from snnllm.sources import dense_model, open_source
-from snnllm.speed import Contender, Timing, time_contenders
+from snnllm.speed import Contender, time_contenders
 
 _DENSE = ("eager", "compiled")
 _STATIC = {"cache_implementation": "static"}
@@ -108,22 +109,19 @@ def run(args: argparse.Namespace) -> int:
     device = checked_device(args.device)
     chosen = args.contenders or ["eager", *(["compiled"] * (device.type == "cuda")), "collapsed"]
     print(
-        f"{_machine(device)}, torch {torch.__version__}, {args.model or _shape(args)}, {args.preset}"
+        f"{_machine(device)}, torch {torch.__version__}, {args.model or _shape(args)}, {_label(args)}"
     )
     print(
         "| model | batch | prompt | first token, ms | decoded tokens/s | weights, GB | peak, GB |"
     )
     print("|---" * 7 + "|")
     rows: list[Row] = []
-    for names, make in (
-        ([n for n in chosen if n in _DENSE], _dense),
-        ([n for n in chosen if n not in _DENSE], _spiking),
-    ):
-        if names:
-            rows += _measure(names, make, args, device)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    for names in _groups(chosen, device):
+        rows += _measure(names, args, device)
+        gc.collect()
+        if device.type == "cuda":
+            torch.compiler.reset()  # compiled calls hold memory of the model
+            torch.cuda.empty_cache()
     if args.json is not None:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return 0
@@ -148,6 +146,13 @@ def _shape(args: argparse.Namespace) -> str:
         "" if args.blocks is None else f" ({args.blocks} of {SHAPES[args.shape].blocks} blocks)"
     )
     return f"{args.shape}{blocks} with random weights"
+
+
+def _label(args: argparse.Namespace) -> str:
+    if args.checkpoint is None:
+        return SpikeConfig.preset(args.preset).label
+    config = SpikingLlamaConfig.from_pretrained(args.checkpoint)
+    return config.spike.label  # type: ignore[no-any-return]
 
 
 def _machine(device: torch.device) -> str:
@@ -189,58 +194,67 @@ def _spiking(args: argparse.Namespace, device: torch.device) -> Any:
         return load(f"{folder}/out", _dtype(args, device)).to(device)
 
 
-def _measure(
-    names: list[str],
-    make: Callable[[argparse.Namespace, torch.device], Any],
-    args: argparse.Namespace,
-    device: torch.device,
-) -> list[Row]:
-    """Rows of the contenders that share a model; printed as they come."""
-    model = make(args, device)
+def _groups(names: list[str], device: torch.device) -> list[list[str]]:
+    """Contenders that are in memory at a time: on a GPU those of one model, whose peak is wanted."""
+    if device.type != "cuda":
+        return [names]
+    dense, spiking = [[n for n in names if (n in _DENSE) is kind] for kind in (True, False)]
+    return [group for group in (dense, spiking) if group]
+
+
+def _measure(names: list[str], args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Rows of some contenders, printed as they come."""
+    dense = _dense(args, device) if any(n in _DENSE for n in names) else None
+    spiking = _spiking(args, device) if any(n not in _DENSE for n in names) else None
+    contenders = {n: _contender(n, dense if n in _DENSE else spiking, device) for n in names}
+    # Interleaved where another program may be busy; one by one where each has a peak of memory.
+    runs = [contenders] if device.type != "cuda" else [{n: c} for n, c in contenders.items()]
     rows = []
-    for batch in args.batch:
-        for prompt in args.prompt:
-            generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=generator)
-            for name in names:
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                timings = time_contenders(
-                    _contender(name, model, device), ids, ids, args.tokens, args.repeat
-                )
-                rows.append(_row(name, batch, prompt, timings, model, device))
-                print(_line(rows[-1]), flush=True)
+    for batch, prompt in itertools.product(args.batch, args.prompt):
+        for run in runs:
+            rows += _time(run, batch, prompt, args, device)
     return rows
 
 
-def _contender(name: str, model: Any, device: torch.device) -> Mapping[str, Contender]:
-    static = (
-        _STATIC if name == "compiled" or (device.type == "cuda" and name == "collapsed") else {}
-    )
-    using = partial(use_view, model, name) if name not in _DENSE else None
-    made = Contender(model, options=static) if using is None else Contender(model, using, static)
-    return {name: made}
+def _contender(name: str, model: Any, device: torch.device) -> Contender:
+    if name in _DENSE:
+        return Contender(model, options=_STATIC if name == "compiled" else {})
+    static = _STATIC if device.type == "cuda" and name == View.COLLAPSED else {}
+    return Contender(model, partial(use_view, model, name), static)
 
 
-def _row(
-    name: str,
+def _time(
+    contenders: Mapping[str, Contender],
     batch: int,
     prompt: int,
-    timings: Mapping[str, Timing],
-    model: Any,
+    args: argparse.Namespace,
     device: torch.device,
-) -> Row:
-    timing = timings[name]
+) -> list[Row]:
+    models = [contender.model for contender in contenders.values()]
+    for model in models:
+        # transformers keeps static caches as long as the longest so far, which others would pay for.
+        vars(model).pop("_previous_max_cache_length", None)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, models[0].config.vocab_size, (batch, prompt), generator=generator)
+    timings = time_contenders(contenders, ids, ids, args.tokens, args.repeat)
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    return Row(
-        name,
-        batch,
-        prompt,
-        1e3 * timing.prefill_seconds,
-        batch / timing.decode_seconds,
-        device_bytes(model) / 1e9,
-        peak,
-    )
+    rows = [
+        Row(
+            name,
+            batch,
+            prompt,
+            1e3 * timings[name].prefill_seconds,
+            batch / timings[name].decode_seconds,
+            device_bytes(contender.model) / 1e9,
+            peak,
+        )
+        for name, contender in contenders.items()
+    ]
+    for row in rows:
+        print(_line(row), flush=True)
+    return rows
 
 
 def _line(row: Row) -> str:

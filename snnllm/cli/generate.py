@@ -28,7 +28,9 @@ def add_parser(commands: Any) -> None:
         "--temperature", type=float, default=0.8, help="with --sample (default: 0.8)"
     )
     parser.add_argument("--seed", type=int, default=0, help="with --sample (default: 0)")
-    parser.add_argument("--cache", choices=["dynamic", "static"], default="dynamic")
+    parser.add_argument(
+        "--cache", choices=["dynamic", "static"], help="default: static on a GPU, else dynamic"
+    )
     add_run_options(parser)
     parser.set_defaults(run=run)
 
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {"do_sample": args.sample, "max_new_tokens": args.max_new_tokens}
     if args.sample:
         options["temperature"] = args.temperature
-    if args.cache == "static":
+    if (args.cache or ("static" if model.device.type == "cuda" else "dynamic")) == "static":
         options["cache_implementation"] = "static"
     start = time.perf_counter()
     out = model.generate(ids, streamer=TextStreamer(tokenizer, skip_prompt=False), **options)

@@ -26,11 +26,8 @@ def benchmark(repository: Path, name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["accuracy", "model_speed"])
-def test_the_demo_model_is_the_default(
-    repository: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    module = benchmark(repository, name)
+def test_the_demo_model_is_the_default(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark(repository, "accuracy")
 
     def opened(model: str) -> None:
         raise _Opened(model)
@@ -38,38 +35,6 @@ def test_the_demo_model_is_the_default(
     monkeypatch.setattr(module, "open_source", opened)
     with pytest.raises(_Opened, match="^smollm2$"):
         module.main([])
-
-
-@pytest.mark.parametrize("converted", [False, True])
-def test_the_speed_of_a_model(
-    repository: Path,
-    stories_dir: Path,
-    tmp_path: Path,
-    capsys: Any,
-    converted: bool,
-) -> None:
-    from snnllm.config import SpikeConfig
-    from snnllm.conversion import convert
-    from snnllm.data import load_text, random_windows, tokenize
-    from snnllm.sources import open_source
-
-    arguments = [str(stories_dir), "--prompt", "8", "--context", "4", "--tokens", "2"]
-    if converted:
-        source = open_source(stories_dir)
-        ids = tokenize(load_text("pydoc:train")[:10_000], source.tokenizer())
-        convert(
-            source,
-            tmp_path / "out",
-            SpikeConfig.preset("W8A8"),
-            random_windows(ids, 16, 1, 0),
-            pipeline="rtn",
-        )
-        arguments += ["--checkpoint", str(tmp_path / "out")]
-    assert benchmark(repository, "model_speed").main([*arguments, "--repeat", "1"]) == 0
-    text = capsys.readouterr().out
-    assert ("W8A8" if converted else "W4A4T2") in text
-    assert "| prefill 8 |" in text
-    assert "| decode after 4 |" in text
 
 
 def test_the_accuracy_of_chosen_rows(repository: Path, stories_dir: Path, capsys: Any) -> None:

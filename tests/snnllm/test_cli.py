@@ -16,6 +16,7 @@ import torch
 
 import snnllm
 from snnllm import checkpoint
+from snnllm.cli import bench as cli_bench
 from snnllm.cli import build_parser, main
 from snnllm.cli import convert as cli_convert
 from snnllm.cli import options as cli_options
@@ -25,8 +26,9 @@ from snnllm.config import SpikeConfig
 from snnllm.data import load_text
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
+from snnllm.random_model import Shape
 
-COMMANDS = ["convert", "eval", "generate", "simulate", "inspect", "reproduce", "demo"]
+COMMANDS = ["convert", "eval", "generate", "simulate", "inspect", "bench", "reproduce", "demo"]
 CALIBRATION = ["--nsamples", "2", "--seqlen", "48"]
 
 
@@ -422,6 +424,63 @@ def test_interrupted(monkeypatch, capsys):
     monkeypatch.setattr("snnllm.cli.inspect.open_model", interrupt)
     assert main(["inspect", "model"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+# -- bench ---------------------------------------------------------------------------------------------------------
+
+
+def test_bench_of_a_shape(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(cli_bench.SHAPES, "7B", Shape(32, 64, 2, 1, 3, 64))
+    few = ("--device", "cpu", "--tokens", 2, "--repeat", 1)
+    rows = tmp_path / "rows.json"
+    run(
+        "bench",
+        "--shape",
+        "7B",
+        "--blocks",
+        1,
+        "--batch",
+        1,
+        2,
+        "--prompt",
+        4,
+        *few,
+        "--json",
+        rows,
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert "7B (1 of 3 blocks) with random weights, W4A4T2" in lines[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in lines[3:]]
+    assert cells == [[name, b, "4"] for b in "12" for name in ("eager", "collapsed")]
+    written = json.loads(rows.read_text())
+    assert [row["contender"] for row in written] == ["eager", "collapsed"] * 2
+    assert all(row["first_ms"] > 0 and row["peak_gb"] is None for row in written)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_bench_of_a_model(stories_dir, stories_checkpoint, capsys, converted):
+    checkpoint = ("--checkpoint", stories_checkpoint) if converted else ("--preset", "W8A8")
+    few = ("--device", "cpu", "--tokens", 2, "--repeat", 1, "--prompt", 8)
+    contenders = ("--contenders", "eager", "unrolled")
+    run("bench", "--model", stories_dir, *checkpoint, *few, *contenders)
+    head, *_, dense, unrolled = capsys.readouterr().out.splitlines()
+    assert head.endswith("W4A4T2" if converted else "W8A8")
+    assert dense.startswith("| eager | 1 | 8 |")
+    assert unrolled.startswith("| unrolled | 1 | 8 |")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "--tokens must be at least 1"),
+        (["--batch", "1", "0"], "--batch must be at least 1"),
+        (["--checkpoint", "out"], "--checkpoint needs --model"),
+        (["--model", "smollm2", "--blocks", "2"], "--blocks and --attention go with --shape"),
+        (["--preset", "A4T2", "--blocks", "1", "--device", "cpu"], "random models have integer"),
+    ],
+)
+def test_bench_refuses(failing, arguments, message):
+    assert message in failing("bench", *arguments)
 
 
 # -- generate ------------------------------------------------------------------------------------------------------
