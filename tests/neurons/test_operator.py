@@ -26,7 +26,7 @@ def test_a_call_runs_the_function():
     total = torch.zeros(2)
     assert torch.equal(doubled(torch.ones(2), total), torch.full((2,), 2.0))
     assert torch.equal(total, torch.ones(2))
-    assert CALLS == [Tensor]
+    assert [Tensor] == CALLS
 
 
 def test_fake_tensors_meet_the_operator():
