@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from snnllm.attention import SpikingLlamaAttention
 from snnllm.block import prepare
-from snnllm.config import FLOAT_BITS, SpikeConfig
+from snnllm.config import FLOAT_BITS, Rotation, SpikeConfig
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import SpikingLlamaForCausalLM, spike_block, spiking_config
 from snnllm.pipelines.streaming import INPUT_GROUPS
@@ -126,12 +126,10 @@ def _randomise(block: nn.Module, spike: SpikeConfig, generator: torch.Generator)
         if not linears:
             continue
         group = _groups(linears[0].encoder.channel_group, spike, generator)
+        if spike.rotation is Rotation.GROUPS:
+            group = sorted_groups(group)  # as rotations have it
         for linear in linears:
             linear.set_channel_group(group)
-            if linear.rotation is not None:
-                # Sorted by group behind it, as the pipelines have it.
-                linear.rotation.randomise(group, torch.Generator().manual_seed(0))
-                linear.set_channel_group(sorted_groups(group))
             _set_weight(linear, generator)
 
 

@@ -15,9 +15,7 @@ from snnllm.kernels import get_backend
 from snnllm.kernels.spec import concatenate
 from snnllm.kernels.triton_backend import TritonBackend, TritonLinear, multiply
 from snnllm.linear import SpikingLinear
-from snnllm.transforms import OnlineRotation, RotationTables
-
-_ROTATED_GROUPS = 2  # what the kernel with the rotation takes
+from snnllm.transforms import OnlineRotation
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +36,13 @@ class SharedInput:
     Attributes:
         layer: All outputs, one linear after the other.
         offset: Taken off the input, float32 `[K]`; or None.
-        rotation: Rotates the input; or None.
+        rotation: Channels of the groups that the input is rotated in; or None.
         stamp: `stamp_of` the linears when they were packed.
     """
 
     layer: TritonLinear
     offset: Tensor | None
-    rotation: RotationTables | None
+    rotation: tuple[int, ...] | None
     stamp: tuple[Any, ...]
 
     def normed(
@@ -78,7 +76,7 @@ class SharedInput:
         plan = self.layer.plan
         encoded = silu_mul_encode(
             *(gate.flatten(0, -2), up.flatten(0, -2), self.rotation, plan.order, plan.segments),
-            *(plan.capacities, plan.clip, plan.spec.shared, self.offset),
+            *(plan.capacities, plan.clip, plan.spec.shared, self.offset, plan.runs),
         )
         return multiply(encoded, self.layer, gate.dtype).view(*gate.shape[:-1], -1)
 
@@ -123,9 +121,6 @@ def share_input(modules: Sequence[nn.Module]) -> SharedInput | None:
     if stamp is None or len(linears) < len(modules):
         return None
     first = linears[0]
-    rotation = None if first.rotation is None else first.rotation.tables()
-    if rotation is not None and len(rotation.sizes) > _ROTATED_GROUPS:
-        return None
     if any(not _same_input(first, other) for other in linears[1:]):
         return None
     offset = first._buffers.get("offset_input")
@@ -141,7 +136,7 @@ def share_input(modules: Sequence[nn.Module]) -> SharedInput | None:
             linear.release_codes()
     if not isinstance(layer, TritonLinear):  # prepared before its backend was changed
         return None
-    return SharedInput(layer, offset, rotation, stamp)
+    return SharedInput(layer, offset, _rotated_groups(first.rotation), stamp)
 
 
 def _same_input(one: SpikingLinear, other: SpikingLinear) -> bool:
@@ -149,15 +144,11 @@ def _same_input(one: SpikingLinear, other: SpikingLinear) -> bool:
     if one.backend != other.backend:
         return False
     offsets = [linear._buffers.get("offset_input") for linear in (one, other)]
-    return _equal(*offsets) and _same_rotation(one.rotation, other.rotation)
+    return _equal(*offsets) and (_rotated_groups(one.rotation) == _rotated_groups(other.rotation))
 
 
-def _same_rotation(one: OnlineRotation | None, other: OnlineRotation | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    if one.sizes != other.sizes:
-        return False
-    return all(_equal(a, b) for a, b in zip(one.tables()[:3], other.tables()[:3], strict=True))
+def _rotated_groups(rotation: OnlineRotation | None) -> tuple[int, ...] | None:
+    return None if rotation is None else rotation.sizes
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
