@@ -261,6 +261,7 @@ def _encode_rows_op(
                 GATHER=order is not None,
                 HAS_OFFSET=offset is not None,
                 EARLY=early,
+                **({"launch_pdl": True} if early else {}),
                 SEGMENTS=triton.next_power_of_2(segments.shape[0]),
                 BLOCK=block,
                 num_warps=warps,
@@ -323,6 +324,7 @@ def _encode_rows(  # type: ignore[no-untyped-def]
 ):
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     encode_row(
         x_ptr + row * stride,

@@ -331,6 +331,7 @@ def _encode_rows_in_tiles(  # type: ignore[no-untyped-def]
 ):
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     encode_tiles(
         *(x_ptr + row * stride, x_ptr, 1.0, order_ptr, capacity_ptr, clip_ptr, offset_ptr),
@@ -365,6 +366,7 @@ def launch_tiles(
         GATHER=gather,
         HAS_OFFSET=offset is not None,
         EARLY=early,
+        **({"launch_pdl": True} if early else {}),
         TILE=tile,
         num_warps=warps,
         enable_fp_fusion=False,

@@ -1,4 +1,7 @@
-"""The collapsed linear in Triton as an operator of torch: tile sizes, launch, shapes for the compiler."""
+"""The collapsed linear on a GPU as an operator of torch: kernel, launch, shapes for the compiler.
+
+The kernels in CUDA C++ where they serve (`cuda_linear.unsuitable`), else those in Triton.
+"""
 # No `from __future__ import annotations`: torch reads the annotations of operators as types.
 
 from typing import Any
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from neurons.backends.device import EARLY_ROWS, early_launch, interpreted, on
 from neurons.backends.operator import operator
+from snnllm.kernels import cuda_linear
 from snnllm.kernels.triton_dot import dot_product
 from snnllm.kernels.triton_linear import matmul
 
@@ -74,12 +78,18 @@ def encoded_linear(
     out = _output(count, weight, segments, dtype)
     if out.numel() == 0:
         return out
-    config = choose_config(rows, columns)
     starts_early = rows <= EARLY_ROWS and early_launch(count.device)
+    parameters = (threshold, zero_point, count_sum, segments, scale, weight_zero, row_sum)
+    sizes = (threshold.shape[1], scale.shape[1])
+    if cuda_linear.unsuitable(count.device, columns, bits, len(segments)) is None:
+        with on(count.device):
+            cuda_linear.launch(count, weight, (*parameters, shift, bias), out, *sizes, starts_early)
+        return out
+    config = choose_config(rows, columns)
     arguments = (
-        *(threshold, zero_point, count_sum, segments, scale, weight_zero, row_sum),
+        *parameters,
         *(count if shift is None else shift, threshold if bias is None else bias, out),
-        *(rows, columns, width, threshold.shape[1], scale.shape[1], segments.shape[0]),
+        *(rows, columns, width, *sizes, segments.shape[0]),
     )
     flags: dict[str, Any] = {
         "BITS": bits,

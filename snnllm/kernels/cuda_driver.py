@@ -1,0 +1,191 @@
+"""CUDA C++ at run time: compiled by NVRTC for the device at hand, launched through the driver.
+
+Needs the package cuda-bindings, which CUDA builds of torch bring since 2.10. Compiled once a source,
+set of macros and device; the driver is asked for what Triton and CuPy cannot launch: thread block clusters,
+tensor maps and programmatic dependent launch together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SWIZZLES = {64: 2, 128: 3}
+"""Bytes of a row of a box to the number of its swizzle (`CUtensorMapSwizzle`)."""
+_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CLUSTER, _EARLY = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Value(ctypes.Union):
+    _fields_ = (("padding", ctypes.c_char * 64), ("words", ctypes.c_uint * 16))
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_uint), ("padding", ctypes.c_char * 4), ("value", _Value))
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+class TensorMap(ctypes.Structure):
+    """What the copy engine needs to know of a matrix; 64-byte aligned for the driver."""
+
+    _fields_ = (("raw", ctypes.c_ubyte * 192),)
+
+    @property
+    def at(self) -> int:
+        """Address of the 128 bytes."""
+        return -(-ctypes.addressof(self) // 64) * 64
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel on a device.
+
+    Attributes:
+        function: the driver's handle.
+        threads: of a block.
+        shared: bytes of dynamic shared memory of a block.
+        cluster: blocks of a cluster.
+    """
+
+    function: int
+    threads: int
+    shared: int
+    cluster: int = 1
+
+    def __call__(self, blocks: int, arguments: tuple[Any, ...], early: bool = False) -> None:
+        """Launch on torch's current stream of the current device.
+
+        Args:
+            blocks: Of the grid.
+            arguments: Tensors, ints (32 bits), None (a null pointer) and tensor maps, in order.
+            early: May start before the kernel in front ends (it waits itself).
+        """
+        attributes = (_Attribute * 2)()
+        attributes[0].id, attributes[0].value.words[:3] = _CLUSTER, (self.cluster, 1, 1)
+        attributes[1].id, attributes[1].value.words[0] = _EARLY, 1
+        launch = _Launch(
+            *(blocks, 1, 1, self.threads, 1, 1, self.shared),
+            torch.cuda.current_stream().cuda_stream,
+            attributes,
+            2 if early else 1,
+        )
+        values = [_value(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(
+            *(v.at if isinstance(v, TensorMap) else ctypes.addressof(v) for v in values)
+        )
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(launch), self.function, pointers, None))
+
+
+def missing() -> str | None:
+    """Return None when sources can be compiled and launched here, else the reason why not."""
+    try:
+        importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+        _driver()
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"no CUDA compiler at run time ({error}); pip install cuda-bindings nvidia-cuda-nvrtc"
+    return None
+
+
+@cache
+def compiled(source: str, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+    """Machine code of a source.
+
+    Args:
+        source: CUDA C++ without includes.
+        macros: Names and values.
+        architecture: As `sm_90a`.
+
+    Raises:
+        RuntimeError: with the compiler's messages.
+    """
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--fmad=false"]
+    options += [f"-D{name}={value}" for name, value in macros]
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"linear.cu", 0, [], [])
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    if int(status):
+        log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"NVRTC refuses {dict(macros)}: {log.decode(errors='replace')}")
+    code = bytes(nvrtc.nvrtcGetCUBINSize(program)[1])
+    nvrtc.nvrtcGetCUBIN(program, code)
+    nvrtc.nvrtcDestroyProgram(program)
+    return code
+
+
+@cache
+def load(
+    source: str,
+    macros: tuple[tuple[str, int], ...],
+    name: str,
+    threads: int,
+    shared: int,
+    cluster: int,
+    device: torch.device,
+) -> Kernel:
+    """The kernel `name` of a source on a device; arguments as `compiled` and `Kernel`."""
+    major, minor = torch.cuda.get_device_capability(device)
+    code = compiled(source, macros, f"sm_{major}{minor}a")
+    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    torch.cuda.current_stream(device)  # torch's context is the current one from here on
+    _check(driver.cuModuleLoadData(ctypes.byref(module), code))
+    _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+    _check(driver.cuFuncSetAttribute(function, _SHARED, shared))
+    assert function.value is not None
+    return Kernel(function.value, threads, shared, cluster)
+
+
+def tensor_map(matrix: Tensor, rows: int, columns: int) -> TensorMap:
+    """The map of a matrix of bytes `[R, C]` in swizzled boxes of `rows` times `columns` bytes."""
+    return _tensor_map(matrix.data_ptr(), *matrix.shape, rows, columns)
+
+
+@lru_cache(maxsize=4096)
+def _tensor_map(
+    address: int, height: int, width: int, box_rows: int, box_columns: int
+) -> TensorMap:
+    out = TensorMap()
+    sizes, pitch = (ctypes.c_uint64 * 2)(width, height), (ctypes.c_uint64 * 1)(width)
+    box, steps = (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    byte, rank, interleave, promotion, zeros = 0, 2, 0, 2, 0  # 128 bytes at a time to the L2 cache
+    _check(
+        _driver().cuTensorMapEncodeTiled(
+            *(ctypes.c_void_p(out.at), byte, rank, ctypes.c_void_p(address)),
+            *(sizes, pitch, box, steps, interleave, SWIZZLES[box_columns], promotion, zeros),
+        )
+    )
+    return out
+
+
+def _value(argument: Any) -> Any:
+    if isinstance(argument, TensorMap):
+        return argument
+    if isinstance(argument, int):
+        return ctypes.c_int(argument)
+    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+
+
+@cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(status: int) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"the CUDA driver says: {(text.value or b'unknown error').decode()}")

@@ -1,0 +1,165 @@
+"""The collapsed linear in CUDA C++ on Hopper (compute capability 9.0): which kernel, and its launch.
+
+The layout of the weights, the algebra and the outputs are those of `snnllm.kernels.triton_linear`,
+whose kernels run wherever these cannot: other devices, other widths of weights, no compiler.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from snnllm.kernels import cuda_rows_source, cuda_tiles_source
+from snnllm.kernels.cuda_common import OUTPUTS
+from snnllm.kernels.cuda_driver import Kernel, load, missing, tensor_map
+
+_LOG = logging.getLogger(__name__)
+_FEW_ROWS = 32
+
+
+class Rows(NamedTuple):
+    """Shape of the kernel for few rows (`cuda_rows_source`): stages of its ring."""
+
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """Shape of the kernel for many rows (`cuda_tiles_source`).
+
+    Attributes:
+        bm: rows of a tile.
+        bn: outputs of a tile.
+        cm: tiles of a cluster along the rows.
+        cn: tiles of a cluster along the outputs.
+        stages: of the ring.
+        kept: sums of the second segment that wait in registers.
+    """
+
+    bm: int
+    bn: int
+    cm: int
+    cn: int
+    stages: int
+    kept: int
+
+
+def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> str | None:
+    """Return None where the kernels serve a linear, else the reason why not.
+
+    Args:
+        device: Of the operands.
+        columns: N.
+        bits: Of a packed code.
+        segments: S.
+    """
+    if bits != 4 or segments > 2 or columns % 8:
+        return (
+            "4-bit weights, one or two segments and outputs in eights only, "
+            f"not {bits} bits, {segments} segments, {columns} outputs"
+        )
+    return _without(device)
+
+
+@cache
+def _without(device: torch.device) -> str | None:
+    """Why a device cannot run the kernels at all, said once; or None."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return f"{device} is not of compute capability 9.0"
+    reason = missing()
+    if reason is not None:
+        _LOG.warning("collapsed linears run on the slower Triton kernels: %s", reason)
+    return reason
+
+
+def choose_shape(rows: int, columns: int) -> Rows | Tiles:
+    """Kernel and tile sizes for M rows and N columns."""
+    if rows <= _FEW_ROWS:
+        return Rows(3 if rows <= 16 else 2)
+    if rows <= 512:
+        return Tiles(64, 128, 2 if rows > 64 else 1, 2, 8, 32)
+    return Tiles(128, 256, 1, 2, 4, 56)
+
+
+def launch(
+    count: Tensor,
+    weight: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    out: Tensor,
+    groups: int,
+    weight_groups: int,
+    early: bool,
+) -> None:
+    """Launch on the current device.
+
+    Args:
+        count: As `triton_ops.encoded_linear` has it.
+        weight: Likewise.
+        parameters: Threshold, zero point, sum of counts, segments, scale, zero of weights, row sums, shift
+            and bias; the last two may be None.
+        out: `[M, N]`, or int32 `[S, M, N]` for the accumulators.
+        groups: G.
+        weight_groups: J.
+        early: May start before the kernel in front ends.
+    """
+    (rows, width), columns = count.shape, len(weight)
+    *_, row_sum, shift, bias = parameters
+    assert row_sum is not None
+    segments = row_sum.shape[1]
+    shape = choose_shape(rows, columns)
+    macros = {
+        "SEGMENTS": segments,
+        "SHIFT": int(shift is not None),
+        "BIAS": int(bias is not None),
+        "OUT": OUTPUTS[out.dtype],
+    }
+    sizes = (rows, columns, width, groups, weight_groups)
+    if isinstance(shape, Rows):
+        kernel = _rows_kernel(shape, rows, tuple(macros.items()), count.device)
+        kernel(-(-columns // 32), (count, weight, *parameters, out, *sizes), early)
+        return
+    kernel = _tiles_kernel(shape, tuple(macros.items()), count.device)
+    bm, bn, cm, cn, _, _ = shape
+    maps = (
+        tensor_map(count, bm // cn, 128),
+        tensor_map(weight, bn // cm, 64),
+    )
+    clusters = -(-rows // (bm * cm)) * -(-columns // (bn * cn))
+    clusters = min(clusters, _processors(count.device) // (cm * cn))
+    height = max(1, 2048 // (bm * cm))
+    kernel(clusters * cm * cn, (*maps, *parameters, out, *sizes, height), early)
+
+
+def _rows_kernel(
+    shape: Rows, rows: int, macros: tuple[tuple[str, int], ...], device: torch.device
+) -> Kernel:
+    eights = 1 << (-(-rows // 8) - 1).bit_length()
+    own = (("ROWS8", eights), ("STAGES", shape.stages))
+    shared = cuda_rows_source.shared_bytes(rows, shape.stages, dict(macros)["SEGMENTS"])
+    return load(
+        *(cuda_rows_source.SOURCE, macros + own, "linear_rows"),
+        *(cuda_rows_source.ROW_THREADS, shared, 1, device),
+    )
+
+
+@cache
+def _tiles_kernel(
+    shape: Tiles, macros: tuple[tuple[str, int], ...], device: torch.device
+) -> Kernel:
+    own = tuple(zip(("BM", "BN", "CM", "CN", "STAGES", "KEPT"), shape, strict=True))
+    segments = dict(macros)["SEGMENTS"]
+    shared = cuda_tiles_source.shared_bytes(
+        shape.bm, shape.bn, shape.stages, shape.kept, segments
+    )
+    return load(
+        *(cuda_tiles_source.SOURCE, macros + own, "linear_tiles"),
+        *(cuda_tiles_source.TILE_THREADS, shared, shape.cm * shape.cn, device),
+    )
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
