@@ -30,28 +30,17 @@ INLINE void barrier_expect(unsigned at, int bytes) {
 INLINE void barrier_arrive(unsigned at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
-INLINE void barrier_arrive_at(unsigned at, int block) {  // of another block of the cluster
+// At a block of the cluster. Without `.release.cluster`, as without `.acquire.cluster` below: they
+// would empty the L1 cache: what the barriers order are copies into shared memory.
+INLINE void barrier_arrive_at(unsigned at, int block) {
   asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(at), "r"(block)
+               "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(at), "r"(block)
                : "memory");
 }
 INLINE void barrier_wait(unsigned at, int parity) {
   asm volatile("{ .reg .pred done;\n"
-               "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+               "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                "@!done bra again; }" ::"r"(at), "r"(parity) : "memory");
-}
-INLINE void named_barrier(int name, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-INLINE void bulk_copy(unsigned to, const void* from, int bytes, unsigned barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-INLINE uint4 shared_load(unsigned at) {
-  uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-  return v;
 }
 INLINE unsigned word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 

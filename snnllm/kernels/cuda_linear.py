@@ -22,9 +22,15 @@ _FEW_ROWS = 32
 
 
 class Rows(NamedTuple):
-    """Shape of the kernel for few rows (`cuda_rows_source`): stages of its ring."""
+    """Shape of the kernel for few rows (`cuda_rows_source`).
+
+    Attributes:
+        stages: of the rings.
+        resident: blocks of threads of a multiprocessor.
+    """
 
     stages: int
+    resident: int
 
 
 class Tiles(NamedTuple):
@@ -78,7 +84,7 @@ def _without(device: torch.device) -> str | None:
 def choose_shape(rows: int, columns: int) -> Rows | Tiles:
     """Kernel and tile sizes for M rows and N columns."""
     if rows <= _FEW_ROWS:
-        return Rows(3 if rows <= 16 else 2)
+        return Rows(4, 1) if columns <= 4224 else Rows(2, 3)
     if rows <= 512:
         return Tiles(64, 128, 2 if rows > 64 else 1, 2, 8, 32)
     return Tiles(128, 256, 1, 2, 4, 56)
@@ -137,8 +143,8 @@ def _rows_kernel(
     shape: Rows, rows: int, macros: tuple[tuple[str, int], ...], device: torch.device
 ) -> Kernel:
     eights = 1 << (-(-rows // 8) - 1).bit_length()
-    own = (("ROWS8", eights), ("STAGES", shape.stages))
-    shared = cuda_rows_source.shared_bytes(rows, shape.stages, dict(macros)["SEGMENTS"])
+    own = (("ROWS8", eights), ("STAGES", shape.stages), ("RESIDENT", shape.resident))
+    shared = cuda_rows_source.shared_bytes(eights, shape.stages, dict(macros)["SEGMENTS"])
     return load(
         *(cuda_rows_source.SOURCE, macros + own, "linear_rows"),
         *(cuda_rows_source.ROW_THREADS, shared, 1, device),

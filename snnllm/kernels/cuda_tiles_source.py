@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) linear_tiles(
     const int* weight_zero, const int* row_sum, const int* shift, const float* bias, void* out,
     int rows, int columns, int width, int groups, int weight_groups, int height) {
   extern __shared__ unsigned char unaligned[];
-  unsigned char* memory = (unsigned char*)(((u64)unaligned + 1023) & ~1023ull);
+  unsigned char* memory = unaligned + (-shared_address(unaligned) & 1023);  // still known as shared
   unsigned char* after_ring = memory + STAGES * STAGE_BYTES;
   float* waiting = (float*)after_ring;
   unsigned char* after_waiting = after_ring + (SEGMENTS == 2 && WAITING > 0 ? WAITING * 1024 : 0);
