@@ -30,13 +30,7 @@ INLINE void barrier_expect(unsigned at, int bytes) {
 INLINE void barrier_arrive(unsigned at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
-// At a block of the cluster. Without `.release.cluster`, as without `.acquire.cluster` below: they
-// would empty the L1 cache: what the barriers order are copies into shared memory.
-INLINE void barrier_arrive_at(unsigned at, int block) {
-  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(at), "r"(block)
-               : "memory");
-}
+// Not `.acquire.cluster`: it would empty the L1 cache, and what barriers order here is in shared memory.
 INLINE void barrier_wait(unsigned at, int parity) {
   asm volatile("{ .reg .pred done;\n"
                "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"

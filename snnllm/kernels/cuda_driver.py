@@ -1,8 +1,8 @@
 """CUDA C++ at run time: compiled by NVRTC for the device at hand, launched through the driver.
 
 Needs the package cuda-bindings, which CUDA builds of torch bring since 2.10. Compiled once a source,
-set of macros and device; the driver is asked for what Triton and CuPy cannot launch: thread block clusters,
-tensor maps and programmatic dependent launch together.
+set of macros and device; the driver is asked for what CuPy cannot launch: tensor maps and programmatic
+dependent launch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 SWIZZLES = {64: 2, 128: 3}
 """Bytes of a row of a box to the number of its swizzle (`CUtensorMapSwizzle`)."""
 _SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_CLUSTER, _EARLY = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION
+_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 class _Value(ctypes.Union):
@@ -58,13 +58,11 @@ class Kernel:
         function: the driver's handle.
         threads: of a block.
         shared: bytes of dynamic shared memory of a block.
-        cluster: blocks of a cluster.
     """
 
     function: int
     threads: int
     shared: int
-    cluster: int = 1
 
     def __call__(self, blocks: int, arguments: tuple[Any, ...], early: bool = False) -> None:
         """Launch on torch's current stream of the current device.
@@ -74,14 +72,13 @@ class Kernel:
             arguments: Tensors, ints (32 bits), None (a null pointer) and tensor maps, in order.
             early: May start before the kernel in front ends (it waits itself).
         """
-        attributes = (_Attribute * 2)()
-        attributes[0].id, attributes[0].value.words[:3] = _CLUSTER, (self.cluster, 1, 1)
-        attributes[1].id, attributes[1].value.words[0] = _EARLY, 1
+        attribute = _Attribute()
+        attribute.id, attribute.value.words[0] = _EARLY, 1
         launch = _Launch(
             *(blocks, 1, 1, self.threads, 1, 1, self.shared),
             torch.cuda.current_stream().cuda_stream,
-            attributes,
-            2 if early else 1,
+            ctypes.pointer(attribute),
+            int(early),
         )
         values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(
@@ -113,7 +110,7 @@ def compiled(source: str, macros: tuple[tuple[str, int], ...], architecture: str
         RuntimeError: with the compiler's messages.
     """
     nvrtc = importlib.import_module("cuda.bindings.nvrtc")
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--fmad=false"]
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--fmad=false", "-default-device"]
     options += [f"-D{name}={value}" for name, value in macros]
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"linear.cu", 0, [], [])
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
@@ -134,7 +131,6 @@ def load(
     name: str,
     threads: int,
     shared: int,
-    cluster: int,
     device: torch.device,
 ) -> Kernel:
     """The kernel `name` of a source on a device; arguments as `compiled` and `Kernel`."""
@@ -146,7 +142,7 @@ def load(
     _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
     _check(driver.cuFuncSetAttribute(function, _SHARED, shared))
     assert function.value is not None
-    return Kernel(function.value, threads, shared, cluster)
+    return Kernel(function.value, threads, shared)
 
 
 def tensor_map(matrix: Tensor, rows: int, columns: int) -> TensorMap:

@@ -25,12 +25,16 @@ class Rows(NamedTuple):
     """Shape of the kernel for few rows (`cuda_rows_source`).
 
     Attributes:
+        strips: sixteens of outputs of a block of threads.
         stages: of the rings.
         resident: blocks of threads of a multiprocessor.
+        prefetch: whether all weights are asked for at once, to the L2 cache.
     """
 
+    strips: int
     stages: int
     resident: int
+    prefetch: bool
 
 
 class Tiles(NamedTuple):
@@ -39,16 +43,18 @@ class Tiles(NamedTuple):
     Attributes:
         bm: rows of a tile.
         bn: outputs of a tile.
-        cm: tiles of a cluster along the rows.
-        cn: tiles of a cluster along the outputs.
+        workers: warpgroups that multiply.
+        sets: operands at work at a time.
+        lead: stages that a warpgroup is ahead of the next.
         stages: of the ring.
-        kept: sums of the second segment that wait in registers.
+        kept: sums of the second segment that a thread keeps in registers.
     """
 
     bm: int
     bn: int
-    cm: int
-    cn: int
+    workers: int
+    sets: int
+    lead: int
     stages: int
     kept: int
 
@@ -84,10 +90,10 @@ def _without(device: torch.device) -> str | None:
 def choose_shape(rows: int, columns: int) -> Rows | Tiles:
     """Kernel and tile sizes for M rows and N columns."""
     if rows <= _FEW_ROWS:
-        return Rows(4, 1) if columns <= 4224 else Rows(2, 3)
+        return Rows(2, 6 if rows <= 16 else 4, 1, False)
     if rows <= 512:
-        return Tiles(64, 128, 2 if rows > 64 else 1, 2, 8, 32)
-    return Tiles(128, 256, 1, 2, 4, 56)
+        return Tiles(64, 128, 2, 4, 0, 8, 32)
+    return Tiles(128, 256, 2, 2, 2, 4, 56)
 
 
 def launch(
@@ -125,44 +131,43 @@ def launch(
     sizes = (rows, columns, width, groups, weight_groups)
     if isinstance(shape, Rows):
         kernel = _rows_kernel(shape, rows, tuple(macros.items()), count.device)
-        kernel(-(-columns // 32), (count, weight, *parameters, out, *sizes), early)
+        kernel(-(-columns // (16 * shape.strips)), (count, weight, *parameters, out, *sizes), early)
         return
     kernel = _tiles_kernel(shape, tuple(macros.items()), count.device)
-    bm, bn, cm, cn, _, _ = shape
-    maps = (
-        tensor_map(count, bm // cn, 128),
-        tensor_map(weight, bn // cm, 64),
-    )
-    clusters = -(-rows // (bm * cm)) * -(-columns // (bn * cn))
-    clusters = min(clusters, _processors(count.device) // (cm * cn))
-    height = max(1, 2048 // (bm * cm))
-    kernel(clusters * cm * cn, (*maps, *parameters, out, *sizes, height), early)
+    maps = (tensor_map(count, shape.bm, 128), tensor_map(weight, shape.bn, 64))
+    tiles = -(-rows // shape.bm) * -(-columns // shape.bn)
+    blocks = min(tiles, _processors(count.device))
+    kernel(blocks, (*maps, *parameters, out, *sizes, 2048 // shape.bm), early)
 
 
 def _rows_kernel(
     shape: Rows, rows: int, macros: tuple[tuple[str, int], ...], device: torch.device
 ) -> Kernel:
     eights = 1 << (-(-rows // 8) - 1).bit_length()
-    own = (("ROWS8", eights), ("STAGES", shape.stages), ("RESIDENT", shape.resident))
-    shared = cuda_rows_source.shared_bytes(eights, shape.stages, dict(macros)["SEGMENTS"])
+    own = ("ROWS8", eights), *_macros(shape)
+    segments = dict(macros)["SEGMENTS"]
+    shared = cuda_rows_source.shared_bytes(eights, shape.strips, shape.stages, segments)
     return load(
         *(cuda_rows_source.SOURCE, macros + own, "linear_rows"),
-        *(cuda_rows_source.ROW_THREADS, shared, 1, device),
+        *(cuda_rows_source.ROW_THREADS, shared, device),
     )
+
+
+def _macros(shape: Rows | Tiles) -> tuple[tuple[str, int], ...]:
+    return tuple((name.upper(), int(value)) for name, value in shape._asdict().items())
 
 
 @cache
 def _tiles_kernel(
     shape: Tiles, macros: tuple[tuple[str, int], ...], device: torch.device
 ) -> Kernel:
-    own = tuple(zip(("BM", "BN", "CM", "CN", "STAGES", "KEPT"), shape, strict=True))
     segments = dict(macros)["SEGMENTS"]
     shared = cuda_tiles_source.shared_bytes(
-        shape.bm, shape.bn, shape.stages, shape.kept, segments
+        shape.bm, shape.bn, shape.stages, shape.kept * shape.workers, segments
     )
     return load(
-        *(cuda_tiles_source.SOURCE, macros + own, "linear_tiles"),
-        *(cuda_tiles_source.TILE_THREADS, shared, shape.cm * shape.cn, device),
+        *(cuda_tiles_source.SOURCE, macros + _macros(shape), "linear_tiles"),
+        *(128 + 128 * shape.workers, shared, device),
     )
 
 

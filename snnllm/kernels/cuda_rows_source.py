@@ -1,15 +1,15 @@
 """CUDA C++ of the collapsed linear of few rows: limited by the memory of the weights.
 
-A block of threads owns 32 outputs over the whole of K; each of its eight warps takes every eighth block of
+A block of threads owns 16 STRIPS outputs over the whole of K; each of its eight warps takes every eighth block of
 128 positions, keeps a ring of STAGES of them in shared memory filled by asynchronous copies of its own,
 and multiplies on the tensor cores (m16n8k32). The integers of the warps are added at the end, in shared
-memory. Before the counts are there (programmatic dependent launch) the weights of all stages are on their
-way, and all others on theirs to the L2 cache.
+memory. The weights of all stages are on their way before the counts are there (programmatic dependent
+launch); with PREFETCH all others, too, to the L2 cache.
 
 A lane takes 16 packed bytes of a weight row, the positions `16 t ..` and `64 + 16 t ..` of the block,
 where the product has other ones: the order of the positions within a sum is free.
 
-Macros: ROWS8 (rows / 8, up), SEGMENTS (1 or 2), SHIFT, BIAS, STAGES, RESIDENT (blocks of threads of a
+Macros: ROWS8 (rows / 8, up), STRIPS, PREFETCH, SEGMENTS (1 or 2), SHIFT, BIAS, STAGES, RESIDENT (blocks of threads of a
 multiprocessor, for which registers are set aside), OUT (`cuda_common.OUTPUTS`).
 """
 
@@ -21,11 +21,12 @@ ROW_THREADS = 256
 """Eight warps."""
 
 
-def shared_bytes(rows8: int, stages: int, segments: int) -> int:
+def shared_bytes(rows8: int, strips: int, stages: int, segments: int) -> int:
     """Shared memory of a block: the rings, where the partial sums lie after them; tables."""
-    rings = 8 * stages * (32 * 64 + rows8 * 8 * 128)
-    tables = 4 * (32 + segments * (4 * 32 + 3 * rows8 * 8))
-    return max(rings, 8 * segments * rows8 * 8 * 36 * 4) + tables
+    rings = 8 * stages * (strips * 1024 + rows8 * 1024)
+    sums = 8 * segments * rows8 * 8 * (16 * strips + 4) * 4
+    tables = 4 * (16 * strips + segments * (4 * 16 * strips + 3 * rows8 * 8))
+    return max(rings, sums) + tables
 
 
 SOURCE = (
@@ -44,23 +45,24 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
     const int* zero_point, const int* count_sum, const int* segments, const float* scale,
     const int* weight_zero, const int* row_sum, const int* shift, const float* bias, void* out,
     int rows, int columns, int width, int groups, int weight_groups) {
-  constexpr int WEIGHT_BYTES = 32 * 64, STAGE_BYTES = WEIGHT_BYTES + ROWS8 * 8 * 128;
-  constexpr int SLAB = ROWS8 * 8 * 36;  // [row][36], 32 outputs and 4 words against bank conflicts
+  constexpr int OUTPUTS = 16 * STRIPS, ROWS = 8 * ROWS8;
+  constexpr int WEIGHT_BYTES = OUTPUTS * 64, STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
+  constexpr int PITCH = OUTPUTS + 4, SLAB = ROWS * PITCH;  // 4 words against bank conflicts
   constexpr int RINGS = 8 * STAGES * STAGE_BYTES, SUMS = 8 * SEGMENTS * SLAB * 4;
   extern __shared__ __align__(128) unsigned char memory[];
   launch_dependents();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int n0 = blockIdx.x * 32, pitch = width / 2;
+  const int n0 = blockIdx.x * OUTPUTS, pitch = width / 2;
   const int blocks = width / 128, mine = (blocks - warp + 7) / 8;
   const unsigned ring = warp * STAGES * STAGE_BYTES;
   const unsigned base = shared_address(memory) + ring;
-  float* bias_table = (float*)(memory + (RINGS > SUMS ? RINGS : SUMS));  // [32]
-  int* column_table = (int*)bias_table + 32;           // [SEGMENTS][4][32]: sw, zu, row sum, shift
-  int* row_table = column_table + SEGMENTS * 4 * 32;   // [SEGMENTS][3][rows]: s, z, sum of counts
+  float* bias_table = (float*)(memory + (RINGS > SUMS ? RINGS : SUMS));
+  int* column_table = (int*)bias_table + OUTPUTS;          // [SEGMENTS][4][OUTPUTS]: sw, zu, row sum, shift
+  int* row_table = column_table + SEGMENTS * 4 * OUTPUTS;  // [SEGMENTS][3][ROWS]: s, z, sum of counts
 
   auto copy_weights = [&](int i, int stage) {
 #pragma unroll
-    for (int e = 0; e < 4; e++) {  // 8 rows of 64 bytes; the last ones again beyond the end
+    for (int e = 0; e < 2 * STRIPS; e++) {  // 8 rows of 64 bytes; the last ones again beyond the end
       const int n = min(n0 + 8 * e, columns - 8) + lane / 4;
       copy_16(base + stage * STAGE_BYTES + 512 * e + 16 * lane,
               weight + (i64)n * pitch + (8 * i + warp) * 64 + lane % 4 * 16);
@@ -78,26 +80,27 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
 #pragma unroll
   for (int i = 0; i < STAGES; i++)
     if (i < mine) copy_weights(i, i);
-  if (threadIdx.x == 0)
+  if (PREFETCH && threadIdx.x == 0)
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(weight + (i64)n0 * pitch),
-                 "r"(min(32, columns - n0) * pitch));
-  const int of = warp % SEGMENTS, group = segments[4 * of + 2];
-  if (warp < SEGMENTS) {
-    const int n = min(n0 + lane, columns - 1), j = n * weight_groups + segments[4 * of + 3];
-    int* to = column_table + of * 128 + lane;
+                 "r"(min(OUTPUTS, columns - n0) * pitch));
+  if (threadIdx.x < SEGMENTS * OUTPUTS) {
+    const int of = threadIdx.x / OUTPUTS, i = threadIdx.x % OUTPUTS;
+    const int n = min(n0 + i, columns - 1), j = n * weight_groups + segments[4 * of + 3];
+    int* to = column_table + of * 4 * OUTPUTS + i;
     copy_4(to, scale + j);
-    copy_4(to + 32, weight_zero + j);
-    copy_4(to + 64, row_sum + n * SEGMENTS + of);
-    if (SHIFT) copy_4(to + 96, shift + n * SEGMENTS + of);
-    if (BIAS && of == 0) copy_4(bias_table + lane, bias + n);
+    copy_4(to + OUTPUTS, weight_zero + j);
+    copy_4(to + 2 * OUTPUTS, row_sum + n * SEGMENTS + of);
+    if (SHIFT) copy_4(to + 3 * OUTPUTS, shift + n * SEGMENTS + of);
+    if (BIAS && of == 0) copy_4(bias_table + i, bias + n);
   }
   const int second = SEGMENTS == 2 ? segments[4] / 128 : blocks;
   wait_for_kernel_in_front();
-  if (warp < SEGMENTS && lane < rows) {
-    int* to = row_table + of * 3 * ROWS8 * 8 + lane;
-    copy_4(to, threshold + lane * groups + group);
-    copy_4(to + ROWS8 * 8, zero_point + lane * groups + group);
-    copy_4(to + 2 * ROWS8 * 8, count_sum + lane * SEGMENTS + of);
+  if (threadIdx.x < SEGMENTS * rows) {
+    const int of = threadIdx.x / rows, m = threadIdx.x % rows, group = segments[4 * of + 2];
+    int* to = row_table + of * 3 * ROWS + m;
+    copy_4(to, threshold + m * groups + group);
+    copy_4(to + ROWS, zero_point + m * groups + group);
+    copy_4(to + 2 * ROWS, count_sum + m * SEGMENTS + of);
   }
 #pragma unroll
   for (int i = 0; i < STAGES; i++) {
@@ -106,13 +109,13 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   }
 
   const int g = lane / 4, t = lane % 4;
-  int acc[SEGMENTS][2][ROWS8][4] = {};
+  int acc[SEGMENTS][STRIPS][ROWS8][4] = {};
   int stage = 0;
   for (int i = 0; i < mine; i++) {
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
     __syncwarp();
     const unsigned char* here = memory + ring + stage * STAGE_BYTES;
-    auto multiply = [&](int (&sums)[2][ROWS8][4]) {
+    auto multiply = [&](int (&sums)[STRIPS][ROWS8][4]) {
       uint4 low[ROWS8], high[ROWS8];
 #pragma unroll
       for (int e = 0; e < ROWS8; e++) {
@@ -121,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
         high[e] = *(const uint4*)(at + (1 - g % 2) * 64);
       }
 #pragma unroll
-      for (int strip = 0; strip < 2; strip++) {
+      for (int strip = 0; strip < STRIPS; strip++) {
         const uint4 top = *(const uint4*)(here + strip * 1024 + lane * 16);
         const uint4 bottom = *(const uint4*)(here + strip * 1024 + 512 + lane * 16);
 #pragma unroll
@@ -152,26 +155,27 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
 #pragma unroll
   for (int s = 0; s < SEGMENTS; s++)
 #pragma unroll
-    for (int strip = 0; strip < 2; strip++)
+    for (int strip = 0; strip < STRIPS; strip++)
 #pragma unroll
       for (int i = 0; i < ROWS8; i++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-          sums[(warp * SEGMENTS + s) * SLAB + (8 * i + 2 * t + e % 2) * 36 + 16 * strip +
+          sums[(warp * SEGMENTS + s) * SLAB + (8 * i + 2 * t + e % 2) * PITCH + 16 * strip +
                8 * (e / 2) + g] = acc[s][strip][i][e];
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < ROWS8; i++) {
-    const int m = 8 * i + warp, n = n0 + lane;
+  for (int i = threadIdx.x; i < ROWS * OUTPUTS; i += 256) {
+    const int m = i / OUTPUTS, c = i % OUTPUTS, n = n0 + c;
     if (m >= rows || n >= columns) continue;
     float total = 0.0f;
 #pragma unroll
     for (int s = 0; s < SEGMENTS; s++) {
       int a = 0;
 #pragma unroll
-      for (int from = 0; from < 8; from++) a += sums[(from * SEGMENTS + s) * SLAB + m * 36 + lane];
-      const int *column = column_table + s * 128 + lane, *row = row_table + s * 3 * ROWS8 * 8 + m;
-      a = a - row[ROWS8 * 8] * column[64] - column[32] * row[2 * ROWS8 * 8] + (SHIFT ? column[96] : 0);
+      for (int from = 0; from < 8; from++) a += sums[(from * SEGMENTS + s) * SLAB + m * PITCH + c];
+      const int *column = column_table + s * 4 * OUTPUTS + c, *row = row_table + s * 3 * ROWS + m;
+      a = a - row[ROWS] * column[2 * OUTPUTS] - column[OUTPUTS] * row[2 * ROWS] +
+          (SHIFT ? column[3 * OUTPUTS] : 0);
       if (OUT == INTEGERS) {
         ((int*)out)[((i64)s * rows + m) * columns + n] = a;
         continue;
@@ -180,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
       total = s == 0 ? part : __fadd_rn(total, part);
     }
     if (OUT == INTEGERS) continue;
-    if (BIAS) total = __fadd_rn(total, bias_table[lane]);
+    if (BIAS) total = __fadd_rn(total, bias_table[c]);
     store(out, (i64)m * columns + n, total);
   }
 }

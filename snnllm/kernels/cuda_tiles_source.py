@@ -2,32 +2,28 @@
 
 A block of threads makes tiles of BN outputs and BM rows, one after the other. One warp copies (counts and packed
 weights by the copy engine into a ring of stages of 128 positions, ahead across tiles), one warp lays out the
-scales and zero points of the tile, and two warpgroups multiply BN / 2 outputs each: packed weights go from
-shared memory to registers (ldmatrix), where they are the left operand after three operations per 8
-codes; the counts are the right operand, in shared memory. While a product runs, the next operand is
-unpacked. A cluster of CN x CM blocks shares what its tiles have in common: the CN blocks with the same
-rows the counts, the CM blocks with the same outputs the weights.
+scales and zero points of the tile, and WORKERS warpgroups multiply: packed weights go from shared memory
+to registers (ldmatrix), where they are the left operand after three operations per 8 codes; the counts
+are the right operand, in shared memory. While products run, the next operands are unpacked; SETS operands
+are at work at a time. A warpgroup starts LEAD stages behind the one before it: while the one scales its
+sums, the other keeps the tensor cores busy.
 
 Of two segments the second (few salient channels) comes first; its scaled sums wait in registers and
 in shared memory (KEPT of them in registers). A float sum of two does not depend on the order.
 
-Macros: BM, BN, CM, CN, STAGES, KEPT, SEGMENTS (1 or 2), SHIFT, BIAS, OUT (`cuda_common.OUTPUTS`).
+Macros: BM, BN, WORKERS, SETS, LEAD, STAGES, KEPT, SEGMENTS (1 or 2), SHIFT, BIAS, OUT (`cuda_common.OUTPUTS`).
 """
 
 from snnllm.kernels.cuda_common import COMMON
 
-__all__ = ["SOURCE", "TILE_THREADS", "shared_bytes"]
-
-TILE_THREADS = 384
-"""A warpgroup that copies and two that multiply."""
-
+__all__ = ["SOURCE", "shared_bytes"]
 
 def shared_bytes(bm: int, bn: int, stages: int, kept: int, segments: int) -> int:
     """Shared memory of a block: ring, waiting sums, tables, transposition, barriers, alignment."""
-    values = bm * bn // 256
-    waiting = max(0, values - kept) * 1024 if segments == 2 else 0
+    values = bm * bn // 128  # sums of all warpgroups, a thread's each
+    waiting = (values - kept) * 512 if segments == 2 else 0
     table = segments * 16 * (bm + bn) + 4 * bn
-    return stages * (bm * 128 + bn * 64) + waiting + table + 8 * (bn // 128) * 512 + 256 + 1024
+    return stages * (bm * 128 + bn * 64) + waiting + table + bn * 32 + 256 + 1024
 
 
 def _product(columns: int) -> str:
@@ -52,8 +48,9 @@ SOURCE = (
     + r"""
 typedef unsigned long long u64;
 struct __align__(64) Map { char raw[128]; };
-constexpr int PIECES = BN / 128, VALUES = BM / 2, WAITING = PIECES * VALUES - KEPT;
-constexpr int COUNT_BYTES = BM * 128, STAGE_BYTES = COUNT_BYTES + BN * 64, PEERS = CN + CM - 1;
+constexpr int OWN = BN / WORKERS, PIECES = OWN / 64, VALUES = BM / 2, WAITING = PIECES * VALUES - KEPT;
+constexpr int COUNT_BYTES = BM * 128, STAGE_BYTES = COUNT_BYTES + BN * 64, WARPS = 4 * WORKERS;
+constexpr int GROUPS = 2 * PIECES;
 """
     + _PRODUCTS
     + r"""
@@ -66,34 +63,23 @@ INLINE void load_matrices(unsigned (&a)[4], unsigned at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(at));
 }
-INLINE void box_copy(unsigned to, const Map* map, int column, int row, unsigned barrier, int mask) {
-  if (mask == 0)
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3}], [%4];"
-                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
-  else
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((short)mask) : "memory");
+INLINE void box_copy(unsigned to, const Map* map, int column, int row, unsigned barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%2, %3}], [%4];"
+               ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
-INLINE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-INLINE int cluster_rank() {
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
+INLINE void named_barrier(int name) { asm volatile("bar.sync %0, 256;" ::"r"(name) : "memory"); }
+INLINE void named_barrier_arrive(int name) { asm volatile("bar.arrive %0, 256;" ::"r"(name) : "memory"); }
 
 struct Tile { int m, n; };
-// Rasters of `height` clusters along the rows: what runs at a time shares operands in the L2 cache.
-INLINE Tile tile_at(int index, int tiles_m, int tiles_n, int height, int rank) {
+// Rasters of `height` tiles along the rows: what runs at a time shares operands in the L2 cache.
+INLINE Tile tile_at(int index, int tiles_m, int tiles_n, int height) {
   const int first = index / (height * tiles_n) * height, tall = min(tiles_m - first, height);
   const int inside = index % (height * tiles_n);
-  return {((first + inside % tall) * CM + rank / CN) * BM, (inside / tall * CN + rank % CN) * BN};
+  return {(first + inside % tall) * BM, inside / tall * BN};
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) linear_tiles(
+extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tiles(
     const __grid_constant__ Map counts, const __grid_constant__ Map weights, const float* threshold,
     const int* zero_point, const int* count_sum, const int* segments, const float* scale,
     const int* weight_zero, const int* row_sum, const int* shift, const float* bias, void* out,
@@ -102,55 +88,46 @@ extern "C" __global__ void __launch_bounds__(384, 1) linear_tiles(
   unsigned char* memory = unaligned + (-shared_address(unaligned) & 1023);  // still known as shared
   unsigned char* after_ring = memory + STAGES * STAGE_BYTES;
   float* waiting = (float*)after_ring;
-  unsigned char* after_waiting = after_ring + (SEGMENTS == 2 && WAITING > 0 ? WAITING * 1024 : 0);
+  unsigned char* after_waiting = after_ring + (SEGMENTS == 2 ? WAITING * 512 * WORKERS : 0);
   int4* row_table = (int4*)after_waiting;              // [SEGMENTS][BM]: s, z, sum of counts
   int4* column_table = row_table + SEGMENTS * BM;      // [SEGMENTS][BN]: sw, zu, row sum, shift
   float* bias_table = (float*)(column_table + SEGMENTS * BN);
   unsigned char* turning = (unsigned char*)(bias_table + BN);  // 512 bytes a warp and piece
   const unsigned base = shared_address(memory);
-  const unsigned full = shared_address(turning + 8 * PIECES * 512), empty = full + 8 * STAGES;
+  const unsigned full = shared_address(turning + WARPS * PIECES * 512), empty = full + 8 * STAGES;
   const unsigned table_full = empty + 8 * STAGES, table_empty = table_full + 8;
   const int group_of_warps = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int rank = CN * CM > 1 ? cluster_rank() : 0;
-  const int tiles_m = (rows + BM * CM - 1) / (BM * CM), tiles_n = (columns + BN * CN - 1) / (BN * CN);
-  const int tiles = tiles_m * tiles_n, step = gridDim.x / (CN * CM), start = blockIdx.x / (CN * CM);
+  const int tiles_m = (rows + BM - 1) / BM, tiles_n = (columns + BN - 1) / BN;
+  const int tiles = tiles_m * tiles_n;
   const int blocks = width / 128, base_blocks = SEGMENTS == 2 ? segments[4] / 128 : blocks;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, 8 * PEERS);
+      barrier_init(empty + 8 * s, WARPS);
     }
     barrier_init(table_full, 32);
-    barrier_init(table_empty, 8);
+    barrier_init(table_empty, WARPS);
     barrier_fence();
   }
   __syncthreads();
-  if (CN * CM > 1) cluster_sync();
   launch_dependents();
 
   if (group_of_warps == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (WORKERS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WORKERS == 2 ? 40 : 32));
     if (warp == 0 && lane == 0) {  // copies
-      const int cn = rank % CN, cm = rank / CN;
-      const int count_mask = CN > 1 ? ((1 << CN) - 1) << (cm * CN) : 0;
-      int weight_mask = 0;
-      if (CM > 1)
-        for (int i = 0; i < CM; i++) weight_mask |= 1 << (cn + CN * i);
       auto copy_weights = [&](Tile tile, int i, int s) {
         barrier_expect(full + 8 * s, STAGE_BYTES);
         const int b = (i + base_blocks) % blocks;
-        box_copy(base + s * STAGE_BYTES + COUNT_BYTES + cm * (BN / CM) * 64, &weights, b * 64,
-                 tile.n + cm * (BN / CM), full + 8 * s, weight_mask);
+        box_copy(base + s * STAGE_BYTES + COUNT_BYTES, &weights, b * 64, tile.n, full + 8 * s);
       };
       auto copy_counts = [&](Tile tile, int i, int s) {
         const int b = (i + base_blocks) % blocks;
-        box_copy(base + s * STAGE_BYTES + cn * (BM / CN) * 128, &counts, b * 128,
-                 tile.m + cn * (BM / CN), full + 8 * s, count_mask);
+        box_copy(base + s * STAGE_BYTES, &counts, b * 128, tile.m, full + 8 * s);
       };
       int stage = 0, parity = 1;
       bool waited = false;
-      for (int index = start; index < tiles; index += step) {
-        const Tile tile = tile_at(index, tiles_m, tiles_n, height, rank);
+      for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+        const Tile tile = tile_at(index, tiles_m, tiles_n, height);
         int i = 0;
         if (!waited) {  // weights do not depend on the kernel in front
           const int first = min(STAGES, blocks);
@@ -172,8 +149,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) linear_tiles(
     } else if (warp == 1) {  // tables
       wait_for_kernel_in_front();
       int parity = 1;
-      for (int index = start; index < tiles; index += step, parity ^= 1) {
-        const Tile tile = tile_at(index, tiles_m, tiles_n, height, rank);
+      for (int index = blockIdx.x; index < tiles; index += gridDim.x, parity ^= 1) {
+        const Tile tile = tile_at(index, tiles_m, tiles_n, height);
         barrier_wait(table_empty, parity);
         for (int s = 0; s < SEGMENTS; s++) {
           const int group = segments[4 * s + 2], weight_group = segments[4 * s + 3];
@@ -198,11 +175,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) linear_tiles(
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const int half = group_of_warps - 1, thread = threadIdx.x - 128;
+    if (WORKERS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WORKERS == 2 ? 232 : 160));
+    const int worker = group_of_warps - 1, thread = threadIdx.x - 128;
     const int g = lane / 4, t = lane % 4;
     // ldmatrix: lanes 0-7 give the rows of the first matrix, and so on; chunks of 16 bytes, swizzled.
-    const int matrix_row = half * (BN / 2) + warp * 16 + lane % 16;
+    const int matrix_row = worker * OWN + warp * 16 + lane % 16;
     const int swizzle = matrix_row / 2 % 4;
     const unsigned weight_at = base + COUNT_BYTES + matrix_row * 64;
     const unsigned chunk_at[2] = {(unsigned)((lane / 16) ^ swizzle) * 16,
@@ -211,56 +188,56 @@ extern "C" __global__ void __launch_bounds__(384, 1) linear_tiles(
     const u64 descriptor = 1ull << 62 | (u64)(1024 / 16) << 32 | 1ull << 16 | (base >> 4);
     int acc[PIECES][VALUES];
     float kept[SEGMENTS == 2 && KEPT > 0 ? KEPT : 1];
-    unsigned operand[2][8];
+    unsigned operand[SETS][8];
+    bool begun = false;
     int stage = 0, parity = 0, table_parity = 0;
-    auto release = [&](int s) {
-      if (PEERS == 1) {
-        if (lane == 0) barrier_arrive(empty + 8 * s);
-      } else if (lane < PEERS) {  // the blocks whose copies write to this stage
-        const int cn = rank % CN, cm = rank / CN;
-        const int to = lane < CN ? cm * CN + lane
-                                 : cn + CN * (lane - CN < cm ? lane - CN : lane - CN + 1);
-        barrier_arrive_at(empty + 8 * s, to);
+    auto release = [&]() {  // the stage before the current one
+      if (lane == 0) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1));
+    };
+    auto multiply_block = [&](int i) {
+      barrier_wait(full + 8 * stage, parity);
+      const unsigned weights_here = weight_at + stage * STAGE_BYTES;
+      const u64 counts_here = descriptor + (u64)(stage * (STAGE_BYTES / 16));
+      unsigned packed[GROUPS][4];
+#pragma unroll
+      for (int j = 0; j < GROUPS; j++)
+        load_matrices(packed[j], weights_here + j / 2 * (64 * 64) + chunk_at[j % 2]);
+#pragma unroll
+      for (int j = 0; j < GROUPS; j++) {
+        finish<SETS - 1>();  // the product that reads this operand
+        if (j == SETS - 1 && i > 0) release();
+        unsigned(&a)[8] = operand[j % SETS];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          a[e] = packed[j][e] & NIBBLES;
+          a[4 + e] = packed[j][e] >> 4 & NIBBLES;
+        }
+        fence();
+        multiply(acc[j / 2], a, counts_here + 2 * (j % 2), i > 0 || j % 2 > 0);
+        multiply(acc[j / 2], a + 4, counts_here + 2 * (j % 2) + 4, 1);
+        commit();
       }
+      if (++stage == STAGES) stage = 0, parity ^= 1;
     };
     auto multiply_segment = [&](int count) {
-      int previous = -1;
+      // The first segment of all: wait for the warpgroup ahead, let the one behind start.
+      if (LEAD > 0 && !begun && worker > 0) named_barrier(worker);
       for (int i = 0; i < count; i++) {
-        barrier_wait(full + 8 * stage, parity);
-        const unsigned weights_here = weight_at + stage * STAGE_BYTES;
-        const u64 counts_here = descriptor + (u64)(stage * (STAGE_BYTES / 16));
-        unsigned packed[2 * PIECES][4];
-#pragma unroll
-        for (int j = 0; j < 2 * PIECES; j++)
-          load_matrices(packed[j], weights_here + j / 2 * (64 * 64) + chunk_at[j % 2]);
-#pragma unroll
-        for (int j = 0; j < 2 * PIECES; j++) {
-          finish<1>();  // the product that reads this operand
-          if (j == 1 && previous >= 0) release(previous);
-          unsigned(&a)[8] = operand[j % 2];
-#pragma unroll
-          for (int e = 0; e < 4; e++) {
-            a[e] = packed[j][e] & NIBBLES;
-            a[4 + e] = packed[j][e] >> 4 & NIBBLES;
-          }
-          fence();
-          const int add = i > 0 || j % 2 > 0;
-          multiply(acc[j / 2], a, counts_here + 2 * (j % 2), add);
-          multiply(acc[j / 2], a + 4, counts_here + 2 * (j % 2) + 4, 1);
-          commit();
+        multiply_block(i);
+        if (LEAD > 0 && !begun && (i + 1 >= LEAD || i + 1 == count)) {
+          begun = true;
+          if (worker + 1 < WORKERS) named_barrier_arrive(worker + 1);
         }
-        previous = stage;
-        if (++stage == STAGES) stage = 0, parity ^= 1;
       }
       finish<0>();
 #pragma unroll
       for (int p = 0; p < PIECES; p++)
 #pragma unroll
         for (int v = 0; v < VALUES; v++) asm volatile("" : "+r"(acc[p][v])::"memory");
-      release(previous);
+      release();
     };
-    for (int index = start; index < tiles; index += step, table_parity ^= 1) {
-      const Tile tile = tile_at(index, tiles_m, tiles_n, height, rank);
+    for (int index = blockIdx.x; index < tiles; index += gridDim.x, table_parity ^= 1) {
+      const Tile tile = tile_at(index, tiles_m, tiles_n, height);
 #pragma unroll
       for (int turn = 0; turn < SEGMENTS; turn++) {
         const int s = SEGMENTS - 1 - turn;
@@ -272,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) linear_tiles(
         for (int p = 0; p < PIECES; p++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
-            const int n = half * (BN / 2) + p * 64 + warp * 16 + 8 * e + g;
+            const int n = worker * OWN + p * 64 + warp * 16 + 8 * e + g;
             of_column[p][e] = column_table[s * BN + n];
             add[p][e] = BIAS && s == 0 ? bias_table[n] : 0.0f;
           }
@@ -294,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) linear_tiles(
                               (SHIFT ? column.w : 0);
                 if (OUT == INTEGERS) {
                   const int at_m = tile.m + m + e % 2;
-                  const int at_n = tile.n + half * (BN / 2) + p * 64 + warp * 16 + 8 * (e / 2) + g;
+                  const int at_n = tile.n + worker * OWN + p * 64 + warp * 16 + 8 * (e / 2) + g;
                   if (at_m < rows && at_n < columns)
                     ((int*)out)[((i64)s * rows + at_m) * columns + at_n] = a;
                 } else {
@@ -331,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) linear_tiles(
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                   const int at_m = tile.m + m + e % 2;
-                  const int at_n = tile.n + half * (BN / 2) + p * 64 + warp * 16 + 8 * (e / 2) + g;
+                  const int at_n = tile.n + worker * OWN + p * 64 + warp * 16 + 8 * (e / 2) + g;
                   if (at_m < rows && at_n < columns)
                     ((float*)out)[(i64)at_m * columns + at_n] = value[e];
                 }
@@ -358,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) linear_tiles(
           for (int p = 0; p < PIECES; p++) {
             const uint4 line = *(const uint4*)(mine + p * 512 + lane / 2 * 32 +
                                                (lane % 2 ^ lane / 8 % 2) * 16);
-            const int at_n = tile.n + half * (BN / 2) + p * 64 + warp * 16 + lane % 2 * 8;
+            const int at_n = tile.n + worker * OWN + p * 64 + warp * 16 + lane % 2 * 8;
             if (at_m < rows && at_n < columns)
               *(uint4*)((unsigned short*)out + (i64)at_m * columns + at_n) = line;
           }
@@ -368,7 +345,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) linear_tiles(
       if (lane == 0) barrier_arrive(table_empty);
     }
   }
-  if (CN * CM > 1) cluster_sync();  // blocks must not end while others write to their memory
 }
 """
 )
