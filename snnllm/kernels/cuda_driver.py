@@ -90,16 +90,26 @@ class Kernel:
 def missing() -> str | None:
     """Return None when sources can be compiled and launched here, else the reason why not."""
     try:
-        importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
         _driver()
+    except OSError as error:
+        return f"no CUDA driver ({error})"
+    return compiler_missing()
+
+
+def compiler_missing() -> str | None:
+    """Return None when sources can be compiled here, also without a GPU, else the reason why not."""
+    try:
+        importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
     except (ImportError, OSError, RuntimeError) as error:
         return f"no CUDA compiler at run time ({error}); pip install cuda-bindings nvidia-cuda-nvrtc"
     return None
 
 
 @cache
-def compiled(source: str, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """Machine code of a source.
+def compiled(
+    source: str, macros: tuple[tuple[str, int], ...], architecture: str
+) -> tuple[bytes, str]:
+    """Machine code of a source, and what the compiler says of it.
 
     Args:
         source: CUDA C++ without includes.
@@ -114,14 +124,15 @@ def compiled(source: str, macros: tuple[tuple[str, int], ...], architecture: str
     options += [f"-D{name}={value}" for name, value in macros]
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"linear.cu", 0, [], [])
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    raw = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
+    nvrtc.nvrtcGetProgramLog(program, raw)
+    log = raw.decode(errors="replace").strip("\0\n ")
     if int(status):
-        log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"NVRTC refuses {dict(macros)}: {log.decode(errors='replace')}")
+        raise RuntimeError(f"NVRTC refuses {dict(macros)}: {log}")
     code = bytes(nvrtc.nvrtcGetCUBINSize(program)[1])
     nvrtc.nvrtcGetCUBIN(program, code)
     nvrtc.nvrtcDestroyProgram(program)
-    return code
+    return code, log
 
 
 @cache
@@ -135,7 +146,7 @@ def load(
 ) -> Kernel:
     """The kernel `name` of a source on a device; arguments as `compiled` and `Kernel`."""
     major, minor = torch.cuda.get_device_capability(device)
-    code = compiled(source, macros, f"sm_{major}{minor}a")
+    code, _ = compiled(source, macros, f"sm_{major}{minor}a")
     driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
     torch.cuda.current_stream(device)  # torch's context is the current one from here on
     _check(driver.cuModuleLoadData(ctypes.byref(module), code))

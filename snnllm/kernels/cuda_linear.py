@@ -28,13 +28,11 @@ class Rows(NamedTuple):
         strips: sixteens of outputs of a block of threads.
         stages: of the rings.
         resident: blocks of threads of a multiprocessor.
-        prefetch: whether all weights are asked for at once, to the L2 cache.
     """
 
     strips: int
     stages: int
     resident: int
-    prefetch: bool
 
 
 class Tiles(NamedTuple):
@@ -44,8 +42,6 @@ class Tiles(NamedTuple):
         bm: rows of a tile.
         bn: outputs of a tile.
         workers: warpgroups that multiply.
-        sets: operands at work at a time.
-        lead: stages that a warpgroup is ahead of the next.
         stages: of the ring.
         kept: sums of the second segment that a thread keeps in registers.
     """
@@ -53,8 +49,6 @@ class Tiles(NamedTuple):
     bm: int
     bn: int
     workers: int
-    sets: int
-    lead: int
     stages: int
     kept: int
 
@@ -87,13 +81,19 @@ def _without(device: torch.device) -> str | None:
     return reason
 
 
-def choose_shape(rows: int, columns: int) -> Rows | Tiles:
-    """Kernel and tile sizes for M rows and N columns."""
+def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
+    """Kernel and tile sizes for M rows and N columns on so many multiprocessors; measured on an H100."""
     if rows <= _FEW_ROWS:
-        return Rows(2, 6 if rows <= 16 else 4, 1, False)
+        if columns <= 32 * processors:  # a block of threads has a multiprocessor of its own
+            return Rows(2, 6 if rows <= 8 else 4, 1)
+        return Rows(2, 3, 2) if rows <= 8 else Rows(2, 2, 3 if rows <= 16 else 2)
     if rows <= 512:
-        return Tiles(64, 128, 2, 4, 0, 8, 32)
-    return Tiles(128, 256, 2, 2, 2, 4, 56)
+        # Few tiles: small ones, or what fills the multiprocessors once.
+        once = -(-rows // 128) * -(-columns // 192)
+        if processors // 2 < once <= processors:
+            return Tiles(128, 192, 3, 4, 0)
+        return Tiles(64, 128, 2, 8, 32)
+    return Tiles(128, 256, 2, 4, 56)
 
 
 def launch(
@@ -121,7 +121,8 @@ def launch(
     *_, row_sum, shift, bias = parameters
     assert row_sum is not None
     segments = row_sum.shape[1]
-    shape = choose_shape(rows, columns)
+    processors = _processors(count.device)
+    shape = choose_shape(rows, columns, processors)
     macros = {
         "SEGMENTS": segments,
         "SHIFT": int(shift is not None),
@@ -136,8 +137,7 @@ def launch(
     kernel = _tiles_kernel(shape, tuple(macros.items()), count.device)
     maps = (tensor_map(count, shape.bm, 128), tensor_map(weight, shape.bn, 64))
     tiles = -(-rows // shape.bm) * -(-columns // shape.bn)
-    blocks = min(tiles, _processors(count.device))
-    kernel(blocks, (*maps, *parameters, out, *sizes, 2048 // shape.bm), early)
+    kernel(min(tiles, processors), (*maps, *parameters, out, *sizes, 2048 // shape.bm), early)
 
 
 def _rows_kernel(

@@ -4,12 +4,12 @@ A block of threads owns 16 STRIPS outputs over the whole of K; each of its eight
 128 positions, keeps a ring of STAGES of them in shared memory filled by asynchronous copies of its own,
 and multiplies on the tensor cores (m16n8k32). The integers of the warps are added at the end, in shared
 memory. The weights of all stages are on their way before the counts are there (programmatic dependent
-launch); with PREFETCH all others, too, to the L2 cache.
+launch).
 
 A lane takes 16 packed bytes of a weight row, the positions `16 t ..` and `64 + 16 t ..` of the block,
 where the product has other ones: the order of the positions within a sum is free.
 
-Macros: ROWS8 (rows / 8, up), STRIPS, PREFETCH, SEGMENTS (1 or 2), SHIFT, BIAS, STAGES, RESIDENT (blocks of threads of a
+Macros: ROWS8 (rows / 8, up), STRIPS, SEGMENTS (1 or 2), SHIFT, BIAS, STAGES, RESIDENT (blocks of threads of a
 multiprocessor, for which registers are set aside), OUT (`cuda_common.OUTPUTS`).
 """
 
@@ -80,9 +80,6 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
 #pragma unroll
   for (int i = 0; i < STAGES; i++)
     if (i < mine) copy_weights(i, i);
-  if (PREFETCH && threadIdx.x == 0)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(weight + (i64)n0 * pitch),
-                 "r"(min(OUTPUTS, columns - n0) * pitch));
   if (threadIdx.x < SEGMENTS * OUTPUTS) {
     const int of = threadIdx.x / OUTPUTS, i = threadIdx.x % OUTPUTS;
     const int n = min(n0 + i, columns - 1), j = n * weight_groups + segments[4 * of + 3];

@@ -4,14 +4,12 @@ A block of threads makes tiles of BN outputs and BM rows, one after the other. O
 weights by the copy engine into a ring of stages of 128 positions, ahead across tiles), one warp lays out the
 scales and zero points of the tile, and WORKERS warpgroups multiply: packed weights go from shared memory
 to registers (ldmatrix), where they are the left operand after three operations per 8 codes; the counts
-are the right operand, in shared memory. While products run, the next operands are unpacked; SETS operands
-are at work at a time. A warpgroup starts LEAD stages behind the one before it: while the one scales its
-sums, the other keeps the tensor cores busy.
+are the right operand, in shared memory. While a product runs, the next operand is unpacked.
 
 Of two segments the second (few salient channels) comes first; its scaled sums wait in registers and
 in shared memory (KEPT of them in registers). A float sum of two does not depend on the order.
 
-Macros: BM, BN, WORKERS, SETS, LEAD, STAGES, KEPT, SEGMENTS (1 or 2), SHIFT, BIAS, OUT (`cuda_common.OUTPUTS`).
+Macros: BM, BN, WORKERS, STAGES, KEPT, SEGMENTS (1 or 2), SHIFT, BIAS, OUT (`cuda_common.OUTPUTS`).
 """
 
 from snnllm.kernels.cuda_common import COMMON
@@ -68,8 +66,6 @@ INLINE void box_copy(unsigned to, const Map* map, int column, int row, unsigned 
                "[%0], [%1, {%2, %3}], [%4];"
                ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
-INLINE void named_barrier(int name) { asm volatile("bar.sync %0, 256;" ::"r"(name) : "memory"); }
-INLINE void named_barrier_arrive(int name) { asm volatile("bar.arrive %0, 256;" ::"r"(name) : "memory"); }
 
 struct Tile { int m, n; };
 // Rasters of `height` tiles along the rows: what runs at a time shares operands in the L2 cache.
@@ -113,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
   launch_dependents();
 
   if (group_of_warps == 0) {
-    if (WORKERS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WORKERS == 2 ? 40 : 32));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WORKERS == 2 ? 40 : 32));
     if (warp == 0 && lane == 0) {  // copies
       auto copy_weights = [&](Tile tile, int i, int s) {
         barrier_expect(full + 8 * s, STAGE_BYTES);
@@ -175,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
       }
     }
   } else {
-    if (WORKERS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WORKERS == 2 ? 232 : 160));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WORKERS == 2 ? 232 : 160));
     const int worker = group_of_warps - 1, thread = threadIdx.x - 128;
     const int g = lane / 4, t = lane % 4;
     // ldmatrix: lanes 0-7 give the rows of the first matrix, and so on; chunks of 16 bytes, swizzled.
@@ -188,8 +184,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
     const u64 descriptor = 1ull << 62 | (u64)(1024 / 16) << 32 | 1ull << 16 | (base >> 4);
     int acc[PIECES][VALUES];
     float kept[SEGMENTS == 2 && KEPT > 0 ? KEPT : 1];
-    unsigned operand[SETS][8];
-    bool begun = false;
+    unsigned operand[2][8];
     int stage = 0, parity = 0, table_parity = 0;
     auto release = [&]() {  // the stage before the current one
       if (lane == 0) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1));
@@ -204,9 +199,9 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
         load_matrices(packed[j], weights_here + j / 2 * (64 * 64) + chunk_at[j % 2]);
 #pragma unroll
       for (int j = 0; j < GROUPS; j++) {
-        finish<SETS - 1>();  // the product that reads this operand
-        if (j == SETS - 1 && i > 0) release();
-        unsigned(&a)[8] = operand[j % SETS];
+        finish<1>();  // the product that reads this operand
+        if (j == 1 && i > 0) release();
+        unsigned(&a)[8] = operand[j % 2];
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           a[e] = packed[j][e] & NIBBLES;
@@ -220,15 +215,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
       if (++stage == STAGES) stage = 0, parity ^= 1;
     };
     auto multiply_segment = [&](int count) {
-      // The first segment of all: wait for the warpgroup ahead, let the one behind start.
-      if (LEAD > 0 && !begun && worker > 0) named_barrier(worker);
-      for (int i = 0; i < count; i++) {
-        multiply_block(i);
-        if (LEAD > 0 && !begun && (i + 1 >= LEAD || i + 1 == count)) {
-          begun = true;
-          if (worker + 1 < WORKERS) named_barrier_arrive(worker + 1);
-        }
-      }
+      for (int i = 0; i < count; i++) multiply_block(i);
       finish<0>();
 #pragma unroll
       for (int p = 0; p < PIECES; p++)

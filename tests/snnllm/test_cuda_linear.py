@@ -1,0 +1,200 @@
+"""Collapsed linears in CUDA C++: which linears they serve, what they compile to, and their integers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+from snnllm.kernels import cuda_driver, cuda_linear, cuda_rows_source, cuda_tiles_source  # noqa: E402
+from snnllm.kernels.cuda_common import OUTPUTS  # noqa: E402
+from snnllm.kernels.cuda_linear import Rows, Tiles, choose_shape, unsuitable  # noqa: E402
+from snnllm.kernels.triton_backend import TritonBackend  # noqa: E402
+
+CPU = torch.device("cpu")
+MOST_SHARED = 227 * 1024
+SHAPES = [
+    choose_shape(m, n, 132)
+    for m, n in itertools.product((1, 8, 16, 17, 32, 33, 64, 256, 512, 513, 4096), (512, 4096, 11008))
+]
+
+
+def macros(shape: Rows | Tiles, rows8: int = 1, segments: int = 2) -> dict[str, int]:
+    own = {name.upper(): int(value) for name, value in shape._asdict().items()}
+    more = {"ROWS8": rows8} if isinstance(shape, Rows) else {}
+    return {**own, **more, "SEGMENTS": segments, "SHIFT": 1, "BIAS": 1}
+
+
+@pytest.mark.parametrize(
+    ("columns", "bits", "segments"), [(64, 2, 1), (64, 8, 1), (64, 4, 3), (68, 4, 2)]
+)
+def test_other_linears_run_on_triton(columns: int, bits: int, segments: int) -> None:
+    reason = unsuitable(CPU, columns, bits, segments)
+    assert reason is not None
+    assert f"{bits} bits, {segments} segments, {columns} outputs" in reason
+
+
+def test_other_devices_run_on_triton() -> None:
+    assert "compute capability" in str(unsuitable(CPU, 64, 4, 2))
+
+
+def test_a_missing_compiler_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_name: str) -> None:
+        raise ImportError("no module")
+
+    monkeypatch.setattr(cuda_driver, "_driver", lambda: None)
+    monkeypatch.setattr("snnllm.kernels.cuda_driver.importlib.import_module", refuse)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    device = torch.device("cuda", 7)
+    with caplog.at_level(logging.WARNING):
+        reasons = [unsuitable(device, 64, 4, 2) for _ in range(2)]
+    cuda_linear._without.cache_clear()
+    assert "pip install cuda-bindings" in str(reasons[0])
+    assert reasons[0] == reasons[1]
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("rows", range(1, 33))
+def test_shared_memory_of_few_rows_fits(rows: int) -> None:
+    for columns in (64, 4096, 11008, 28672):
+        shape = choose_shape(rows, columns, 132)
+        assert isinstance(shape, Rows)
+        rows8 = 1 << (-(-rows // 8) - 1).bit_length()
+        shared = cuda_rows_source.shared_bytes(rows8, shape.strips, shape.stages, 2)
+        # Each resident block takes 1 KiB more.
+        assert (shared + 1024) * shape.resident <= MOST_SHARED + 1024
+
+
+@pytest.mark.parametrize("rows", [33, 64, 128, 256, 512, 2048, 16384])
+def test_shared_memory_of_many_rows_fits(rows: int) -> None:
+    for columns in (64, 4096, 11008, 28672):
+        shape = choose_shape(rows, columns, 132)
+        assert isinstance(shape, Tiles)
+        kept = shape.kept * shape.workers
+        shared = cuda_tiles_source.shared_bytes(shape.bm, shape.bn, shape.stages, kept, 2)
+        assert shared <= MOST_SHARED
+        assert 0 <= shape.kept <= shape.bm * shape.bn // 128 // shape.workers
+
+
+@pytest.mark.skipif(cuda_driver.compiler_missing() is not None, reason="NVRTC is not installed")
+@pytest.mark.parametrize("out", list(OUTPUTS.values()))
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("shape", sorted(set(SHAPES), key=str), ids=str)
+def test_every_shape_compiles_without_serialised_products(
+    shape: Rows | Tiles, segments: int, out: int
+) -> None:
+    source = cuda_rows_source.SOURCE if isinstance(shape, Rows) else cuda_tiles_source.SOURCE
+    for rows8 in (1, 2, 4) if isinstance(shape, Rows) else (0,):
+        names = {**macros(shape, rows8, segments), "OUT": out}
+        code, log = cuda_driver.compiled(source, tuple(names.items()), "sm_90a")
+        assert code.startswith(b"\x7fELF")
+        assert "serialized" not in log
+
+
+def test_a_broken_source_is_refused_with_the_log() -> None:
+    if cuda_driver.compiler_missing() is not None:
+        pytest.skip("NVRTC is not installed")
+    with pytest.raises(RuntimeError, match="NVRTC refuses"):
+        cuda_driver.compiled("int f( {", (("WRONG", 1),), "sm_90a")
+
+
+def spec_of(
+    seed: int, n: int, sizes: tuple[int, ...], capacities: tuple[int, ...], bias: bool
+) -> LinearSpec:
+    generator = torch.Generator().manual_seed(seed)
+    k = sum(sizes)
+    levels = torch.randint(-8, 8, (n, k), generator=generator).to(torch.int8)
+    return LinearSpec(
+        encoder=EncoderSpec(
+            torch.randperm(k, generator=generator), sizes, capacities, False, "layer"
+        ),
+        levels=levels.cuda(),
+        scale=(torch.rand(n, 1, generator=generator) + 0.1).cuda(),
+        zero=torch.randint(-8, 8, (n, 1), generator=generator).int().cuda(),
+        bias=torch.randn(n, generator=generator).cuda() if bias else None,
+        segments=segments_of(sizes),
+        weight_bits=4,
+    )
+
+
+def input_of(seed: int, m: int, k: int, dtype: torch.dtype) -> Tensor:
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed)) * 3
+    x[:, :2] *= 30
+    return x.to("cuda", dtype)
+
+
+def check(spec: LinearSpec, x: Tensor) -> None:
+    reference, backend = ReferenceBackend(), TritonBackend()
+    expected, prepared = reference.prepare(spec), backend.prepare(spec)
+    assert torch.equal(backend.accumulate(x, prepared), reference.accumulate(x, expected))
+    assert torch.equal(backend.linear(x, prepared), reference.linear(x, expected))
+
+
+@pytest.fixture
+def served() -> None:
+    reason = unsuitable(torch.device("cuda", torch.cuda.current_device()), 64, 4, 2)
+    if reason is not None:
+        pytest.skip(f"CUDA C++ kernels: {reason}")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("served")
+@given(
+    seed=st.integers(0, 2**20),
+    m=st.one_of(st.integers(1, 40), st.integers(41, 700)),
+    n=st.integers(1, 100).map(lambda eights: 8 * eights),
+    low=st.integers(1, 1500),
+    high=st.integers(0, 300),
+    capacities=st.sampled_from([(15, 30), (15, 60), (127, 255), (255, 255)]),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_linear(
+    seed: int,
+    m: int,
+    n: int,
+    low: int,
+    high: int,
+    capacities: tuple[int, int],
+    bias: bool,
+    dtype: torch.dtype,
+) -> None:
+    sizes = (low, high) if high else (low,)
+    spec = spec_of(seed, n, sizes, capacities[: len(sizes)], bias)
+    check(spec, input_of(seed, m, sum(sizes), dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize("rows", [1, 16, 32, 256, 2048])
+@pytest.mark.parametrize("sizes", [(4096,), (3686, 410)], ids=["one", "two"])
+def test_linears_of_a_7b_model(sizes: tuple[int, ...], rows: int) -> None:
+    spec = spec_of(rows, 4096, sizes, (15, 30)[: len(sizes)], bias=False)
+    check(spec, input_of(rows, rows, 4096, torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("served")
+def test_linears_are_recorded_in_graphs() -> None:
+    spec, backend = spec_of(0, 256, (300, 20), (15, 30), bias=True), TritonBackend()
+    prepared = backend.prepare(spec)
+    for m in (3, 100):
+        x = input_of(1, m, 320, torch.bfloat16)
+        backend.linear(x, prepared)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = backend.linear(x, prepared)
+        x.copy_(input_of(2, m, 320, torch.bfloat16))
+        graph.replay()
+        assert torch.equal(out, ReferenceBackend().linear(x, ReferenceBackend().prepare(spec)))
