@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from snnllm.kernels import cuda_rows_source, cuda_tiles_source
-from snnllm.kernels.cuda_common import OUTPUTS
+from snnllm.kernels.cuda_primitives import OUTPUTS
 from snnllm.kernels.cuda_driver import Kernel, load, missing, tensor_map
 
 _LOG = logging.getLogger(__name__)

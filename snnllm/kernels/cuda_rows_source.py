@@ -10,12 +10,12 @@ A lane takes 16 packed bytes of a weight row, the positions `16 t ..` and `64 + 
 where the product has other ones: the order of the positions within a sum is free.
 
 Macros: ROWS8 (rows / 8, up), STRIPS, SEGMENTS (1 or 2), SHIFT, BIAS, STAGES, RESIDENT (blocks of threads of a
-multiprocessor, for which registers are set aside), OUT (`cuda_common.OUTPUTS`).
+multiprocessor, for which registers are set aside), OUT (`cuda_primitives.OUTPUTS`).
 """
 
-from snnllm.kernels.cuda_common import COMMON
+from snnllm.kernels.cuda_primitives import PREAMBLE, PRIMITIVES, SHARED
 
-__all__ = ["ROW_THREADS", "SOURCE", "shared_bytes"]
+__all__ = ["BODY", "ROW_THREADS", "SOURCE", "shared_bytes"]
 
 ROW_THREADS = 256
 """Eight warps."""
@@ -29,16 +29,8 @@ def shared_bytes(rows8: int, strips: int, stages: int, segments: int) -> int:
     return max(rings, sums) + tables
 
 
-SOURCE = (
-    COMMON
-    + r"""
-INLINE void copy_16(unsigned to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-INLINE void copy_4(const void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-INLINE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+BODY = r"""
+INLINE unsigned word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
     const unsigned char* count, const unsigned char* weight, const float* threshold,
@@ -83,21 +75,21 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   if (threadIdx.x < SEGMENTS * OUTPUTS) {
     const int of = threadIdx.x / OUTPUTS, i = threadIdx.x % OUTPUTS;
     const int n = min(n0 + i, columns - 1), j = n * weight_groups + segments[4 * of + 3];
-    int* to = column_table + of * 4 * OUTPUTS + i;
+    const unsigned to = shared_address(column_table + of * 4 * OUTPUTS + i);
     copy_4(to, scale + j);
-    copy_4(to + OUTPUTS, weight_zero + j);
-    copy_4(to + 2 * OUTPUTS, row_sum + n * SEGMENTS + of);
-    if (SHIFT) copy_4(to + 3 * OUTPUTS, shift + n * SEGMENTS + of);
-    if (BIAS && of == 0) copy_4(bias_table + i, bias + n);
+    copy_4(to + 4 * OUTPUTS, weight_zero + j);
+    copy_4(to + 8 * OUTPUTS, row_sum + n * SEGMENTS + of);
+    if (SHIFT) copy_4(to + 12 * OUTPUTS, shift + n * SEGMENTS + of);
+    if (BIAS && of == 0) copy_4(shared_address(bias_table + i), bias + n);
   }
   const int second = SEGMENTS == 2 ? segments[4] / 128 : blocks;
   wait_for_kernel_in_front();
   if (threadIdx.x < SEGMENTS * rows) {
     const int of = threadIdx.x / rows, m = threadIdx.x % rows, group = segments[4 * of + 2];
-    int* to = row_table + of * 3 * ROWS + m;
+    const unsigned to = shared_address(row_table + of * 3 * ROWS + m);
     copy_4(to, threshold + m * groups + group);
-    copy_4(to + ROWS, zero_point + m * groups + group);
-    copy_4(to + 2 * ROWS, count_sum + m * SEGMENTS + of);
+    copy_4(to + 4 * ROWS, zero_point + m * groups + group);
+    copy_4(to + 8 * ROWS, count_sum + m * SEGMENTS + of);
   }
 #pragma unroll
   for (int i = 0; i < STAGES; i++) {
@@ -109,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   int acc[SEGMENTS][STRIPS][ROWS8][4] = {};
   int stage = 0;
   for (int i = 0; i < mine; i++) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+    finish_copies<STAGES - 1>();
     __syncwarp();
     const unsigned char* here = memory + ring + stage * STAGE_BYTES;
     auto multiply = [&](int (&sums)[STRIPS][ROWS8][4]) {
@@ -146,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   }
 
   // The sums go where the rings were.
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  finish_copies<0>();
   __syncthreads();
   int* sums = (int*)memory;
 #pragma unroll
@@ -186,4 +178,5 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   }
 }
 """
-)
+
+SOURCE = PREAMBLE + PRIMITIVES + SHARED + BODY

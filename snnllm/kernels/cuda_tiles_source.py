@@ -9,12 +9,12 @@ are the right operand, in shared memory. While a product runs, the next operand 
 Of two segments the second (few salient channels) comes first; its scaled sums wait in registers and
 in shared memory (KEPT of them in registers). A float sum of two does not depend on the order.
 
-Macros: BM, BN, WORKERS, STAGES, KEPT, SEGMENTS (1 or 2), SHIFT, BIAS, OUT (`cuda_common.OUTPUTS`).
+Macros: BM, BN, WORKERS, STAGES, KEPT, SEGMENTS (1 or 2), SHIFT, BIAS, OUT (`cuda_primitives.OUTPUTS`).
 """
 
-from snnllm.kernels.cuda_common import COMMON
+from snnllm.kernels.cuda_primitives import PREAMBLE, PRIMITIVES, SHARED
 
-__all__ = ["SOURCE", "shared_bytes"]
+__all__ = ["BODY", "SOURCE", "shared_bytes"]
 
 def shared_bytes(bm: int, bn: int, stages: int, kept: int, segments: int) -> int:
     """Shared memory of a block: ring, waiting sums, tables, transposition, barriers, alignment."""
@@ -24,48 +24,10 @@ def shared_bytes(bm: int, bn: int, stages: int, kept: int, segments: int) -> int
     return stages * (bm * 128 + bn * 64) + waiting + table + bn * 32 + 256 + 1024
 
 
-def _product(columns: int) -> str:
-    """`multiply(d, a, counts, add)`: d [64 x columns] (+)= a [64 x 32] counts [columns x 32]^T."""
-    size = columns // 2
-    outputs = ", ".join(f"%{i}" for i in range(size))
-    bound = ", ".join(f'"+r"(d[{i}])' for i in range(size))
-    return f"""
-INLINE void multiply(int (&d)[{size}], const unsigned* a, u64 counts, int add) {{
-  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{size + 5}, 0;\\n"
-    "wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{outputs}}}, "
-    "{{%{size}, %{size + 1}, %{size + 2}, %{size + 3}}}, %{size + 4}, p; }}"
-    : {bound} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(counts), "r"(add));
-}}
-"""
-
-
-_PRODUCTS = "".join(f"#if BM == {n}{_product(n)}#endif\n" for n in (64, 128, 256))
-
-SOURCE = (
-    COMMON
-    + r"""
-typedef unsigned long long u64;
-struct __align__(64) Map { char raw[128]; };
+BODY = r"""
 constexpr int OWN = BN / WORKERS, PIECES = OWN / 64, VALUES = BM / 2, WAITING = PIECES * VALUES - KEPT;
 constexpr int COUNT_BYTES = BM * 128, STAGE_BYTES = COUNT_BYTES + BN * 64, WARPS = 4 * WORKERS;
 constexpr int GROUPS = 2 * PIECES;
-"""
-    + _PRODUCTS
-    + r"""
-INLINE void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-INLINE void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT> INLINE void finish() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
-INLINE void load_matrices(unsigned (&a)[4], unsigned at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(at));
-}
-INLINE void box_copy(unsigned to, const Map* map, int column, int row, unsigned barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-               "[%0], [%1, {%2, %3}], [%4];"
-               ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
-}
 
 struct Tile { int m, n; };
 // Rasters of `height` tiles along the rows: what runs at a time shares operands in the L2 cache.
@@ -109,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
   launch_dependents();
 
   if (group_of_warps == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WORKERS == 2 ? 40 : 32));
+    give_registers<WORKERS == 2 ? 40 : 32>();
     if (warp == 0 && lane == 0) {  // copies
       auto copy_weights = [&](Tile tile, int i, int s) {
         barrier_expect(full + 8 * s, STAGE_BYTES);
@@ -171,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WORKERS == 2 ? 232 : 160));
+    take_registers<WORKERS == 2 ? 232 : 160>();
     const int worker = group_of_warps - 1, thread = threadIdx.x - 128;
     const int g = lane / 4, t = lane % 4;
     // ldmatrix: lanes 0-7 give the rows of the first matrix, and so on; chunks of 16 bytes, swizzled.
@@ -220,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
 #pragma unroll
       for (int p = 0; p < PIECES; p++)
 #pragma unroll
-        for (int v = 0; v < VALUES; v++) asm volatile("" : "+r"(acc[p][v])::"memory");
+        for (int v = 0; v < VALUES; v++) finished(acc[p][v]);
       release();
     };
     for (int index = blockIdx.x; index < tiles; index += gridDim.x, table_parity ^= 1) {
@@ -312,10 +274,9 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
           __syncwarp();
 #pragma unroll
           for (int p = 0; p < PIECES; p++)
-            asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                             shared_address(mine + p * 512 + lane_row * 32 +
-                                            (lane_chunk ^ lane_row / 4 % 2) * 16)),
-                         "r"(pairs[p][0]), "r"(pairs[p][1]), "r"(pairs[p][2]), "r"(pairs[p][3]) : "memory");
+            store_transposed(shared_address(mine + p * 512 + lane_row * 32 +
+                                            (lane_chunk ^ lane_row / 4 % 2) * 16),
+                             pairs[p]);
           __syncwarp();
           const int at_m = tile.m + 16 * j + lane / 2;
 #pragma unroll
@@ -334,4 +295,5 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
   }
 }
 """
-)
+
+SOURCE = PREAMBLE + PRIMITIVES + SHARED + BODY

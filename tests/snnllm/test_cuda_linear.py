@@ -15,7 +15,7 @@ from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_o
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 from snnllm.kernels import cuda_driver, cuda_linear, cuda_rows_source, cuda_tiles_source  # noqa: E402
-from snnllm.kernels.cuda_common import OUTPUTS  # noqa: E402
+from snnllm.kernels.cuda_primitives import OUTPUTS  # noqa: E402
 from snnllm.kernels.cuda_linear import Rows, Tiles, choose_shape, unsuitable  # noqa: E402
 from snnllm.kernels.triton_backend import TritonBackend  # noqa: E402
 

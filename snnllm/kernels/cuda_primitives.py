@@ -1,0 +1,134 @@
+"""The assembly of the CUDA C++ kernels, one function an instruction, and the arithmetic they share.
+
+Kernels are `PREAMBLE + PRIMITIVES + SHARED + body`; the tests run the bodies on the CPU, with primitives that
+imitate the instructions (`tests/snnllm/cuda_on_host.h`).
+"""
+
+import torch
+
+__all__ = ["OUTPUTS", "PREAMBLE", "PRIMITIVES", "SHARED"]
+
+OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}
+"""The macro OUT; int32 are the accumulators."""
+
+PREAMBLE = r"""
+typedef long long i64;
+typedef unsigned long long u64;
+#define INTEGERS 3
+#define NIBBLES 0x0F0F0F0Fu
+#define INLINE __device__ __forceinline__
+struct __align__(64) Map { char raw[128]; };
+"""
+
+
+def _product(columns: int) -> str:
+    """`multiply(d, a, counts, add)`: d [64 x columns] (+)= a [64 x 32] counts [columns x 32]^T."""
+    size = columns // 2
+    outputs = ", ".join(f"%{i}" for i in range(size))
+    bound = ", ".join(f'"+r"(d[{i}])' for i in range(size))
+    return f"""
+INLINE void multiply(int (&d)[{size}], const unsigned* a, u64 counts, int add) {{
+  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{size + 5}, 0;\\n"
+    "wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{outputs}}}, "
+    "{{%{size}, %{size + 1}, %{size + 2}, %{size + 3}}}, %{size + 4}, p; }}"
+    : {bound} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(counts), "r"(add));
+}}
+"""
+
+
+PRIMITIVES = (
+    r"""
+INLINE unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+// Programmatic dependent launch; both do nothing in a launch without it.
+INLINE void wait_for_kernel_in_front() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+INLINE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+template <int REGISTERS> INLINE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS> INLINE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+INLINE void barrier_init(unsigned at, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals));
+}
+INLINE void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+INLINE void barrier_expect(unsigned at, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+INLINE void barrier_arrive(unsigned at) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+// Not `.acquire.cluster`: it would empty the L1 cache, and what barriers order here is in shared memory.
+INLINE void barrier_wait(unsigned at, int parity) {
+  asm volatile("{ .reg .pred done;\n"
+               "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+               "@!done bra again; }" ::"r"(at), "r"(parity) : "memory");
+}
+
+INLINE void copy_16(unsigned to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+INLINE void copy_4(unsigned to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+INLINE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT> INLINE void finish_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+INLINE void box_copy(unsigned to, const Map* map, int column, int row, unsigned barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%2, %3}], [%4];"
+               ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+INLINE void load_matrices(unsigned (&a)[4], unsigned at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(at));
+}
+INLINE void store_transposed(unsigned at, const unsigned (&a)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(at), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+}
+INLINE void multiply_16x8(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                          unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+               "{%8, %9}, {%0, %1, %2, %3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+INLINE void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+INLINE void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> INLINE void finish() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+// The compiler may not read a sum before the wait above.
+INLINE void finished(int& sum) { asm volatile("" : "+r"(sum)::"memory"); }
+
+INLINE unsigned pair(float low, float high) {  // two 16-bit floats
+  unsigned v;
+#if OUT == 2
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#endif
+  return v;
+}
+"""
+    + _product(64)
+    + _product(128)
+)
+
+SHARED = r"""
+// (s A) sw, the operations of snnllm.kernels.epilogue.
+INLINE float scaled(float threshold, int a, float scale) {
+  return __fmul_rn(__fmul_rn(threshold, __int2float_rn(a)), scale);
+}
+INLINE void store(void* out, i64 at, float value) {
+#if OUT == 0
+  ((float*)out)[at] = value;
+#else
+  ((unsigned short*)out)[at] = (unsigned short)pair(value, 0.0f);
+#endif
+}
+"""

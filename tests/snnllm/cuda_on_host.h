@@ -1,0 +1,253 @@
+// CUDA C++ on the CPU: the primitives of snnllm.kernels.cuda_primitives, imitated.
+//
+// One block of threads at a time, one fiber a thread, so that a run is deterministic. What is asynchronous on
+// the device happens as late as its waits allow: copies (cp.async) and products (wgmma) at the wait that needs
+// them, from the memory of that moment. A wait for something that nobody brings ends the program.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <ucontext.h>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct int4 { int x, y, z, w; };
+struct __align__(16) uint4 { unsigned x, y, z, w; };
+struct __align__(16) float4 { float x, y, z, w; };
+static int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static int min(int a, int b) { return a < b ? a : b; }
+static int __float_as_int(float f) { int i; memcpy(&i, &f, 4); return i; }
+static float __int_as_float(int i) { float f; memcpy(&f, &i, 4); return f; }
+static float __int2float_rn(int i) { return (float)i; }
+static float __fmul_rn(float a, float b) { volatile float c = a * b; return c; }
+static float __fadd_rn(float a, float b) { volatile float c = a + b; return c; }
+
+struct Index { int x; };
+static Index threadIdx, blockIdx, gridDim;
+alignas(1024) unsigned char SHARED_MEMORY[256 * 1024];
+
+struct Copy { unsigned to; const void* from; int bytes; };
+struct Product { int* d; int columns; unsigned a[4]; u64 counts; int add; };
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool done = false;
+  std::vector<std::vector<Copy>> copies;  // groups; the last one is open
+  std::vector<std::vector<Product>> products;
+  unsigned exchange[8];
+  unsigned address;
+};
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static int current;
+static long idle;  // switches since something happened
+
+static void yield() {
+  const int me = current;
+  swapcontext(&fibers[me].context, &scheduler);
+}
+template <typename Condition> static void wait_until(Condition condition) {
+  while (!condition()) {
+    if (++idle > 4000 + 4 * (long)fibers.size()) {
+      fprintf(stderr, "deadlock at thread %d\n", threadIdx.x);
+      exit(3);
+    }
+    yield();
+  }
+  idle = 0;
+}
+struct Meeting { int arrived = 0; long turn = 0; };
+static std::map<int, Meeting> meetings;
+static void meet(int name, int threads) {
+  Meeting& m = meetings[name];
+  const long turn = m.turn;
+  if (++m.arrived == threads) m.arrived = 0, m.turn++, idle = 0;
+  else wait_until([&] { return m.turn != turn; });
+}
+static void __syncthreads() { meet(-1, fibers.size()); }
+static void __syncwarp() { meet(threadIdx.x / 32, 32); }
+static Fiber& lane_of_warp(int lane) { return fibers[threadIdx.x / 32 * 32 + lane]; }
+
+static unsigned char* shared_at(unsigned at) { return SHARED_MEMORY + at; }
+static unsigned shared_address(const void* p) { return (unsigned)((const unsigned char*)p - SHARED_MEMORY); }
+static void wait_for_kernel_in_front() {}
+static void launch_dependents() {}
+template <int N> static void give_registers() {}
+template <int N> static void take_registers() {}
+
+struct Barrier { int count, pending, bytes, phase; };
+static std::map<unsigned, Barrier> barriers;
+static void settle(Barrier& b) {
+  idle = 0;
+  if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.count;
+}
+static void barrier_init(unsigned at, int arrivals) { barriers[at] = {arrivals, arrivals, 0, 0}; }
+static void barrier_fence() {}
+static void barrier_arrive(unsigned at) {
+  Barrier& b = barriers.at(at);
+  if (--b.pending < 0) { fprintf(stderr, "too many arrivals\n"); exit(4); }
+  settle(b);
+}
+static void barrier_expect(unsigned at, int bytes) {
+  barriers.at(at).bytes += bytes;
+  barrier_arrive(at);
+}
+static void barrier_wait(unsigned at, int parity) {
+  wait_until([&] { return barriers.at(at).phase != parity; });
+}
+
+static void copy_16(unsigned to, const void* from) {
+  if (to % 16 || (u64)from % 16) { fprintf(stderr, "misaligned copy\n"); exit(5); }
+  fibers[threadIdx.x].copies.back().push_back({to, from, 16});
+}
+static void copy_4(unsigned to, const void* from) {
+  fibers[threadIdx.x].copies.back().push_back({to, from, 4});
+}
+static void commit_copies() { fibers[threadIdx.x].copies.emplace_back(); }
+template <int LEFT> static void finish_copies() {
+  auto& groups = fibers[threadIdx.x].copies;
+  if (LEFT == 0) groups.emplace_back();
+  while (groups.size() > LEFT + 1) {
+    for (const Copy& c : groups.front()) memcpy(shared_at(c.to), c.from, c.bytes);
+    groups.erase(groups.begin());
+  }
+}
+// A matrix of bytes in the place of a tensor map, and the boxes that the copy engine takes of it.
+struct HostMap { const unsigned char* data; i64 rows, columns, box_rows, box_columns; };
+static void box_copy(unsigned to, const Map* map, int column, int row, unsigned barrier) {
+  const HostMap& m = *(const HostMap*)map;
+  for (i64 r = 0; r < m.box_rows; r++)
+    for (i64 c = 0; c < m.box_columns; c++) {
+      unsigned at = to + r * m.box_columns + c;
+      at ^= (at >> 7 & (m.box_columns == 128 ? 7 : 3)) << 4;
+      const bool inside = row + r < m.rows && column + c < m.columns;
+      *shared_at(at) = inside ? m.data[(row + r) * m.columns + column + c] : 0;
+    }
+  Barrier& b = barriers.at(barrier);
+  b.bytes -= m.box_rows * m.box_columns;
+  settle(b);
+}
+
+static void load_matrices(unsigned (&a)[4], unsigned at) {
+  const int lane = threadIdx.x % 32;
+  fibers[threadIdx.x].address = at;
+  __syncwarp();
+  for (int i = 0; i < 4; i++)
+    memcpy(&a[i], shared_at(lane_of_warp(8 * i + lane / 4).address + lane % 4 * 4), 4);
+  __syncwarp();
+}
+static void store_transposed(unsigned at, const unsigned (&a)[4]) {
+  const int lane = threadIdx.x % 32;
+  fibers[threadIdx.x].address = at;
+  __syncwarp();
+  for (int i = 0; i < 4; i++)
+    for (int e = 0; e < 2; e++) {
+      const unsigned short half = (unsigned short)(a[i] >> 16 * e);
+      memcpy(shared_at(lane_of_warp(8 * i + lane % 4 * 2 + e).address + lane / 4 * 2), &half, 2);
+    }
+  __syncwarp();
+}
+static int byte_of(unsigned word, int i) { return (signed char)(word >> 8 * i); }
+// Element [row][k] of a 16 x 32 operand that lies in the registers of a warp.
+static int left(int row, int k) {
+  return byte_of(lane_of_warp(row % 8 * 4 + k % 16 / 4).exchange[k / 16 * 2 + row / 8], k % 4);
+}
+static void multiply_16x8(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                          unsigned b1) {
+  const int lane = threadIdx.x % 32;
+  const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(fibers[threadIdx.x].exchange, mine, sizeof mine);
+  __syncwarp();
+  for (int e = 0; e < 4; e++)
+    for (int k = 0; k < 32; k++) {
+      const unsigned right = lane_of_warp((lane % 4 * 2 + e % 2) * 4 + k % 16 / 4).exchange[4 + k / 16];
+      c[e] += left(lane / 4 + e / 2 * 8, k) * byte_of(right, k % 4);
+    }
+  __syncwarp();
+}
+static void fence() {}
+static void commit() { fibers[threadIdx.x].products.emplace_back(); }
+template <int SIZE> static void multiply(int (&d)[SIZE], const unsigned* a, u64 counts, int add) {
+  fibers[threadIdx.x].products.back().push_back(
+      {d, 2 * SIZE, {a[0], a[1], a[2], a[3]}, counts, add});
+}
+static void run_product(int index) {
+  const int lane = threadIdx.x % 32;
+  const Product& mine = fibers[threadIdx.x].products.front()[index];
+  for (int v = 0; v < mine.columns / 2; v++) {
+    const int row = lane / 4 + v % 4 / 2 * 8, n = v / 4 * 8 + lane % 4 * 2 + v % 2;
+    int sum = mine.add ? mine.d[v] : 0;
+    for (int k = 0; k < 32; k++) {
+      unsigned at = ((unsigned)(mine.counts & 0x3FFF) << 4) + n / 8 * 1024 + n % 8 * 128 + k;
+      at ^= (at >> 7 & 7) << 4;
+      const Product& other = lane_of_warp(row % 8 * 4 + k % 16 / 4).products.front()[index];
+      sum += byte_of(other.a[k / 16 * 2 + row / 8], k % 4) * (signed char)*shared_at(at);
+    }
+    mine.d[v] = sum;
+  }
+}
+template <int LEFT> static void finish() {
+  auto& groups = fibers[threadIdx.x].products;
+  while (groups.size() > LEFT + 1) {
+    __syncwarp();
+    for (size_t i = 0; i < groups.front().size(); i++) run_product(i);
+    __syncwarp();
+    groups.erase(groups.begin());
+  }
+}
+static void finished(int&) {}
+static unsigned pair(float low, float high) {  // bfloat16, to nearest even
+  auto half = [](float f) {
+    const unsigned u = __float_as_int(f);
+    return (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+  };
+  return half(low) | half(high) << 16;
+}
+
+static std::function<void()> body;
+static void enter() {
+  body();
+  fibers[current].done = true;
+  idle = 0;
+}
+static void run(int blocks, int threads, std::function<void()> kernel) {
+  body = kernel;
+  gridDim.x = blocks;
+  for (int block = 0; block < blocks; block++) {
+    memset(SHARED_MEMORY, 0xA5, sizeof SHARED_MEMORY);
+    meetings.clear();
+    barriers.clear();
+    idle = 0;
+    fibers = std::vector<Fiber>(threads);
+    for (Fiber& f : fibers) {
+      f.stack.resize(64 * 1024);
+      f.copies.resize(1);
+      f.products.resize(1);
+      getcontext(&f.context);
+      f.context.uc_stack.ss_sp = f.stack.data();
+      f.context.uc_stack.ss_size = f.stack.size();
+      f.context.uc_link = &scheduler;
+      makecontext(&f.context, enter, 0);
+    }
+    for (int left_over = threads; left_over > 0;) {
+      left_over = 0;
+      for (current = 0; current < threads; current++) {
+        if (fibers[current].done) continue;
+        left_over++;
+        threadIdx.x = current;
+        blockIdx.x = block;
+        swapcontext(&scheduler, &fibers[current].context);
+      }
+    }
+  }
+}

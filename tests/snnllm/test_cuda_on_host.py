@@ -1,0 +1,180 @@
+"""The CUDA C++ kernels on the CPU: their bodies, compiled by the C++ compiler with imitated instructions."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+from snnllm.kernels import cuda_rows_source, cuda_tiles_source  # noqa: E402
+from snnllm.kernels.cuda_primitives import OUTPUTS, PREAMBLE, SHARED  # noqa: E402
+from snnllm.kernels.triton_backend import TritonBackend, TritonLinear, encode_plan  # noqa: E402
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs Triton's interpreter"),
+]
+ENTRY = {
+    "rows": r"""
+extern "C" void launch(int blocks, int threads, void** p, const int* n) {
+  run(blocks, threads, [&] {
+    linear_rows((const unsigned char*)p[0], (const unsigned char*)p[1], (const float*)p[2],
+                (const int*)p[3], (const int*)p[4], (const int*)p[5], (const float*)p[6],
+                (const int*)p[7], (const int*)p[8], (const int*)p[9], (const float*)p[10], p[11],
+                n[0], n[1], n[2], n[3], n[4]);
+  });
+}
+""",
+    "tiles": r"""
+extern "C" void launch(int blocks, int threads, void** p, const int* n) {
+  Map counts, weights;
+  *(HostMap*)&counts = {(const unsigned char*)p[0], n[0], n[2], BM, 128};
+  *(HostMap*)&weights = {(const unsigned char*)p[1], n[1], n[2] / 2, BN, 64};
+  run(blocks, threads, [&] {
+    linear_tiles(counts, weights, (const float*)p[2], (const int*)p[3], (const int*)p[4],
+                 (const int*)p[5], (const float*)p[6], (const int*)p[7], (const int*)p[8],
+                 (const int*)p[9], (const float*)p[10], p[11], n[0], n[1], n[2], n[3], n[4], 2);
+  });
+}
+""",
+}
+BODIES = {"rows": cuda_rows_source.BODY, "tiles": cuda_tiles_source.BODY}
+Launch = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, int]], Any]:
+    """Compile a kernel with macros for the CPU."""
+    folder = tmp_path_factory.mktemp("cuda")
+    header = Path(__file__).with_name("cuda_on_host.h").read_text()
+
+    def compiled(name: str, macros: dict[str, int]) -> Any:
+        stem = "_".join([name, *(str(value) for value in macros.values())])
+        library = folder / f"{stem}.so"
+        if not library.exists():
+            source = folder / f"{stem}.cpp"
+            preamble = PREAMBLE.replace("struct", "struct", 1)
+            body = BODIES[name].replace("extern __shared__", "//")
+            if name == "rows":
+                body = body.replace("SHARED_PLACEHOLDER", "")
+            place = "#define memory SHARED_MEMORY\n" if name == "rows" else "#define unaligned SHARED_MEMORY\n"
+            source.write_text(
+                "#define __align__(n) __attribute__((aligned(n)))\n"
+                + preamble
+                + header
+                + SHARED
+                + place
+                + body
+                + ENTRY[name]
+            )
+            flags = [f"-D{key}={value}" for key, value in macros.items()]
+            assert COMPILER is not None
+            subprocess.run(
+                [COMPILER, "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
+                + [*flags, "-o", str(library), str(source)],
+                check=True,
+            )
+        return ctypes.CDLL(str(library)).launch
+
+    return compiled
+
+
+def spec_of(n: int, sizes: tuple[int, ...], capacities: tuple[int, ...], bias: bool) -> LinearSpec:
+    generator = torch.Generator().manual_seed(n)
+    k = sum(sizes)
+    return LinearSpec(
+        encoder=EncoderSpec(
+            torch.randperm(k, generator=generator), sizes, capacities, False, "layer"
+        ),
+        levels=torch.randint(-8, 8, (n, k), generator=generator).to(torch.int8),
+        scale=torch.rand(n, 1, generator=generator) + 0.1,
+        zero=torch.randint(-8, 8, (n, 1), generator=generator).int(),
+        bias=torch.randn(n, generator=generator) if bias else None,
+        segments=segments_of(sizes),
+        weight_bits=4,
+    )
+
+
+def run(
+    build: Any, name: str, shape: dict[str, int], x: Tensor, spec: LinearSpec, dtype: torch.dtype
+) -> Tensor:
+    """Outputs of a kernel, or its accumulators (int32)."""
+    layer = TritonBackend().prepare(spec)
+    assert isinstance(layer, TritonLinear)
+    count, threshold, zero_point, count_sum = encode_plan(x, layer.plan)
+    weight, segments, scale, zero, row_sum, shift, bias = layer.arguments
+    m, n, s = len(x), spec.out_features, len(segments)
+    size = (s, m, n) if dtype == torch.int32 else (m, n)
+    out = torch.full(size, 77, dtype=dtype)
+    macros = {
+        **shape,
+        "SEGMENTS": s,
+        "SHIFT": int(layer.shifted),
+        "BIAS": int(bias is not None),
+        "OUT": OUTPUTS[dtype],
+    }
+    tensors = [count ^ 128 if layer.shifted else count, weight, threshold, zero_point, count_sum]
+    tensors += [segments, scale, zero, row_sum, shift, bias, out]
+    # 16-byte aligned, as CUDA memory is.
+    pointers = (ctypes.c_void_p * 12)(*(None if t is None else t.data_ptr() for t in tensors))
+    numbers = (ctypes.c_int * 5)(m, n, count.shape[1], threshold.shape[1], scale.shape[1])
+    if name == "rows":
+        blocks, threads = -(-n // (16 * shape["STRIPS"])), cuda_rows_source.ROW_THREADS
+    else:
+        blocks, threads = 2, 128 + 128 * shape["WORKERS"]  # more tiles than blocks
+    build(name, macros)(blocks, threads, pointers, numbers)
+    return out
+
+
+CASES = [((300,), (15,)), ((130, 33), (15, 30)), ((2500, 300), (127, 255))]
+ROWS = [
+    (1, {"ROWS8": 1, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
+    (13, {"ROWS8": 2, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
+    (32, {"ROWS8": 4, "STRIPS": 1, "STAGES": 2, "RESIDENT": 1}),
+]
+TILES = [
+    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32}),
+    (130, {"BM": 128, "BN": 192, "WORKERS": 3, "STAGES": 2, "KEPT": 0}),
+    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 3, "KEPT": 56}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("sizes", "capacities"), CASES, ids=["one", "two", "shifted"])
+@pytest.mark.parametrize(
+    ("name", "rows", "shape"),
+    [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TILES)],
+    ids=["rows1", "rows13", "rows32", "tiles64", "tiles192", "tiles256"],
+)
+def test_kernels_have_the_integers_and_outputs_of_the_reference(
+    build: Any,
+    name: str,
+    rows: int,
+    shape: dict[str, int],
+    sizes: tuple[int, ...],
+    capacities: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    n = 40 if name == "rows" else 264
+    spec = spec_of(n, sizes, capacities, bias=dtype != torch.bfloat16)
+    x = torch.randn(rows, sum(sizes), generator=torch.Generator().manual_seed(rows)) * 3
+    x[:, :2] *= 30
+    reference = ReferenceBackend()
+    prepared = reference.prepare(spec)
+    expected = (
+        reference.accumulate(x, prepared)
+        if dtype == torch.int32
+        else reference.linear(x, prepared).to(dtype)
+    )
+    assert torch.equal(run(build, name, shape, x, spec, dtype), expected)
