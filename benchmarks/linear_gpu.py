@@ -1,7 +1,7 @@
 """Collapsed linears on a GPU beside bf16 and other low-bit kernels: time of one linear, bf16 in and out.
 
     python benchmarks/linear_gpu.py                       # the table
-    python benchmarks/linear_gpu.py --sweep --rows 1 16   # tile sizes of `choose_config`, best first
+    python benchmarks/linear_gpu.py --sweep --rows 1 16   # kernel shapes, best first
 
 Every contender is a CUDA graph that walks through copies of its weights, more than 4 times the L2
 cache in all; the graphs are replayed in turn, medians count. Our time includes the encoding, that of
@@ -25,7 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of, triton_backend
+from snnllm.kernels import (
+    EncoderSpec,
+    LinearSpec,
+    ReferenceBackend,
+    cuda_linear,
+    segments_of,
+    triton_backend,
+)
+from snnllm.kernels.cuda_linear import Rows, Tiles
 from snnllm.kernels.ternary_pack import CountedTernary, counted_linear, packed_linear
 from snnllm.kernels.triton_backend import TritonBackend, TritonLinear
 from snnllm.layout import LinearLayout
@@ -38,7 +46,7 @@ ROWS = (1, 16, 256, 4096)
 REPLAYS = 15
 SKIPPED = 77
 Contender = tuple[Any, Sequence[Callable[[], Any]]]
-CANDIDATES: dict[int, list[tuple[int, ...]]] = {
+CANDIDATES: dict[int, list[tuple[int, ...]]] = {  # Triton
     1: [(0, bn, kw, w) for bn in (4, 8, 16) for kw in (64, 256) for w in (2, 4)],
     16: [(16, bn, w, s, 0) for bn in (32, 64) for w in (2, 4) for s in (4, 6, 8)],
     256: [(bm, bn, 4, s, r) for bm, bn in ((64, 128), (64, 64)) for s in (3, 4) for r in (0, 168)],
@@ -47,6 +55,16 @@ CANDIDATES: dict[int, list[tuple[int, ...]]] = {
         *((128, 64, 4, s, 0) for s in (3, 4)),
         *((128, 128, 8, s, 0) for s in (3, 4)),
     ],
+}
+_FEW = [
+    Rows(*c) for c in ((2, 6, 1), (2, 4, 1), (2, 3, 2), (2, 2, 3), (4, 4, 1), (4, 2, 2), (1, 4, 3))
+]
+_MANY = [Tiles(*c) for c in ((64, 128, 2, 8, 32), (128, 128, 2, 6, 64), (128, 192, 3, 4, 0))]
+CUDA_CANDIDATES: dict[int, list[Rows] | list[Tiles]] = {
+    1: _FEW,
+    16: _FEW,
+    256: _MANY,
+    4096: [*_MANY[1:], Tiles(128, 256, 2, 4, 56)],
 }
 
 
@@ -282,19 +300,27 @@ def sweep(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
     """Print the time of every candidate, best first."""
     from snnllm.kernels import triton_ops
 
-    chosen = triton_ops.choose_config
+    module: Any
+    candidates: Any
     for n, k in shapes:
+        reason = cuda_linear.unsuitable(torch.device("cuda", 0), n, 4, 2)
+        if reason is None:
+            module, name, candidates = cuda_linear, "choose_shape", CUDA_CANDIDATES
+        else:
+            print(f"Triton kernels: {reason}")
+            module, name, candidates = triton_ops, "choose_config", CANDIDATES
+        chosen = getattr(module, name)
         for m in all_rows:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             spec = random_linear(n, k, 0.1, 2, 4)
             graphs: dict[str, Contender] = {"bf16": dense(x, n)}
-            for config in CANDIDATES[min(CANDIDATES, key=lambda c: abs(c - m))]:
-                triton_ops.choose_config = lambda *_, config=config: config
+            for config in candidates[min(candidates, key=lambda c: abs(c - m))]:
+                setattr(module, name, lambda *_, config=config: config)
                 try:
                     graphs[str(config)] = ours(x, spec, encoded=True)
                 except Exception as error:  # out of shared memory or registers
                     print(f"{config}: {str(error).splitlines()[0][:90]}")
-            triton_ops.choose_config = chosen
+            setattr(module, name, chosen)
             time = medians(graphs)
             ranking = sorted(time.items(), key=lambda item: item[1])
             print(f"{n}x{k} M={m}: " + ", ".join(f"{c} {t:.1f}" for c, t in ranking), flush=True)

@@ -101,7 +101,9 @@ def compiler_missing() -> str | None:
     try:
         importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
     except (ImportError, OSError, RuntimeError) as error:
-        return f"no CUDA compiler at run time ({error}); pip install cuda-bindings nvidia-cuda-nvrtc"
+        return (
+            f"no CUDA compiler at run time ({error}); pip install cuda-bindings nvidia-cuda-nvrtc"
+        )
     return None
 
 
@@ -120,7 +122,12 @@ def compiled(
         RuntimeError: with the compiler's messages.
     """
     nvrtc = importlib.import_module("cuda.bindings.nvrtc")
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--fmad=false", "-default-device"]
+    options = [
+        f"--gpu-architecture={architecture}",
+        "--std=c++17",
+        "--fmad=false",
+        "-default-device",
+    ]
     options += [f"-D{name}={value}" for name, value in macros]
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"linear.cu", 0, [], [])
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from snnllm.kernels import cuda_rows_source, cuda_tiles_source
-from snnllm.kernels.cuda_primitives import OUTPUTS
 from snnllm.kernels.cuda_driver import Kernel, load, missing, tensor_map
+from snnllm.kernels.cuda_primitives import OUTPUTS
 
 _LOG = logging.getLogger(__name__)
 _FEW_ROWS = 32

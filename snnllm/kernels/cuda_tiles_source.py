@@ -16,6 +16,7 @@ from snnllm.kernels.cuda_primitives import PREAMBLE, PRIMITIVES, SHARED
 
 __all__ = ["BODY", "SOURCE", "shared_bytes"]
 
+
 def shared_bytes(bm: int, bn: int, stages: int, kept: int, segments: int) -> int:
     """Shared memory of a block: ring, waiting sums, tables, transposition, barriers, alignment."""
     values = bm * bn // 128  # sums of all warpgroups, a thread's each

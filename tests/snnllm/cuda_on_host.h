@@ -18,7 +18,6 @@
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __align__(n) __attribute__((aligned(n)))
 
 struct int4 { int x, y, z, w; };
 struct __align__(16) uint4 { unsigned x, y, z, w; };

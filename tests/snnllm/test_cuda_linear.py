@@ -14,16 +14,18 @@ from torch import Tensor
 from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-from snnllm.kernels import cuda_driver, cuda_linear, cuda_rows_source, cuda_tiles_source  # noqa: E402
-from snnllm.kernels.cuda_primitives import OUTPUTS  # noqa: E402
-from snnllm.kernels.cuda_linear import Rows, Tiles, choose_shape, unsuitable  # noqa: E402
-from snnllm.kernels.triton_backend import TritonBackend  # noqa: E402
+from snnllm.kernels import cuda_driver, cuda_linear, cuda_rows_source, cuda_tiles_source
+from snnllm.kernels.cuda_linear import Rows, Tiles, choose_shape, unsuitable
+from snnllm.kernels.cuda_primitives import OUTPUTS
+from snnllm.kernels.triton_backend import TritonBackend
 
 CPU = torch.device("cpu")
 MOST_SHARED = 227 * 1024
 SHAPES = [
     choose_shape(m, n, 132)
-    for m, n in itertools.product((1, 8, 16, 17, 32, 33, 64, 256, 512, 513, 4096), (512, 4096, 11008))
+    for m, n in itertools.product(
+        (1, 8, 16, 17, 32, 33, 64, 256, 512, 513, 4096), (512, 4096, 11008)
+    )
 ]
 
 
