@@ -1,6 +1,6 @@
 """CUDA C++ at run time: compiled by NVRTC for the device at hand, launched through the driver.
 
-Needs the package cuda-bindings, which CUDA builds of torch bring since 2.10. Compiled once a source,
+Needs the package cuda-bindings and NVRTC. Compiled once a source,
 set of macros and device; the driver is asked for what CuPy cannot launch: tensor maps and programmatic
 dependent launch.
 """
