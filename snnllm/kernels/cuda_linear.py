@@ -1,12 +1,14 @@
 """The collapsed linear in CUDA C++ on Hopper (compute capability 9.0): which kernel, and its launch.
 
 The layout of the weights, the algebra and the outputs are those of `snnllm.kernels.triton_linear`,
-whose kernels run wherever these cannot: other devices, other widths of weights, no compiler.
+whose kernels run wherever these cannot: other devices, other widths of weights, no compiler. They run
+by request, `SNNLLM_CUDA_CPP=1`, until this version of them has been measured on a GPU.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from typing import NamedTuple
 
@@ -18,6 +20,8 @@ from snnllm.kernels.cuda_driver import Kernel, load, missing, tensor_map
 from snnllm.kernels.cuda_primitives import OUTPUTS
 
 _LOG = logging.getLogger(__name__)
+SWITCH = "SNNLLM_CUDA_CPP"
+"""Environment variable: 1 asks for these kernels."""
 _FEW_ROWS = 32
 
 
@@ -75,6 +79,8 @@ def _without(device: torch.device) -> str | None:
     """Why a device cannot run the kernels at all, said once; or None."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return f"{device} is not of compute capability 9.0"
+    if os.environ.get(SWITCH) != "1":
+        return f"{SWITCH} is not 1"
     reason = missing()
     if reason is not None:
         _LOG.warning("collapsed linears run on the slower Triton kernels: %s", reason)

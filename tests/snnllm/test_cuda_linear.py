@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,17 @@ from snnllm.kernels.cuda_primitives import OUTPUTS
 from snnllm.kernels.triton_backend import TritonBackend
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def requested(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels are asked for."""
+    monkeypatch.setenv(cuda_linear.SWITCH, "1")
+    cuda_linear._without.cache_clear()
+    yield
+    cuda_linear._without.cache_clear()
+
+
 MOST_SHARED = 227 * 1024
 SHAPES = [
     choose_shape(m, n, 132)
@@ -48,6 +60,12 @@ def test_other_devices_run_on_triton() -> None:
     assert "compute capability" in str(unsuitable(CPU, 64, 4, 2))
 
 
+def test_kernels_that_nobody_asked_for_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(cuda_linear.SWITCH)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    assert unsuitable(torch.device("cuda"), 64, 4, 2) == f"{cuda_linear.SWITCH} is not 1"
+
+
 def test_a_missing_compiler_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -60,7 +78,6 @@ def test_a_missing_compiler_is_said_once(
     device = torch.device("cuda", 7)
     with caplog.at_level(logging.WARNING):
         reasons = [unsuitable(device, 64, 4, 2) for _ in range(2)]
-    cuda_linear._without.cache_clear()
     assert "pip install cuda-bindings" in str(reasons[0])
     assert reasons[0] == reasons[1]
     assert len(caplog.records) == 1
