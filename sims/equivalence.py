@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from neurons import Encoding, SpikeEncoder
+from neurons import Encoding
 from sims.charts import equivalence_figure
 from sims.common import (
     Conversion,
@@ -44,7 +44,7 @@ from sims.common import (
 from sims.plots import save_figure
 from sims.probes import observed
 from snnllm.attention import SpikingLlamaAttention, query_key_accumulators
-from snnllm.cache import from_payload
+from snnllm.cache import RowEncoder, from_payload
 from snnllm.config import FLOAT_BITS
 from snnllm.execution import SpikingModule, View, set_view, spiking_modules, use_view
 from snnllm.linear import SpikingLinear
@@ -230,7 +230,7 @@ def _audit_attention(
     name: str, module: SpikingLlamaAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> LayerAudit:
     encoders = [module.q_encoder, module.k_encoder, module.v_encoder]
-    operands: dict[SpikeEncoder, Tensor] = {}
+    operands: dict[RowEncoder, Tensor] = {}
     integers, outputs = {}, {}
     with ExitStack() as stack:
         # Not in the collapsed view, whose C functions encode without a call of the encoder.
@@ -248,16 +248,16 @@ def _audit_attention(
     return _compare(name, "attention", integers, outputs)
 
 
-def _encode(module: SpikingLlamaAttention, encoder: SpikeEncoder, x: Tensor) -> Encoding:
+def _encode(module: SpikingLlamaAttention, encoder: RowEncoder, x: Tensor) -> Encoding:
     """Encode as the current view of the attention does, in C where it does."""
     native = module.native()
     if native is None:
         return module.run_encoder(encoder, x)
     stepped = module.view is not View.COLLAPSED
-    return from_payload(native.encode(x, encoder, stepped=stepped), encoder)
+    return from_payload(native.encode(x, encoder, stepped=stepped), encoder.layout)
 
 
-def _keep(operands: dict[SpikeEncoder, Tensor], encoder: SpikeEncoder, x: Tensor, _: Any) -> None:
+def _keep(operands: dict[RowEncoder, Tensor], encoder: RowEncoder, x: Tensor, _: Any) -> None:
     operands[encoder] = x
 
 

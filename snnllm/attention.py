@@ -20,10 +20,10 @@ from transformers import AttentionInterface, LlamaConfig
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from neurons import Encoding, SpikeEncoder
+from neurons import Encoding
 from neurons.functional import count_to_spikes, spikes_to_events
 from snnllm.block import CACHE_ARGUMENT, ProjectedAttention
-from snnllm.cache import EncodeOnWrite, from_payload, to_payload
+from snnllm.cache import EncodeOnWrite, RowEncoder, from_payload, to_payload
 from snnllm.config import Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
 from snnllm.kernels import get_backend
@@ -64,16 +64,16 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
             "clip": spike.activation_clip,
         }
         query = groups.repeat_interleave(config.num_attention_heads // heads, 0)
-        self.q_encoder = SpikeEncoder(
+        self.q_encoder = RowEncoder(
             query if spike.query_groups else groups[0],
             steps=spike.kv_steps if spike.query_groups else (1,),
             name=f"{prefix}.q",
             **common,
         )
-        self.k_encoder = SpikeEncoder(
+        self.k_encoder = RowEncoder(
             groups.clone(), steps=spike.kv_steps, name=f"{prefix}.k", **common
         )
-        self.v_encoder = SpikeEncoder(
+        self.v_encoder = RowEncoder(
             groups.clone(), steps=spike.kv_steps, name=f"{prefix}.v", **common
         )
         if spike.rotation is Rotation.GROUPS:
@@ -131,7 +131,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
             self.encode_payload(self.v_encoder, value),
         )
 
-    def encode_payload(self, encoder: SpikeEncoder, x: Tensor) -> Tensor:
+    def encode_payload(self, encoder: RowEncoder, x: Tensor) -> Tensor:
         """Encode an operand in the current view, uint8 payloads `[B, H, S, bytes]`.
 
         Outside of the collapsed view the neurons run over their steps: in C on the CPU, and as the
@@ -140,7 +140,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         native = self.native()
         if native is not None and not encoder.watched:
             return native.encode(x, encoder, stepped=self.view is not View.COLLAPSED)
-        return to_payload(self.run_encoder(encoder, x))
+        return to_payload(self.run_encoder(encoder, x), encoder.layout)
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate Q or K `[B, H, S, D]` after RoPE, per KV head; `Q K^T` stays the same number."""
@@ -151,7 +151,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         grouped = x.float().reshape(batch, rotation.shape[0], -1, dim)
         return (grouped @ rotation.float()).view(batch, heads, tokens, dim)
 
-    def run_encoder(self, encoder: SpikeEncoder, x: Tensor) -> Encoding:
+    def run_encoder(self, encoder: RowEncoder, x: Tensor) -> Encoding:
         """Encode an operand in the current view; outside the collapsed view the neurons really run."""
         if self.view is View.COLLAPSED:
             return encoder.encode(x)
@@ -262,7 +262,9 @@ def spiking_attention(
     if native is not None:
         decoded = native.decode_values(value)
     else:
-        decoded = module.v_encoder.decode(from_payload(value, module.v_encoder), torch.float32)
+        decoded = module.v_encoder.decode(
+            from_payload(value, module.v_encoder.layout), torch.float32
+        )
     probability = nn.functional.softmax(masked(scores, attention_mask), dim=-1)
     weights = nn.functional.dropout(probability, p=dropout, training=module.training)
     per_group = weights.view(batch, key.shape[1], -1, decoded.shape[-2])
@@ -296,8 +298,8 @@ def spiking_scores(
         scaling: Factor of the scores.
     """
     batch, heads, tokens, _ = query.shape
-    encoded_q = from_payload(query, module.q_encoder)
-    encoded_k = from_payload(key, module.k_encoder)
+    encoded_q = from_payload(query, module.q_encoder.layout)
+    encoded_k = from_payload(key, module.k_encoder.layout)
     s_q = encoded_q.threshold.view(batch, key.shape[1], -1, encoded_q.threshold.shape[-1])
     scores: Tensor | None = None
     for g, product in enumerate(query_key_accumulators(module, encoded_q, encoded_k)):

@@ -156,7 +156,8 @@ def _observed_attention(
         q, k, v = module.q_encoder, module.k_encoder, module.v_encoder
 
         def observe(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-            encodings = q.encode(module.rotate(query)), from_payload(key, k), from_payload(value, v)
+            key_row, value_row = from_payload(key, k.layout), from_payload(value, v.layout)
+            encodings = q.encode(module.rotate(query)), key_row, value_row
             call = AttentionCall(name, *encodings, visible=_visible(mask, keep), keep=keep)
             rows.extend(call.rows(module))
 

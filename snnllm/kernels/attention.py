@@ -12,7 +12,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from neurons import SpikeEncoder, ValueRange
+from neurons import ValueRange
+from snnllm.cache import RowEncoder
 from snnllm.kernels import get_backend
 from snnllm.kernels.native import library
 from snnllm.kernels.spec import non_finite_error
@@ -20,6 +21,7 @@ from snnllm.kernels.spec import non_finite_error
 _INT16_MAX = 2**15 - 1
 _INT8_MAX = 127
 _MAX_GROUPS = 8
+_MAX_CHANNELS = 512
 _NON_FINITE = 1
 
 
@@ -32,7 +34,7 @@ class NativeAttention:
         value: Encoder of V.
     """
 
-    def __init__(self, query: SpikeEncoder, key: SpikeEncoder, value: SpikeEncoder) -> None:
+    def __init__(self, query: RowEncoder, key: RowEncoder, value: RowEncoder) -> None:
         for encoder in (query, key, value):
             encoder.check_groups()  # the C functions index with them
         self._query, self._key, self._value = query, key, value
@@ -44,13 +46,15 @@ class NativeAttention:
         self._chunk = _INT16_MAX // product
 
     @staticmethod
-    def refusal(query: SpikeEncoder, key: SpikeEncoder, value: SpikeEncoder) -> str | None:
+    def refusal(query: RowEncoder, key: RowEncoder, value: RowEncoder) -> str | None:
         """Why these encoders cannot run natively, or None."""
         encoders = (query, key, value)
         if any(e.channel_group.device.type != "cpu" for e in encoders):
             return "the model is not on the CPU"
         if any(max(e.capacities) > 255 or len(e.steps) > _MAX_GROUPS for e in encoders):
             return "spike counts beyond 255 or more than 8 groups"
+        if key.channel_group.shape[-1] > _MAX_CHANNELS:
+            return f"heads of more than {_MAX_CHANNELS} channels"
         if query.steps not in ((1,), key.steps) or max(query.capacities) > _INT8_MAX:
             return "spikes of Q beyond 7 bits, or with groups of its own"
         if 2 * max(key.capacities) * max(query.capacities) > _INT16_MAX:
@@ -59,8 +63,8 @@ class NativeAttention:
             return "the native kernels cannot be built here"
         return None
 
-    def encode(self, x: Tensor, encoder: SpikeEncoder, stepped: bool = False) -> Tensor:
-        """Payloads of `x [B, H, S, D]`: uint8 `[B, H, S, D + 6 G]`.
+    def encode(self, x: Tensor, encoder: RowEncoder, stepped: bool = False) -> Tensor:
+        """Payloads of `x [B, H, S, D]`: uint8 `[B, H, S, bytes]`.
 
         Args:
             x: float activations.
@@ -74,16 +78,16 @@ class NativeAttention:
         if x.stride(-1) != 1:
             x = x.contiguous()
         shape = tuple(x.shape)
-        groups = len(encoder.steps)
-        out = torch.empty(*shape[:-1], shape[-1] + 6 * groups, dtype=torch.uint8)
+        layout = encoder.layout
+        out = torch.empty(*shape[:-1], layout.width, dtype=torch.uint8)
         group = encoder.channel_group
         code = self._library.snn_encode_heads(
             x.data_ptr(),
             _int64(shape),
             _int64(x.stride()),
+            layout.words.data_ptr(),
             group.data_ptr(),
             1 if group.dim() == 1 else group.shape[0],
-            groups,
             self._capacities[id(encoder)].data_ptr(),
             _int64(encoder.steps) if stepped else None,
             encoder.levels,
@@ -100,8 +104,8 @@ class NativeAttention:
         """`scaling * sum_g (A_g s_qg) s_kg` of Q and K payloads.
 
         Args:
-            query: `[B, H, S_q, D + 6 G_q]`, `G_q` 1 or `G`.
-            key: `[B, H_kv, S_k, D + 6 G]`.
+            query: `[B, H, S_q, bytes]`.
+            key: `[B, H_kv, S_k, bytes]`.
             scaling: Factor, rounded to float32 as torch does.
 
         Returns:
@@ -109,11 +113,11 @@ class NativeAttention:
         """
         (batch, heads, tokens, _), (_, kv_heads, keys, _) = query.shape, key.shape
         key = key.contiguous()
-        dim = self._key.channel_group.shape[-1]
         out = torch.empty(batch, heads, tokens, keys)
-        sizes = (batch * kv_heads, heads // kv_heads * tokens, keys, dim)
         code = self._library.snn_attention_scores(
-            _int64((*sizes, len(self._key.steps), kv_heads, len(self._query.steps))),
+            _int64((batch, kv_heads, heads, tokens, keys)),
+            self._query.layout.words.data_ptr(),
+            self._key.layout.words.data_ptr(),
             query.data_ptr(),
             key.data_ptr(),
             self._key.channel_group.data_ptr(),
@@ -127,19 +131,18 @@ class NativeAttention:
         return out
 
     def decode_values(self, payload: Tensor) -> Tensor:
-        """V as floats, `[B, H_kv, S, D]`, of payloads `[B, H_kv, S, D + 6 G]`."""
+        """V as floats, `[B, H_kv, S, D]`, of payloads `[B, H_kv, S, bytes]`."""
         payload = payload.contiguous()
         batch, heads, tokens, _ = payload.shape
-        dim = self._value.channel_group.shape[-1]
-        out = torch.empty(batch, heads, tokens, dim)
+        layout = self._value.layout
+        out = torch.empty(batch, heads, tokens, layout.channels)
         self._library.snn_decode_heads(
             payload.data_ptr(),
             batch * heads * tokens,
             tokens,
             heads,
-            dim,
+            layout.words.data_ptr(),
             self._value.channel_group.data_ptr(),
-            len(self._value.steps),
             out.data_ptr(),
             torch.get_num_threads(),
         )

@@ -230,10 +230,10 @@ def library(definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib.snn_unrolled.argtypes = [pointer] * 3 + [size, pointer, pointer, size, number]
     lib.snn_encode.argtypes = [pointer] * 5 + [size, number]
     lib.snn_int_bmm.argtypes = [pointer] * 3 + [size] * 4 + [number]
-    heads: list[Any] = [*[pointer] * 4, size, size, pointer, pointer, size, size]
+    heads: list[Any] = [*[pointer] * 5, size, pointer, pointer, size, size]
     lib.snn_encode_heads.argtypes = [*heads, pointer, pointer, number]
-    lib.snn_attention_scores.argtypes = [pointer] * 4 + [size, ctypes.c_float, pointer, number]
-    lib.snn_decode_heads.argtypes = [pointer] + [size] * 4 + [pointer, size, pointer, number]
+    lib.snn_attention_scores.argtypes = [pointer] * 6 + [size, ctypes.c_float, pointer, number]
+    lib.snn_decode_heads.argtypes = [pointer] + [size] * 3 + [pointer] * 3 + [number]
     lib.snn_decode_heads.restype = None
     return lib
 

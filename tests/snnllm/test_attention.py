@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ def test_query_key_products_are_equal_in_all_views(
     expected = [q @ (k * (group == g)).mT for g in range(len(module.k_encoder.steps))]
     mask = torch.full((3, 5), -1e9).triu(3)
     stored = [
-        to_payload(encoder.encode(x))
+        to_payload(encoder.encode(x), encoder.layout)
         for encoder, x in ((module.k_encoder, key), (module.v_encoder, value))
     ]
     outputs = []
@@ -157,27 +158,67 @@ def test_integer_products_are_exact(bound_a, bound_b, autocast):
 # -- the payload -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [1, 4, 8])
-@pytest.mark.parametrize("ratio", [0.0, 0.3])
-def test_a_payload_is_an_encoding_in_bytes(bits, ratio):
-    module = make_attention(activation_bits=bits, salient_ratio=ratio)
-    encoder = module.k_encoder
-    encoding = encoder.encode(operands(module, 3)[1])
-    payload = to_payload(encoding)
-    groups, itemsize = len(encoder.steps), encoding.count.element_size()
-    assert payload.dtype == torch.uint8
-    assert payload.shape == (2, 2, 5, 8 * itemsize + 6 * groups)
-    for ours, theirs in zip(from_payload(payload, encoder), encoding, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
-    sliced = from_payload(payload[:, :, 1::2], encoder)
-    assert torch.equal(sliced.threshold, encoding.threshold[:, :, 1::2])
+@settings(max_examples=80, derandomize=True)
+@given(
+    bits=st.sampled_from([1, 3, 4, 5, 8]),
+    steps=st.sampled_from([2, 3, 4]),
+    ratio=st.sampled_from([0.0, 0.3]),
+    query_groups=st.booleans(),
+    dim=st.sampled_from([2, 8, 40, 66]),
+    seed=st.integers(0, 2**16),
+)
+def test_a_payload_is_an_encoding_in_bytes(bits, steps, ratio, query_groups, dim, seed):
+    module = make_attention(
+        dim=dim,
+        seed=seed,
+        activation_bits=bits,
+        kv_salient_steps=steps,
+        salient_ratio=ratio,
+        query_groups=query_groups and ratio > 0,
+    )
+    query, key, _ = operands(module, seed)
+    for encoder, x in ((module.q_encoder, query), (module.k_encoder, key)):
+        encoding, layout = encoder.encode(x), encoder.layout
+        payload = to_payload(encoding, layout)
+        assert payload.dtype == torch.uint8
+        assert payload.shape == (*x.shape[:-1], layout.width)
+        assert torch.equal(module.encode_payload(encoder, x), payload)  # in C where it can be built
+        for ours, theirs in zip(from_payload(payload, layout), encoding, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+        sliced = from_payload(payload[:, :, 1::2], layout)
+        assert torch.equal(sliced.count, encoding.count[:, :, 1::2])
+        empty = from_payload(torch.zeros_like(payload), layout)
+        assert not encoder.decode(empty).any()  # an unwritten slot
 
 
-def test_an_unwritten_slot_decodes_to_zero():
-    encoder = make_attention().v_encoder
-    empty = torch.zeros(1, 2, 3, 8 + 12, dtype=torch.uint8)
-    assert not encoder.decode(from_payload(empty, encoder)).any()
+@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_cache_takes_at_most_0_4_of_bf16(dim, steps):
+    heads = 4
+    module = make_attention(heads, heads, dim, kv_salient_steps=steps)
+    groups = torch.zeros(heads, dim, dtype=torch.uint8)
+    groups[:, 0] = 1  # 10 % of all channels: one in every head, the rest in the first
+    groups[0, : heads * dim // 10 - heads + 1] = 1
+    module.set_channel_groups(groups, groups.flip(1))
+    key = torch.randn(1, heads, 3, dim, generator=torch.Generator().manual_seed(0))
+    for payload in module._encode_key_value(key, key):
+        assert payload.nbytes <= 0.4 * key.bfloat16().nbytes
+
+
+def test_new_channel_groups_change_the_rows():
+    module = make_attention(dim=64)
+    _, key, value = operands(module, 0)
+    before = module._encode_key_value(key, value)[0]
+    groups = torch.zeros_like(module.k_encoder.channel_group)
+    groups[0, 1:] = 1
+    module.set_channel_groups(groups, groups)
+    payload = module._encode_key_value(key, value)[0]
+    assert payload.shape[-1] > before.shape[-1]
+    for copied in (module, copy.deepcopy(module)):
+        encoder = copied.k_encoder
+        count = from_payload(payload, encoder.layout).count
+        assert torch.equal(count, encoder.encode(key).count)
 
 
 def test_without_a_cache_the_stand_in_only_encodes():
@@ -249,7 +290,7 @@ def test_decoding_equals_prefill(model, token_ids, tolerance, kind, chunks, view
     encoders = (attention.k_encoder, attention.v_encoder)
     for ours, theirs, encoder in zip(*second, encoders, strict=True):
         # What block 1 encodes went through the float product P V of block 0.
-        ours, theirs = from_payload(ours, encoder), from_payload(theirs, encoder)
+        ours, theirs = (from_payload(x, encoder.layout) for x in (ours, theirs))
         assert torch.equal(ours.count, theirs.count)
         assert torch.equal(ours.zero_point, theirs.zero_point)
         relative = (ours.threshold / theirs.threshold - 1).abs().max()

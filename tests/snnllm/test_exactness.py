@@ -46,7 +46,9 @@ def recorded(
     def attention(module: Any, query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
         # In the module's own view, on what the real attention function is given.
         encoded: Encoding = module.run_encoder(module.q_encoder, module.rotate(query))
-        products = query_key_accumulators(module, encoded, from_payload(key, module.k_encoder))
+        products = query_key_accumulators(
+            module, encoded, from_payload(key, module.k_encoder.layout)
+        )
         records.setdefault(f"{names[id(module)]}.qk", []).extend(products)
         return spiking_attention(module, query, key, *rest, **options)
 
