@@ -1,0 +1,375 @@
+"""Spiking attention in Triton as operators of torch: sizes, launches, shapes for the compiler."""
+# No `from __future__ import annotations`: torch reads the annotations of operators as types.
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from neurons.backends.device import interpreted, on
+from snnllm.kernels.attention_decode_triton import combine, decode
+from snnllm.kernels.attention_mask_triton import classify
+from snnllm.kernels.attention_prefill_triton import prefill
+from snnllm.kernels.attention_rows_triton import encode_rows, unpack_codes, unpack_values
+
+DECODE_ROWS = 16
+"""Queries of a KV head (its heads times tokens) up to which the kernel for few of them runs."""
+_PROGRAMS_PER_UNIT = 4  # chunks of keys: as many programs as this times the multiprocessors
+_MOST_SPLITS = 128
+
+
+def _power(least: int, number: int) -> int:
+    return max(least, triton.next_power_of_2(number))
+
+
+@torch.library.custom_op("snnllm::encode_key_value", mutates_args=())
+def encode_key_value(
+    key: Tensor,
+    value: Tensor,
+    key_slot: Tensor,
+    value_slot: Tensor,
+    capacity: Tensor,
+    key_clip: Tensor,
+    value_clip: Tensor,
+    shared: bool,
+    planes: int,
+    slots: int,
+    key_row: list[int],
+    value_row: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Payloads of K and V (`snnllm.cache`), in one launch.
+
+    Nothing is checked on the device: a token with NaN or infinity has a threshold that is not finite.
+
+    Args:
+        key: float `[B, H_kv, S, D]`, stride 1 along D.
+        value: Likewise.
+        key_slot: Place of every channel among the salient ones of its head, int32 `[H_kv, D]`, or -1.
+        value_slot: Likewise.
+        capacity: float32 `[G]`.
+        key_clip: float32 `[G]`.
+        value_clip: float32 `[G]`.
+        shared: One range for both groups.
+        planes: High bits of a salient count.
+        slots: Lanes for the salient channels of a head, a multiple of 8; 0 for one group.
+        key_row: Bytes of a row and of one high bit of it.
+        value_row: Likewise.
+
+    Returns:
+        uint8 `[B, H_kv, S, bytes]` of K and of V.
+    """
+    operands = ((key, key_slot, key_clip, key_row), (value, value_slot, value_clip, value_row))
+    return _encode(operands, capacity, shared, planes, slots)
+
+
+@encode_key_value.register_fake
+def _(
+    key: Tensor,
+    value: Tensor,
+    key_slot: Tensor,
+    value_slot: Tensor,
+    capacity: Tensor,
+    key_clip: Tensor,
+    value_clip: Tensor,
+    shared: bool,
+    planes: int,
+    slots: int,
+    key_row: list[int],
+    value_row: list[int],
+) -> tuple[Tensor, Tensor]:
+    return _rows(key, key_row[0]), _rows(value, value_row[0])
+
+
+def _rows(x: Tensor, width: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], width), dtype=torch.uint8)
+
+
+def _encode(operands: Any, capacity: Tensor, shared: bool, planes: int, slots: int) -> Any:
+    """Payloads of one or two operands (x, slots, clip, row) of the same shape."""
+    outputs = tuple(_rows(x, row[0]) for x, _, _, row in operands)
+    _, heads, tokens, channels = operands[0][0].shape
+    rows = outputs[0][..., 0].numel()
+    if rows == 0:
+        return outputs
+    arguments = []
+    for (x, slot, clip, row), out in zip(operands, outputs, strict=True):
+        stride = channels if slot.shape[0] > 1 else 0
+        arguments.append((x, slot, capacity, clip, out, *x.stride()[:3], stride, *row))
+    per_program = 2 if interpreted() else 8 if rows >= 1024 else 2
+    launch: Any = encode_rows[(triton.cdiv(rows, per_program), len(operands))]
+    with on(capacity.device):
+        launch(
+            *(*arguments[0], *arguments[-1], rows, heads, tokens),
+            D=channels,
+            HALF=_power(4, channels // 2),
+            G=capacity.shape[0],
+            SHARED=shared,
+            PLANES=planes,
+            SLOTS=slots,
+            R=per_program,
+            num_warps=max(1, per_program // 4),
+            enable_fp_fusion=False,
+        )
+    return outputs
+
+
+@torch.library.custom_op("snnllm::attend", mutates_args=())
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    query_slot: Tensor,
+    key_slot: Tensor,
+    value_slot: Tensor,
+    member: Tensor,
+    query_capacity: Tensor,
+    query_clip: Tensor,
+    groups: int,
+    shared: bool,
+    planes: int,
+    query_row: list[int],
+    key_plane: int,
+    value_plane: int,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Attention over the encoded cache: `softmax(scaling * sum_g s_qg s_kg A_g + mask) (s_v (q_v - z_v))`.
+
+    A query that sees no key gives zeros.
+
+    Args:
+        query: float `[B, H, S_q, D]` after RoPE (and rotation), stride 1 along D.
+        key: payloads uint8 `[B, H_kv, S_k, bytes]`.
+        value: Likewise.
+        mask: bool (True: seen) or float to add `[B or 1, 1, S_q, S_k]`; or None.
+        query_slot: As `key_slot` of `encode_key_value`, `[H or 1, D]`; used if Q has two groups.
+        key_slot: See `encode_key_value`.
+        value_slot: Likewise.
+        member: Salient channels of K, int32 `[H_kv, slots]`, -1 for none.
+        query_capacity: float32 `[G_q]`.
+        query_clip: float32 `[G_q]`.
+        groups: G, channel groups of K and V, 1 or 2.
+        shared: One range for all groups of Q.
+        planes: High bits of a salient count of K and V.
+        query_row: Bytes of an encoded row of Q, bytes of one high bit, and high bits of a salient count.
+        key_plane: Bytes of one high bit of a row of K.
+        value_plane: Likewise of V.
+        scaling: Factor of the scores, rounded to float32.
+        dtype: Of the result.
+
+    Returns:
+        `[B, S_q, H, D]`.
+    """
+    batch, heads, tokens, channels = query.shape
+    out = query.new_empty((batch, tokens, heads, channels), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    if key.shape[2] == 0:
+        return out.zero_()
+    sizes = (groups, shared, planes, key_plane, value_plane, scaling)
+    tables = (key_slot, value_slot, member, query_capacity, query_clip)
+    if heads // key.shape[1] * tokens <= DECODE_ROWS:
+        _decode(query, key, value, mask, tables, sizes, out)
+    else:
+        _prefill(query, key, value, mask, query_slot, tables, sizes, query_row, out)
+    return out
+
+
+@attend.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    query_slot: Tensor,
+    key_slot: Tensor,
+    value_slot: Tensor,
+    member: Tensor,
+    query_capacity: Tensor,
+    query_clip: Tensor,
+    groups: int,
+    shared: bool,
+    planes: int,
+    query_row: list[int],
+    key_plane: int,
+    value_plane: int,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    batch, heads, tokens, channels = query.shape
+    return query.new_empty((batch, tokens, heads, channels), dtype=dtype)
+
+
+def _mask_arguments(mask: Tensor | None, batch: int) -> tuple[Any, tuple[int, ...], float, bool]:
+    """Mask for a kernel, its strides (batch, query, key), what hides, and whether it is bool."""
+    if mask is None:
+        return None, (0, 0, 0), 0.0, False
+    mask = mask.expand(batch, *mask.shape[1:])
+    strides = (mask.stride(0), mask.stride(2), mask.stride(3))
+    if mask.dtype == torch.bool:
+        return mask.view(torch.uint8), strides, 0.0, True
+    return mask, strides, torch.finfo(mask.dtype).min, False
+
+
+@lru_cache(maxsize=16)
+def _units(device: torch.device) -> int:
+    """Multiprocessors."""
+    return 1 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    tables: tuple[Tensor, ...],
+    sizes: tuple[Any, ...],
+    out: Tensor,
+) -> None:
+    (batch, heads, tokens, channels), (_, kv_heads, keys, _) = query.shape, key.shape
+    groups, shared, planes, key_plane, value_plane, scaling = sizes
+    key_slot, value_slot, member, capacity, clip = tables
+    share = heads // kv_heads
+    rows = max(_power(1, share * tokens), 8 // groups)
+    block = 16 if interpreted() else 64
+    pairs = batch * kv_heads
+    wanted = triton.cdiv(_PROGRAMS_PER_UNIT * _units(query.device), pairs)
+    most = min(_MOST_SPLITS, triton.cdiv(keys, block), max(wanted, 2))
+    chunk = triton.cdiv(triton.cdiv(keys, most), block) * block
+    splits = triton.cdiv(keys, chunk)
+    slots = member.shape[1] if groups == 2 else 16
+    part = query.new_empty((pairs, splits, rows, channels + slots), dtype=torch.float32)
+    state = query.new_empty((pairs, splits, 2, rows), dtype=torch.float32)
+    mask, mask_strides, lowest, is_bool = _mask_arguments(mask, batch)
+    with on(query.device):
+        launch: Any = decode[(splits, pairs)]
+        launch(
+            *(query, key, value, key_slot, member, value_slot, capacity, clip, mask, part, state),
+            *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides),
+            *(key_plane, value_plane, kv_heads, share, tokens, keys, chunk, scaling, lowest),
+            G=groups,
+            QUERY_GROUPS=capacity.shape[0],
+            SHARED=shared,
+            D=channels,
+            HALF=_power(32, channels // 2),
+            KEY_PLANES=planes if key_plane else 0,
+            VALUE_PLANES=planes if value_plane else 0,
+            SLOTS=slots,
+            BOOL=is_bool,
+            UNPACK=not interpreted(),
+            ROWS=rows,
+            BN=block,
+            num_warps=4,
+            num_stages=3,
+            enable_fp_fusion=False,
+        )
+        launch = combine[(share * tokens, pairs)]
+        launch(
+            *(part, state, value_slot, out, kv_heads, share, tokens, splits),
+            D=channels,
+            LANES=_power(1, channels),
+            PLANES=planes if value_plane else 0,
+            SLOTS=slots,
+            ROWS=rows,
+            SPLITS=_power(2, splits),
+            BLOCK=min(16, _power(2, splits)),
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+
+
+def _prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    query_slot: Tensor,
+    tables: tuple[Tensor, ...],
+    sizes: tuple[Any, ...],
+    query_row: list[int],
+    out: Tensor,
+) -> None:
+    (batch, heads, tokens, channels), (_, kv_heads, keys, _) = query.shape, key.shape
+    groups, shared, planes, key_plane, value_plane, scaling = sizes
+    key_slot, value_slot, member, capacity, clip = tables
+    *row, query_planes = query_row
+    slots = member.shape[1] if groups == 2 else 0
+    bm, bn = (16, 16) if interpreted() else (128, 64)
+    tiles, blocks = triton.cdiv(tokens, bm), triton.cdiv(keys, bn)
+    width = _power(32, channels)
+    mask, mask_strides, lowest, is_bool = _mask_arguments(mask, batch)
+    common = {"D": channels, "WIDTH": width, "HALF": _power(16, channels // 2)}
+    operand = ((query, query_slot, clip, row),)
+    (encoded,) = _encode(operand, capacity, shared, query_planes, slots if query_planes else 0)
+    with on(query.device):
+        kinds = None
+        if mask is not None:
+            kinds = query.new_empty((batch, tiles, blocks), dtype=torch.int8)
+            launch: Any = classify[(blocks, tiles, batch)]
+            launch(
+                *(mask, kinds, *mask_strides, tokens, keys, lowest),
+                **{"BOOL": is_bool, "BM": bm, "BN": bn, "num_warps": 4},
+            )
+
+        def codes(x: Tensor, count: int, plane: int, own_groups: int, own_planes: int) -> Any:
+            # Of K in blocks that somebody sees, of Q all.
+            length, is_key = x.shape[2], x is key
+            padded = triton.cdiv(length, count) * count
+            pairs = batch * x.shape[1]
+            code = x.new_empty((pairs, padded, width + slots), dtype=torch.int8)
+            scale = x.new_empty((pairs, own_groups, padded), dtype=torch.float32)
+            step = min(count, 64)
+            launch: Any = unpack_codes[(padded // step, pairs)]
+            launch(
+                *(x, key_slot, member, kinds, code, scale, *x.stride()[:3], channels, plane),
+                *(x.shape[1], x.shape[1] // kv_heads, length, padded, blocks, tiles),
+                G=own_groups,
+                KEY_GROUPS=groups,
+                PLANES=own_planes,
+                SLOTS=slots,
+                HAS_KINDS=is_key and kinds is not None,
+                T=step,
+                num_warps=4,
+                **common,
+            )
+            return code, scale, padded
+
+        query_code, query_scale, query_padded = codes(
+            encoded, bm, row[1], capacity.shape[0], query_planes
+        )
+        key_code, key_scale, padded = codes(key, bn, key_plane, groups, planes if key_plane else 0)
+        numbers = value.new_empty((batch * kv_heads, padded, width), dtype=out.dtype)
+        launch = unpack_values[(padded // bn, batch * kv_heads)]
+        launch(
+            *(value, value_slot, kinds, numbers, *value.stride()[:3], channels, value_plane),
+            *(kv_heads, keys, padded, blocks, tiles),
+            G=groups,
+            PLANES=planes if value_plane else 0,
+            HAS_KINDS=kinds is not None,
+            T=bn,
+            num_warps=4,
+            enable_fp_fusion=False,
+            **common,
+        )
+        launch = prefill[(tiles, batch * heads)]
+        launch(
+            *(query_code, query_scale, key_code, key_scale, numbers, mask, kinds, out),
+            *(*mask_strides, heads, heads // kv_heads, tokens, query_padded, keys, padded, blocks),
+            *(scaling, lowest),
+            G=groups,
+            QUERY_GROUPS=capacity.shape[0],
+            D=channels,
+            WIDTH=width,
+            SLOTS=slots,
+            BLOCKS=_power(2, blocks),
+            BOOL=is_bool,
+            PRECISION="tf32x3" if out.dtype == torch.float32 else "tf32",
+            BM=bm,
+            BN=bn,
+            num_warps=8,
+            num_stages=2,
+            enable_fp_fusion=False,
+        )

@@ -1,0 +1,129 @@
+"""Spiking attention on a GPU: what the Triton operators need of the encoders, prepared once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neurons import ValueRange
+from snnllm.cache import RowEncoder, RowLayout
+from snnllm.kernels.triton_backend import TritonBackend
+
+_LEAST_SLOTS = 32  # what an int8 product sums over at least
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_CHANNELS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class TritonAttention:
+    """The Triton attention operators for the encoders of one block; see `attention_ops` for the fields.
+
+    One difference to the torch path: nothing is checked on the device, so NaN or infinity in the input
+    raises nothing here.
+    """
+
+    query_slot: Tensor
+    key_slot: Tensor
+    value_slot: Tensor
+    member: Tensor
+    query_capacity: Tensor
+    capacity: Tensor
+    query_clip: Tensor
+    key_clip: Tensor
+    value_clip: Tensor
+    groups: int
+    shared: bool
+    planes: int
+    slots: int
+    query_row: list[int]
+    key_row: list[int]
+    value_row: list[int]
+
+    @classmethod
+    def of(cls, query: RowEncoder, key: RowEncoder, value: RowEncoder) -> TritonAttention:
+        """Prepare the tables; waits for the device."""
+        for encoder in (query, key, value):
+            encoder.check_groups()  # the kernels index with them
+        device, layouts = key.channel_group.device, (query.layout, key.layout, value.layout)
+        groups = len(key.steps)
+        most = max(layout.member.shape[1] for layout in layouts)
+        slots = max(_LEAST_SLOTS, 1 << (most - 1).bit_length()) if groups == 2 else 0
+        member = torch.full((len(key.layout.member), slots), -1, dtype=torch.int32, device=device)
+        member[:, : key.layout.member.shape[1]] = key.layout.member
+        return cls(
+            *(_slots(layout) for layout in layouts),
+            member,
+            *(torch.tensor(e.capacities, dtype=torch.float32).to(device) for e in (query, key)),
+            *(encoder.clip.contiguous() for encoder in (query, key, value)),
+            groups,
+            key.value_range == ValueRange.SHARED,
+            key.layout.planes,
+            slots,
+            [query.layout.width, query.layout.plane_bytes, query.layout.planes],
+            [key.layout.width, key.layout.plane_bytes],
+            [value.layout.width, value.layout.plane_bytes],
+        )
+
+    @staticmethod
+    def refusal(query: RowEncoder, key: RowEncoder, value: RowEncoder) -> str | None:
+        """Why these encoders cannot run on the kernels, or None."""
+        reason = TritonBackend().available()
+        if reason is not None:
+            return reason
+        if not all(encoder.layout.packed for encoder in (query, key, value)):
+            return "spike counts of Q, K or V beyond 4 bits, or of salient channels beyond 6"
+        if query.steps not in ((1,), key.steps) or key.steps != value.steps:
+            return "Q with channel groups of its own"
+        if key.channel_group.shape[-1] > _MAX_CHANNELS:
+            return f"heads of more than {_MAX_CHANNELS} channels"
+        return None
+
+    def encode(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Payloads of K and V, float `[B, H_kv, S, D]`: uint8 `[B, H_kv, S, bytes]`."""
+        from snnllm.kernels.attention_ops import encode_key_value  # needs Triton
+
+        encoded: tuple[Tensor, Tensor] = encode_key_value(
+            *(_channels_last(key), _channels_last(value), self.key_slot, self.value_slot),
+            *(self.capacity, self.key_clip, self.value_clip, self.shared, self.planes, self.slots),
+            *(self.key_row, self.value_row),
+        )
+        return encoded
+
+    def takes(self, mask: Tensor | None, dtype: torch.dtype) -> bool:
+        """Whether the kernels know a mask of this shape and activations of this dtype."""
+        return dtype in _DTYPES and (
+            mask is None
+            or (mask.shape[1] == 1 and (mask.dtype == torch.bool or mask.dtype in _DTYPES))
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Attention output `[B, S_q, H, D]` of float queries over payloads."""
+        from snnllm.kernels.attention_ops import attend  # needs Triton
+
+        out: Tensor = attend(
+            *(_channels_last(query), key, value, mask),
+            *(self.query_slot, self.key_slot, self.value_slot, self.member),
+            *(self.query_capacity, self.query_clip, self.groups, self.shared, self.planes),
+            *(self.query_row, self.key_row[1], self.value_row[1], scaling, dtype),
+        )
+        return out
+
+
+def _slots(layout: RowLayout) -> Tensor:
+    """Place of every channel among the salient ones of its head, int32 `[H or 1, D]`; -1 for others."""
+    place = 8 * layout.byte.int() + torch.log2(layout.bit.clamp(min=1).float()).int()
+    return place.masked_fill(layout.bit == 0, -1).contiguous()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
