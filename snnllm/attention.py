@@ -12,6 +12,7 @@ equal bit for bit.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -29,8 +30,10 @@ from snnllm.execution import SpikingModule, View
 from snnllm.kernels import get_backend
 from snnllm.kernels.attention import NativeAttention
 from snnllm.kernels.exact import exact_matmul
+from snnllm.kernels.triton_attention import TritonAttention
 from snnllm.precision import keeping_float32
 
+LOGGER = logging.getLogger("snnllm.attention")
 SPIKING_ATTENTION = "spiking"
 CALIBRATION_ATTENTION = "spiking_calibration"
 _INT8_MAX = 127
@@ -80,9 +83,11 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
             eye = torch.eye(dim).repeat(heads, 1, 1)
             self.register_buffer("qk_rotation", eye)
         self._native: NativeAttention | object | None = _UNKNOWN
+        self._kernels: TritonAttention | object | None = _UNKNOWN
 
     def set_channel_groups(self, key: Tensor, value: Tensor) -> None:
         """Choose the saliency groups of K and V, uint8 `[H_kv, D]`."""
+        self._kernels = _UNKNOWN
         self.k_encoder.set_groups(key)
         self.v_encoder.set_groups(value)
         if self.q_encoder.channel_group.dim() == 2:  # Q is multiplied with K channel by channel
@@ -115,19 +120,41 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
             self._native = None if reason else NativeAttention(*encoders)
         return cast("NativeAttention | None", self._native)
 
+    def kernels(self) -> TritonAttention | None:
+        """The Triton operators, on a GPU where they can run in the collapsed view and nobody records."""
+        encoders = (self.q_encoder, self.k_encoder, self.v_encoder)
+        if self.view is not View.COLLAPSED or any(e.watched for e in encoders):
+            return None
+        if self._kernels is _UNKNOWN:
+            self._kernels = self._prepare_kernels()
+        return cast("TritonAttention | None", self._kernels)
+
+    def _prepare_kernels(self) -> TritonAttention | None:
+        encoders = (self.q_encoder, self.k_encoder, self.v_encoder)
+        if self.k_encoder.channel_group.device.type != "cuda":
+            return None
+        reason = TritonAttention.refusal(*encoders)
+        if reason is not None:
+            LOGGER.info("%s: attention runs on torch operations: %s", self.k_encoder.name, reason)
+            return None
+        return TritonAttention.of(*encoders)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._native = _UNKNOWN  # the encoders may move to another device
+        self._native = self._kernels = _UNKNOWN  # the encoders may move to another device
         with keeping_float32(self):
             super()._apply(fn, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """State without the loaded library, for deepcopy and pickle."""
-        return {**self.__dict__, "_native": _UNKNOWN}
+        """State without what is derived from it, for deepcopy and pickle."""
+        return {**self.__dict__, "_native": _UNKNOWN, "_kernels": _UNKNOWN}
 
     def _encode_key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        key, kernels = self.rotate(key), self.kernels()
+        if kernels is not None and kernels.takes(key) and kernels.takes(value):
+            return kernels.encode(key, value)
         return (
-            self.encode_payload(self.k_encoder, self.rotate(key)),
+            self.encode_payload(self.k_encoder, key),
             self.encode_payload(self.v_encoder, value),
         )
 
@@ -233,7 +260,7 @@ def spiking_attention(
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention over encoded K and V; the signature is transformers' attention interface.
 
         P = softmax(scaling * sum_g s_qg s_kg A_g + mask),   out = P (s_v (q_v - z_v))
@@ -246,13 +273,19 @@ def spiking_attention(
         attention_mask: `[B, 1, S_q, S_k]`, float to add or bool to keep; or None.
         scaling: Factor of the scores, `D**-1/2`.
         dropout: Dropout of P, used in training only.
-        **kwargs: What transformers passes to every attention function; not used.
+        **kwargs: What transformers passes to every attention function; `output_attentions` asks for P.
 
     Returns:
-        `[B, S_q, H, D]` in the dtype of the query, and P.
+        `[B, S_q, H, D]` in the dtype of the query; and P, or None from the kernels on a GPU, which never
+        have all of it. They run when nobody asks for P, and differ by the rounding of float sums.
     """
     batch, heads, tokens, _ = query.shape
     dtype, query = query.dtype, module.rotate(query)
+    kernels = module.kernels()
+    if kernels is not None and kernels.takes(query, attention_mask):
+        asked = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
+        if not asked and not (module.training and dropout > 0.0):
+            return kernels.attend(query, key, value, attention_mask, scaling, dtype), None
     native = module.native()
     encoded = module.encode_payload(module.q_encoder, query)
     if native is not None and module.view is View.COLLAPSED:

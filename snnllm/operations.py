@@ -186,7 +186,7 @@ def _counted_attention(
     attention_mask: Tensor | None,
     *args: Any,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Spiking attention that shows its operands to the module's `attention_observer`."""
     module.__dict__["attention_observer"](query, key, value, attention_mask)
     return spiking_attention(module, query, key, value, attention_mask, *args, **kwargs)

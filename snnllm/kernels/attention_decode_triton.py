@@ -22,55 +22,49 @@ from snnllm.kernels.attention_rows_triton import _slots, counts_of, encode_halve
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+# Four bytes in a register: Triton would unpack int8 tensors one by one. With 0x43 in front a code is the
+# bits of 128 + code in bfloat16, exactly.
+_TO_NUMBERS = """prmt.b32 a, t, 0x43434343, 0x4140; prmt.b32 b, t, 0x43434343, 0x4342;
+    mov.b32 one, 0x3F803F80; mov.b32 minus, 0xC300C300;
+    fma.rn.bf16x2 $0, a, one, minus; fma.rn.bf16x2 $1, b, one, minus; }"""
+_LOW_CODES = tl.constexpr("and.b32 $0, $1, 0x0F0F0F0F;")
+_HIGH_CODES = tl.constexpr("{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }")
+_LOW_NUMBERS = tl.constexpr(
+    "{ .reg .b32 t, a, b, one, minus; and.b32 t, $2, 0x0F0F0F0F; " + _TO_NUMBERS
+)
+_HIGH_NUMBERS = tl.constexpr(
+    "{ .reg .b32 t, a, b, one, minus; shr.b32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F; " + _TO_NUMBERS
+)
+
+
 @triton.jit
-def _codes(packed, HIGH: tl.constexpr, UNPACK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _codes(packed, SHIFT: tl.constexpr, ASM: tl.constexpr, UNPACK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Low or high halves of bytes, int8."""
     if UNPACK:
-        # Four bytes in a register: Triton would unpack int8 tensors one by one.
-        if HIGH:
-            return tl.inline_asm_elementwise(
-                "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }",
-                "=r,r",
-                [packed],
-                tl.int8,
-                True,
-                4,
-            )
-        return tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [packed], tl.int8, True, 4
-        )
-    return ((packed >> (4 if HIGH else 0)) & 15).to(tl.int8)
+        return tl.inline_asm_elementwise(ASM, "=r,r", [packed], tl.int8, True, 4)
+    return ((packed >> SHIFT) & 15).to(tl.int8)
 
 
 @triton.jit
-def _numbers(packed, HIGH: tl.constexpr, UNPACK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _numbers(packed, SHIFT: tl.constexpr, ASM: tl.constexpr, UNPACK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Low or high halves of bytes, bfloat16."""
     if UNPACK:
-        # With 0x43 in front a code is the bits of 128 + code.
-        if HIGH:
-            return tl.inline_asm_elementwise(
-                """{ .reg .b32 t, a, b; shr.b32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F;
-                prmt.b32 a, t, 0x43434343, 0x4140; prmt.b32 b, t, 0x43434343, 0x4342;
-                fma.rn.bf16x2 $0, a, 0x3F803F80, 0xC300C300;
-                fma.rn.bf16x2 $1, b, 0x3F803F80, 0xC300C300; }""",
-                "=r,=r,r",
-                [packed],
-                tl.bfloat16,
-                True,
-                4,
-            )
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 t, a, b; and.b32 t, $2, 0x0F0F0F0F;
-            prmt.b32 a, t, 0x43434343, 0x4140; prmt.b32 b, t, 0x43434343, 0x4342;
-            fma.rn.bf16x2 $0, a, 0x3F803F80, 0xC300C300;
-            fma.rn.bf16x2 $1, b, 0x3F803F80, 0xC300C300; }""",
-            "=r,=r,r",
-            [packed],
-            tl.bfloat16,
-            True,
-            4,
-        )
-    return ((packed >> (4 if HIGH else 0)) & 15).to(tl.float32).to(tl.bfloat16)
+        return tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], tl.bfloat16, True, 4)
+    return ((packed >> SHIFT) & 15).to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
+def _centred(  # type: ignore[no-untyped-def]
+    x, salient, s0, z0, s1, z1, top0, top1, group, G: tl.constexpr, QUERY_GROUPS: tl.constexpr
+):
+    """Centred counts, int8, of the channels in the group of each row; 0 in the others."""
+    zero = spread(z0, z1, salient, QUERY_GROUPS)
+    scale = spread(s0, s1, salient, QUERY_GROUPS)
+    top = spread(top0, top1, salient, QUERY_GROUPS)
+    code = counts_of(x, scale, zero, top) - zero.to(tl.int32)
+    if G == 2:
+        code = tl.where(salient == (group == 1), code, 0)
+    return code.to(tl.int8)
 
 
 @triton.jit
@@ -106,39 +100,31 @@ def _queries(  # type: ignore[no-untyped-def]
         low, high, salient_low, salient_high, capacity_ptr, clip_ptr, SHARED, QUERY_GROUPS
     )
     top0, top1 = tl.load(capacity_ptr), tl.load(capacity_ptr + QUERY_GROUPS - 1)
-    parts = ()  # type: tuple[Any, ...]
-    for half in tl.static_range(2):
-        x, salient = (low, salient_low) if half == 0 else (high, salient_high)
-        zero = spread(z0, z1, salient, QUERY_GROUPS)
-        scale = spread(s0, s1, salient, QUERY_GROUPS)
-        top = spread(top0, top1, salient, QUERY_GROUPS)
-        code = counts_of(x, scale, zero, top) - zero.to(tl.int32)
-        if G == 2:
-            code = tl.where(salient == (group == 1), code, 0)
-        parts += (code.to(tl.int8),)
-    own = parts[0]
+    low = _centred(low, salient_low, s0, z0, s1, z1, top0, top1, group, G, QUERY_GROUPS)
+    high = _centred(high, salient_high, s0, z0, s1, z1, top0, top1, group, G, QUERY_GROUPS)
+    own = low  # not used for one group
     if G == 2:
         x = tl.load(query_at + member, mask=there & (member >= 0), other=0.0).to(tl.float32)
         own = counts_of(x, s1, z1, top1) - z1.to(tl.int32)
         own = tl.where((member >= 0) & (group == 1), own, 0).to(tl.int8)
-    return parts[0], parts[1], own, tl.where(group == 1, s1, s0)
+    return low, high, own, tl.where(group == 1, s1, s0)
 
 
 @triton.jit
 def _visible(  # type: ignore[no-untyped-def]
-    mask_at, there, key_stride, first, last, lowest, BOOL: tl.constexpr, BN: tl.constexpr
+    mask_at, there, key_stride, first, last, lowest, BOOL: tl.constexpr, LOOK: tl.constexpr
 ):
-    """First and last + 1 block of keys, counted from `first`, that a query sees; none: (0, 0)."""
-    start, stop = (last - first) // BN + 1, 0
-    for block in range(0, tl.cdiv(last - first, BN)):
-        n = first + block * BN + tl.arange(0, BN)
-        seen, _ = shows(
-            mask_at + (n * key_stride)[None, :], there & (n < last)[None, :], lowest, BOOL
-        )
-        if tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0:
-            start = tl.minimum(start, block)
-            stop = block + 1
-    return tl.minimum(start, stop), stop
+    """First key and last key + 1 of `first..last-1` that a query sees; none: two equal numbers."""
+    n = first + tl.arange(0, LOOK)[None, :]
+    start = tl.zeros_like(there.to(tl.int32) + n) + last
+    stop = tl.zeros_like(start)
+    for _ in range(0, tl.cdiv(last - first, LOOK)):
+        seen, _ = shows(mask_at + n * key_stride, there & (n < last), lowest, BOOL)
+        start = tl.where(seen, tl.minimum(start, n), start)
+        stop = tl.where(seen, n + 1, stop)
+        n += LOOK
+    start = tl.min(tl.min(start, 1), 0)
+    return start, tl.maximum(tl.max(tl.max(stop, 1), 0), start)
 
 
 @triton.jit(do_not_specialize=["tokens", "keys", "chunk", "key_plane", "value_plane"])
@@ -184,15 +170,17 @@ def decode(  # type: ignore[no-untyped-def]
     VALUE_PLANES: tl.constexpr,
     SLOTS: tl.constexpr,
     BOOL: tl.constexpr,
+    ONE_TOKEN: tl.constexpr,
     UNPACK: tl.constexpr,
     ROWS: tl.constexpr,
     BN: tl.constexpr,
+    LOOK: tl.constexpr,
 ):
     """Attention of the queries of one KV head to one chunk of keys.
 
     A row of the products is a query (ROWS of them), a channel group (G) and a term of its weight (2).
 
-    Args:
+    Operands:
         query_ptr: float `[B, H, tokens, D]` by its strides, 1 along D.
         key_ptr: payloads `[B, H_kv, keys, bytes]` by their strides.
         value_ptr: likewise.
@@ -209,12 +197,18 @@ def decode(  # type: ignore[no-untyped-def]
     there = (query < share * tokens)[:, None]
     first = split * chunk
     last = tl.minimum(first + chunk, keys)
-    start, stop = 0, tl.cdiv(last - first, BN)
+    start, stop = first, last
     if mask_ptr is not None:
         mask_at = mask_ptr + batch.to(tl.int64) * mask_batch_stride
-        mask_at = mask_at + (query % tokens * mask_query_stride)[:, None]
-        start, stop = _visible(mask_at, there, mask_key_stride, first, last, lowest, BOOL, BN)
+        some = there
+        if ONE_TOKEN:
+            some = tl.full([1, 1], True, tl.int1)
+        else:
+            mask_at = mask_at + (query % tokens * mask_query_stride)[:, None]
+        start, stop = _visible(mask_at, some, mask_key_stride, first, last, lowest, BOOL, LOOK)
     j = tl.arange(0, HALF)
+    # Lanes beyond the channels repeat the last ones: Q is zero there, and nothing is stored.
+    lane = tl.minimum(j, D // 2 - 1) if HALF > D // 2 else j
     i = tl.arange(0, SLOTS)
     query_at = query_ptr + batch.to(tl.int64) * query_batch_stride
     query_at += (head * share + query // tokens) * query_head_stride
@@ -235,15 +229,17 @@ def decode(  # type: ignore[no-untyped-def]
     most = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     offset = tl.zeros([M], tl.float32)
-    for block in range(start, stop):
-        n = first + block * BN + tl.arange(0, BN)
-        inside = n < last
-        at = tl.minimum(n, keys - 1).to(tl.int64)
-        key_at = key_ptr + at * key_token_stride
-        value_at = value_ptr + at * value_token_stride
-        packed = tl.load(key_at[None, :] + tl.minimum(j, D // 2 - 1)[:, None])
-        product = tl.dot(low_query, _codes(packed, False, UNPACK), out_dtype=tl.int32)
-        product = tl.dot(high_query, _codes(packed, True, UNPACK), product, out_dtype=tl.int32)
+    for left in range(start, stop, BN):
+        n = left + tl.arange(0, BN)
+        inside = n < stop
+        token = tl.minimum(n, keys - 1).to(tl.int64)
+        key_at = key_ptr + token * key_token_stride
+        value_at = value_ptr + token * value_token_stride
+        packed = tl.load(key_at[None, :] + lane[:, None])
+        product = tl.dot(low_query, _codes(packed, 0, _LOW_CODES, UNPACK), out_dtype=tl.int32)
+        product = tl.dot(
+            high_query, _codes(packed, 4, _HIGH_CODES, UNPACK), product, out_dtype=tl.int32
+        )
         if KEY_PLANES > 0:
             bits = _slots(key_at[:, None], i, key_plane, inside[:, None], ZERO + G, KEY_PLANES)
             own = tl.dot(own_query, tl.trans(bits.to(tl.int8)), out_dtype=tl.int32)
@@ -258,13 +254,11 @@ def decode(  # type: ignore[no-untyped-def]
             both = tl.sum(tl.reshape(score, [2, 2 * ROWS, BN]), 0)[None, :, :]
             score = tl.reshape(tl.broadcast_to(both, [2, 2 * ROWS, BN]), [M, BN])
         score *= scaling
-        seen = there & inside[None, :]
         if mask_ptr is None:
-            score = tl.where(seen, score, float("-inf"))
+            score = tl.where(inside[None, :], score, float("-inf"))
         else:
-            score = masked_scores(
-                score, mask_at + (n * mask_key_stride)[None, :], seen, lowest, BOOL
-            )
+            at = mask_at + (n * mask_key_stride)[None, :]
+            score = masked_scores(score, at, some & inside[None, :], lowest, BOOL)
         higher = tl.maximum(most, tl.max(score, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2((score - base[:, None]) * LOG2E)
@@ -277,10 +271,10 @@ def decode(  # type: ignore[no-untyped-def]
         offset = offset * decay + tl.sum(weight * zero, 1)
         main = weight.to(tl.bfloat16)
         weight = tl.where(term == 0, main, (weight - main.to(tl.float32)).to(tl.bfloat16))
-        packed = tl.load(value_at[:, None] + tl.minimum(j, D // 2 - 1)[None, :])
-        numbers = _numbers(packed, False, UNPACK)
+        packed = tl.load(value_at[:, None] + lane[None, :])
+        numbers = _numbers(packed, 0, _LOW_NUMBERS, UNPACK)
         low_out = float_product(weight, numbers, low_out * decay[:, None], "tf32")
-        numbers = _numbers(packed, True, UNPACK)
+        numbers = _numbers(packed, 4, _HIGH_NUMBERS, UNPACK)
         high_out = float_product(weight, numbers, high_out * decay[:, None], "tf32")
         if VALUE_PLANES > 0:
             bits = _slots(
@@ -335,9 +329,9 @@ def combine(  # type: ignore[no-untyped-def]
     state_ptr += pair.to(tl.int64) * splits * 2 * ROWS + query
     part_ptr += (pair.to(tl.int64) * splits * ROWS + query) * (D + SLOTS)
     split = tl.arange(0, SPLITS)
-    at = state_ptr + split * 2 * ROWS
-    most = tl.load(at, mask=split < splits, other=float("-inf"))
-    total = tl.load(at + ROWS, mask=split < splits, other=0.0)
+    state_at = state_ptr + split * 2 * ROWS
+    most = tl.load(state_at, mask=split < splits, other=float("-inf"))
+    total = tl.load(state_at + ROWS, mask=split < splits, other=0.0)
     top = tl.max(most, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(total * tl.exp2((most - base) * LOG2E), 0)
@@ -352,14 +346,16 @@ def combine(  # type: ignore[no-untyped-def]
         most = tl.load(state_ptr + split * 2 * ROWS, mask=split < splits, other=float("-inf"))
         # Chunks without a visible key hold nothing.
         there = (most > float("-inf"))[:, None]
-        at = part_ptr + (split * ROWS * (D + SLOTS))[:, None]
-        part = tl.load(at + c[None, :], mask=there & inside[None, :], other=0.0)
+        part_at = part_ptr + (split * ROWS * (D + SLOTS))[:, None]
+        part = tl.load(part_at + c[None, :], mask=there & inside[None, :], other=0.0)
         if PLANES > 0:
-            part += tl.load(at + D + slot[None, :], mask=there & (slot >= 0)[None, :], other=0.0)
+            part += tl.load(
+                part_at + D + slot[None, :], mask=there & (slot >= 0)[None, :], other=0.0
+            )
         out += part * tl.exp2((most - base) * LOG2E)[:, None]
     row = tl.sum(out, 0) / tl.where(total == 0.0, 1.0, total)
     # Queries that see no key: zeros.
-    at = ((batch * tokens + query % tokens) * kv_heads + head).to(
+    row_number = ((batch * tokens + query % tokens) * kv_heads + head).to(
         tl.int64
     ) * share + query // tokens
-    tl.store(out_ptr + at * D + c, rounded(row, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row_number * D + c, rounded(row, out_ptr.dtype.element_ty), mask=inside)

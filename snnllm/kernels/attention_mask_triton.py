@@ -42,7 +42,7 @@ def shows(mask_at, inside, lowest, BOOL: tl.constexpr):  # type: ignore[no-untyp
     return bias > lowest, bias == 0.0
 
 
-@triton.jit(do_not_specialize=["queries", "keys"])
+@triton.jit(do_not_specialize=["queries"])
 def classify(  # type: ignore[no-untyped-def]
     mask_ptr,
     kind_ptr,

@@ -16,12 +16,13 @@ from snnllm.kernels.attention_rows_triton import encode_rows, unpack_codes, unpa
 
 DECODE_ROWS = 16
 """Queries of a KV head (its heads times tokens) up to which the kernel for few of them runs."""
-_PROGRAMS_PER_UNIT = 4  # chunks of keys: as many programs as this times the multiprocessors
+_PROGRAMS_PER_UNIT = 3  # of `decode` that a multiprocessor has registers for
 _MOST_SPLITS = 128
+_LARGE_SHARED_MEMORY = 160 << 10
 
 
 def _power(least: int, number: int) -> int:
-    return max(least, triton.next_power_of_2(number))
+    return max(least, int(triton.next_power_of_2(number)))
 
 
 @torch.library.custom_op("snnllm::encode_key_value", mutates_args=())
@@ -61,7 +62,8 @@ def encode_key_value(
         uint8 `[B, H_kv, S, bytes]` of K and of V.
     """
     operands = ((key, key_slot, key_clip, key_row), (value, value_slot, value_clip, value_row))
-    return _encode(operands, capacity, shared, planes, slots)
+    key_payload, value_payload = _encode(operands, capacity, shared, planes, slots)
+    return key_payload, value_payload
 
 
 @encode_key_value.register_fake
@@ -86,7 +88,9 @@ def _rows(x: Tensor, width: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], width), dtype=torch.uint8)
 
 
-def _encode(operands: Any, capacity: Tensor, shared: bool, planes: int, slots: int) -> Any:
+def _encode(
+    operands: Any, capacity: Tensor, shared: bool, planes: int, slots: int
+) -> tuple[Tensor, ...]:
     """Payloads of one or two operands (x, slots, clip, row) of the same shape."""
     outputs = tuple(_rows(x, row[0]) for x, _, _, row in operands)
     _, heads, tokens, channels = operands[0][0].shape
@@ -217,7 +221,19 @@ def _mask_arguments(mask: Tensor | None, batch: int) -> tuple[Any, tuple[int, ..
 @lru_cache(maxsize=16)
 def _units(device: torch.device) -> int:
     """Multiprocessors."""
-    return 1 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=16)
+def _prefill_config(device: torch.device, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Queries and keys of a tile, warps, stages: as shared memory and registers allow."""
+    if interpreted():
+        return 16, 16, 1, 1
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    if dtype == torch.float32 or shared < _LARGE_SHARED_MEMORY:
+        return 64, 32, 4, 2
+    return 128, 64, 8, 3
 
 
 def _decode(
@@ -234,10 +250,10 @@ def _decode(
     key_slot, value_slot, member, capacity, clip = tables
     share = heads // kv_heads
     rows = max(_power(1, share * tokens), 8 // groups)
-    block = 16 if interpreted() else 64
+    block = 16 if interpreted() else 32
     pairs = batch * kv_heads
-    wanted = triton.cdiv(_PROGRAMS_PER_UNIT * _units(query.device), pairs)
-    most = min(_MOST_SPLITS, triton.cdiv(keys, block), max(wanted, 2))
+    wanted = max(1, _PROGRAMS_PER_UNIT * _units(query.device) // pairs)
+    most = min(_MOST_SPLITS, triton.cdiv(keys, block), wanted)
     chunk = triton.cdiv(triton.cdiv(keys, most), block) * block
     splits = triton.cdiv(keys, chunk)
     slots = member.shape[1] if groups == 2 else 16
@@ -259,9 +275,11 @@ def _decode(
             VALUE_PLANES=planes if value_plane else 0,
             SLOTS=slots,
             BOOL=is_bool,
+            ONE_TOKEN=tokens == 1,
             UNPACK=not interpreted(),
             ROWS=rows,
             BN=block,
+            LOOK=8 * block if tokens == 1 else block,
             num_warps=4,
             num_stages=3,
             enable_fp_fusion=False,
@@ -297,7 +315,7 @@ def _prefill(
     key_slot, value_slot, member, capacity, clip = tables
     *row, query_planes = query_row
     slots = member.shape[1] if groups == 2 else 0
-    bm, bn = (16, 16) if interpreted() else (128, 64)
+    bm, bn, warps, stages = _prefill_config(query.device, out.dtype)
     tiles, blocks = triton.cdiv(tokens, bm), triton.cdiv(keys, bn)
     width = _power(32, channels)
     mask, mask_strides, lowest, is_bool = _mask_arguments(mask, batch)
@@ -369,7 +387,7 @@ def _prefill(
             PRECISION="tf32x3" if out.dtype == torch.float32 else "tf32",
             BM=bm,
             BN=bn,
-            num_warps=8,
-            num_stages=2,
+            num_warps=warps,
+            num_stages=stages,
             enable_fp_fusion=False,
         )

@@ -41,6 +41,7 @@ def _blocks(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
     MASKED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     BOOL: tl.constexpr,
     PRECISION: tl.constexpr,
     BN: tl.constexpr,
@@ -62,17 +63,14 @@ def _blocks(  # type: ignore[no-untyped-def]
         score *= scaling
         if MASKED:
             inside = inside_query & (n < keys)[None, :]
-            if mask_at is None:
-                score = tl.where(inside, score, float("-inf"))
-            else:
+            if HAS_MASK:
                 at = mask_at + (n * mask_key_stride)[None, :]
                 score = masked_scores(score, at, inside, lowest, BOOL)
+            else:
+                score = tl.where(inside, score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, 1))
-        if MASKED:
-            # A query that has seen no key yet: any finite number instead of minus infinity.
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-        else:
-            base = higher
+        # A query that has seen no key yet: any finite number instead of minus infinity.
+        base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
         p = tl.exp2((score - base[:, None]) * LOG2E)
         decay = tl.exp2((most - base) * LOG2E)
         total = total * decay + tl.sum(p, 1)
@@ -83,7 +81,7 @@ def _blocks(  # type: ignore[no-untyped-def]
     return out, most, total
 
 
-@triton.jit(do_not_specialize=["tokens", "keys", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "blocks"])
 def prefill(  # type: ignore[no-untyped-def]
     query_ptr,
     query_threshold_ptr,
@@ -118,7 +116,7 @@ def prefill(  # type: ignore[no-untyped-def]
 ):
     """One tile of BM queries of one head.
 
-    Args:
+    Operands:
         query_ptr: int8 `[B, H, query_padded, WIDTH + SLOTS]` (`attention_rows_triton.unpack_codes`).
         query_threshold_ptr: float32 `[B, H, G_q, query_padded]`.
         code_ptr: int8 `[B, H_kv, padded, WIDTH + SLOTS]`.
@@ -151,8 +149,9 @@ def prefill(  # type: ignore[no-untyped-def]
         tl.full([BM], float("-inf"), tl.float32),
         tl.zeros([BM], tl.float32),
     )
-    if mask_ptr is None:
-        mask_at = None
+    HAS_MASK: tl.constexpr = mask_ptr is not None
+    if not HAS_MASK:
+        mask_at = m[:, None]  # not read
         start, whole, partial, stop = 0, 0, keys // BN, blocks
     else:
         mask_at = mask_ptr + batch.to(tl.int64) * mask_batch_stride
@@ -165,18 +164,69 @@ def prefill(  # type: ignore[no-untyped-def]
         whole = tl.min(tl.where(kind == WHOLE, block, stop), 0)
         partial = tl.min(tl.where((kind != WHOLE) & (block >= whole), block, stop), 0)
     arguments = (query, salient_query, scale0, scale1, code_ptr, threshold_ptr, value_ptr)
-    if mask_ptr is not None:
+    if HAS_MASK:
         state = _blocks(
-            *(state, start, whole, *arguments, mask_at, inside_query, mask_key_stride, keys),
-            *(padded, scaling, lowest, G, WIDTH, SLOTS, True, BOOL, PRECISION, BN),
+            *(state, start, whole),
+            *arguments,
+            *(
+                mask_at,
+                inside_query,
+                mask_key_stride,
+                keys,
+                padded,
+                scaling,
+                lowest,
+                G,
+                WIDTH,
+                SLOTS,
+                True,
+                HAS_MASK,
+                BOOL,
+                PRECISION,
+                BN,
+            ),
         )
     state = _blocks(
-        *(state, whole, partial, *arguments, mask_at, inside_query, mask_key_stride, keys),
-        *(padded, scaling, lowest, G, WIDTH, SLOTS, False, BOOL, PRECISION, BN),
+        *(state, whole, partial),
+        *arguments,
+        *(
+            mask_at,
+            inside_query,
+            mask_key_stride,
+            keys,
+            padded,
+            scaling,
+            lowest,
+            G,
+            WIDTH,
+            SLOTS,
+            False,
+            HAS_MASK,
+            BOOL,
+            PRECISION,
+            BN,
+        ),
     )
     state = _blocks(
-        *(state, partial, stop, *arguments, mask_at, inside_query, mask_key_stride, keys),
-        *(padded, scaling, lowest, G, WIDTH, SLOTS, True, BOOL, PRECISION, BN),
+        *(state, partial, stop),
+        *arguments,
+        *(
+            mask_at,
+            inside_query,
+            mask_key_stride,
+            keys,
+            padded,
+            scaling,
+            lowest,
+            G,
+            WIDTH,
+            SLOTS,
+            True,
+            HAS_MASK,
+            BOOL,
+            PRECISION,
+            BN,
+        ),
     )
     out, _, total = state
     # Queries that see no key: zeros.

@@ -249,7 +249,7 @@ def unpack_codes(  # type: ignore[no-untyped-def]
     Channels that are not salient stay in place and the others are zeros there; the salient ones follow at
     WIDTH, in their order. Q is taken apart by the tables of K, `share` heads for one of K.
 
-    Args:
+    Operands:
         row_ptr: payloads `[B, H, tokens, bytes]`.
         kind_ptr: int8 `[B, tiles, blocks]`; blocks of keys that all tiles hide are left out.
         out_ptr: int8 `[B, H, padded, WIDTH + SLOTS]`, written; zeros behind the last token.

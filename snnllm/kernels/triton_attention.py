@@ -13,7 +13,7 @@ from snnllm.kernels.triton_backend import TritonBackend
 
 _LEAST_SLOTS = 32  # what an int8 product sums over at least
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_CHANNELS = 256
+_MAX_CHANNELS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,18 +52,31 @@ class TritonAttention:
         slots = max(_LEAST_SLOTS, 1 << (most - 1).bit_length()) if groups == 2 else 0
         member = torch.full((len(key.layout.member), slots), -1, dtype=torch.int32, device=device)
         member[:, : key.layout.member.shape[1]] = key.layout.member
+        query_slot, key_slot, value_slot = (_slots(layout) for layout in layouts)
+        query_capacity, capacity = (
+            torch.tensor(encoder.capacities, dtype=torch.float32).to(device)
+            for encoder in (query, key)
+        )
+        query_row, key_row, value_row = (
+            [layout.width, layout.plane_bytes if layout.planes else 0] for layout in layouts
+        )
         return cls(
-            *(_slots(layout) for layout in layouts),
-            member,
-            *(torch.tensor(e.capacities, dtype=torch.float32).to(device) for e in (query, key)),
-            *(encoder.clip.contiguous() for encoder in (query, key, value)),
-            groups,
-            key.value_range == ValueRange.SHARED,
-            key.layout.planes,
-            slots,
-            [query.layout.width, query.layout.plane_bytes, query.layout.planes],
-            [key.layout.width, key.layout.plane_bytes],
-            [value.layout.width, value.layout.plane_bytes],
+            query_slot=query_slot,
+            key_slot=key_slot,
+            value_slot=value_slot,
+            member=member,
+            query_capacity=query_capacity,
+            capacity=capacity,
+            query_clip=query.clip.contiguous(),
+            key_clip=key.clip.contiguous(),
+            value_clip=value.clip.contiguous(),
+            groups=groups,
+            shared=key.value_range == ValueRange.SHARED,
+            planes=key.layout.planes,
+            slots=slots,
+            query_row=[*query_row, query.layout.planes],
+            key_row=key_row,
+            value_row=value_row,
         )
 
     @staticmethod
@@ -91,12 +104,11 @@ class TritonAttention:
         )
         return encoded
 
-    def takes(self, mask: Tensor | None, dtype: torch.dtype) -> bool:
-        """Whether the kernels know a mask of this shape and activations of this dtype."""
-        return dtype in _DTYPES and (
-            mask is None
-            or (mask.shape[1] == 1 and (mask.dtype == torch.bool or mask.dtype in _DTYPES))
-        )
+    def takes(self, x: Tensor, mask: Tensor | None = None) -> bool:
+        """Whether the kernels know activations of this dtype, and a mask of this shape and dtype."""
+        if x.dtype not in _DTYPES or mask is None:
+            return x.dtype in _DTYPES
+        return mask.dim() == 4 and mask.shape[1] == 1 and mask.dtype in (torch.bool, *_DTYPES)
 
     def attend(
         self,
