@@ -14,7 +14,7 @@ from snnllm.kernels.attention_mask_triton import classify
 from snnllm.kernels.attention_prefill_triton import prefill
 from snnllm.kernels.attention_rows_triton import encode_rows, unpack_codes, unpack_values
 
-DECODE_ROWS = 16
+DECODE_ROWS = 8
 """Queries of a KV head (its heads times tokens) up to which the kernel for few of them runs."""
 _PROGRAMS_PER_UNIT = 3  # of `decode` that a multiprocessor has registers for
 _MOST_SPLITS = 128
@@ -228,7 +228,7 @@ def _units(device: torch.device) -> int:
 def _prefill_config(device: torch.device, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps, stages: as shared memory and registers allow."""
     if interpreted():
-        return 16, 16, 1, 1
+        return 32, 16, 1, 1
     index = torch.cuda.current_device() if device.index is None else device.index
     shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     if dtype == torch.float32 or shared < _LARGE_SHARED_MEMORY:
@@ -299,6 +299,58 @@ def _decode(
         )
 
 
+def _unpack(
+    x: Tensor,
+    slot: Tensor,
+    member: Tensor,
+    kinds: Tensor | None,
+    block: int,
+    own_groups: int,
+    groups: int,
+    planes: int,
+    plane_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Payloads as operands of a product: centred counts and thresholds (`unpack_codes`).
+
+    Args:
+        x: Payloads of K, or of Q with 1 group or those of K.
+        slot: Of K.
+        member: Of K.
+        kinds: Kinds of blocks of keys; those that no query sees are left out.
+        block: What the number of tokens is padded to.
+        own_groups: Groups of the payloads.
+        groups: Of K.
+        planes: High bits of a salient count of the payloads.
+        plane_bytes: Bytes of one of them.
+
+    Returns:
+        int8 `[B * H, padded, width + slots]`; float32 `[B * H, G, padded]`.
+    """
+    (batch, heads, tokens, _), (kv_heads, channels) = x.shape, slot.shape
+    padded, step = triton.cdiv(tokens, block) * block, min(block, 64)
+    width, slots = _power(32, channels), member.shape[1] if groups == 2 else 0
+    code = x.new_empty((batch * heads, padded, width + slots), dtype=torch.int8)
+    scale = x.new_empty((batch * heads, own_groups, padded), dtype=torch.float32)
+    tiles, blocks = (0, 0) if kinds is None else kinds.shape[1:]
+    launch: Any = unpack_codes[(padded // step, batch * heads)]
+    with on(x.device):
+        launch(
+            *(x, slot, member, kinds, code, scale, *x.stride()[:3], channels, plane_bytes),
+            *(heads, heads // kv_heads, tokens, padded, blocks, tiles),
+            D=channels,
+            WIDTH=width,
+            HALF=_power(16, channels // 2),
+            G=own_groups,
+            KEY_GROUPS=groups,
+            PLANES=planes,
+            SLOTS=slots,
+            HAS_KINDS=kinds is not None,
+            T=step,
+            num_warps=4,
+        )
+    return code, scale
+
+
 def _prefill(
     query: Tensor,
     key: Tensor,
@@ -319,7 +371,6 @@ def _prefill(
     tiles, blocks = triton.cdiv(tokens, bm), triton.cdiv(keys, bn)
     width = _power(32, channels)
     mask, mask_strides, lowest, is_bool = _mask_arguments(mask, batch)
-    common = {"D": channels, "WIDTH": width, "HALF": _power(16, channels // 2)}
     operand = ((query, query_slot, clip, row),)
     (encoded,) = _encode(operand, capacity, shared, query_planes, slots if query_planes else 0)
     with on(query.device):
@@ -332,33 +383,14 @@ def _prefill(
                 **{"BOOL": is_bool, "BM": bm, "BN": bn, "num_warps": 4},
             )
 
-        def codes(x: Tensor, count: int, plane: int, own_groups: int, own_planes: int) -> Any:
-            # Of K in blocks that somebody sees, of Q all.
-            length, is_key = x.shape[2], x is key
-            padded = triton.cdiv(length, count) * count
-            pairs = batch * x.shape[1]
-            code = x.new_empty((pairs, padded, width + slots), dtype=torch.int8)
-            scale = x.new_empty((pairs, own_groups, padded), dtype=torch.float32)
-            step = min(count, 64)
-            launch: Any = unpack_codes[(padded // step, pairs)]
-            launch(
-                *(x, key_slot, member, kinds, code, scale, *x.stride()[:3], channels, plane),
-                *(x.shape[1], x.shape[1] // kv_heads, length, padded, blocks, tiles),
-                G=own_groups,
-                KEY_GROUPS=groups,
-                PLANES=own_planes,
-                SLOTS=slots,
-                HAS_KINDS=is_key and kinds is not None,
-                T=step,
-                num_warps=4,
-                **common,
-            )
-            return code, scale, padded
-
-        query_code, query_scale, query_padded = codes(
-            encoded, bm, row[1], capacity.shape[0], query_planes
+        query_code, query_scale = _unpack(
+            *(encoded, key_slot, member, None, bm, capacity.shape[0], groups, query_planes, row[1])
         )
-        key_code, key_scale, padded = codes(key, bn, key_plane, groups, planes if key_plane else 0)
+        key_planes = planes if key_plane else 0
+        key_code, key_scale = _unpack(
+            *(key, key_slot, member, kinds, bn, groups, groups, key_planes, key_plane)
+        )
+        query_padded, padded = query_code.shape[1], key_code.shape[1]
         numbers = value.new_empty((batch * kv_heads, padded, width), dtype=out.dtype)
         launch = unpack_values[(padded // bn, batch * kv_heads)]
         launch(
@@ -368,9 +400,11 @@ def _prefill(
             PLANES=planes if value_plane else 0,
             HAS_KINDS=kinds is not None,
             T=bn,
+            D=channels,
+            WIDTH=width,
+            HALF=_power(16, channels // 2),
             num_warps=4,
             enable_fp_fusion=False,
-            **common,
         )
         launch = prefill[(tiles, batch * heads)]
         launch(

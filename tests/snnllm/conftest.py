@@ -29,6 +29,10 @@ def tolerance() -> SimpleNamespace:
         reordered_sum=1e-5,
         # Scores of the same statistics, summed by another formula.
         score=2e-4,
+        # Attention kernels, in units of the largest |V|: P times a threshold as two bfloat16 numbers;
+        # P, V and the output rounded to 16 bits.
+        two_terms=2.0**-14,
+        half_precision=2.0**-7,
         # W8A8 against float on a random model.
         sqnr_w8a8_db=25.0,
     )

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
-from snnllm.attention import query_key_accumulators
+from snnllm.attention import SpikingLlamaAttention, query_key_accumulators, spiking_attention
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.execution import View, set_view, use_view
@@ -81,13 +82,58 @@ def test_query_key_products_have_the_integers_of_the_cpu(tiny_checkpoint: Path) 
 
 @torch.no_grad()
 def test_logits_are_equal_in_all_views(tiny_checkpoint: Path, token_ids: Tensor) -> None:
-    model = load(tiny_checkpoint).to("cuda")
+    model: Any = load(tiny_checkpoint).to("cuda")
+    for block in model.model.layers:
+        block.self_attn._kernels = None  # their sums of floats are rounded otherwise
     logits = {}
     for view in View:
         with use_view(model, view):
             logits[view] = model(token_ids[:2].cuda()).logits
     assert torch.equal(logits[View.UNROLLED], logits[View.COLLAPSED])
     assert torch.equal(logits[View.BINARY], logits[View.COLLAPSED])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(9, 3, 64), (8, 8, 128), (8, 1, 80)])
+@pytest.mark.parametrize("lengths", [(1, 700), (2, 130), (300, 700)])
+@pytest.mark.parametrize("steps", [2, 4])
+def test_attention_kernels_at_the_sizes_of_models(
+    tolerance: Any,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    lengths: tuple[int, int],
+    steps: int,
+) -> None:
+    (heads, kv_heads, dim), (tokens, keys) = shape, lengths
+    config = LlamaConfig(
+        hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
+    )
+    spike = SpikeConfig(kv_salient_steps=steps, query_groups=steps == 4)
+    attention: Any = SpikingLlamaAttention(config, 0, spike).eval()
+    generator = torch.Generator().manual_seed(0)
+    groups = (torch.rand(2, kv_heads, dim, generator=generator) < 0.1).to(torch.uint8)
+    attention.set_channel_groups(groups[0], groups[1])
+    sizes = ((heads, tokens), (kv_heads, keys), (kv_heads, keys))
+    x = [torch.randn(2, *size, dim, generator=generator).to(dtype) for size in sizes]
+    stored = attention._encode_key_value(x[1], x[2])
+    used = keys - 100  # the last slots are empty
+    seen = torch.ones(2, 1, tokens, keys, dtype=torch.bool).tril(used - tokens)
+    seen[0, ..., :70] = False  # padding
+    attention.cuda()
+    query, mask = x[0].cuda(), seen.cuda()
+    payloads = attention._encode_key_value(x[1].cuda(), x[2].cuda())
+    for ours, theirs in zip(payloads, stored, strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+    out, probability = spiking_attention(attention, query, *payloads, mask, dim**-0.5)
+    assert probability is None
+    attention._kernels = None
+    expected = spiking_attention(attention, query, *payloads, mask, dim**-0.5)[0]
+    bound = tolerance.two_terms if dtype == torch.float32 else tolerance.half_precision
+    visible = mask.any(-1)[:, 0]
+    difference = (out.float() - expected.float())[visible].abs().max()
+    assert difference <= bound * x[2].float().abs().max()
+    assert not out[~visible].any()
 
 
 @pytest.mark.parametrize("pipeline", ["rtn", "rotated"])

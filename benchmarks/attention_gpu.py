@@ -1,0 +1,150 @@
+"""Attention over the encoded KV cache on a GPU beside torch's in bf16 on a bf16 cache, batch 1.
+
+    python benchmarks/attention_gpu.py
+
+Times in us, medians of CUDA graphs that are replayed in turn and walk through copies of their cache, more
+than 4 times the L2 cache in all. `attention` takes float queries and the cache, so it includes the encoding
+of Q; `write` encodes the new K and V. Decoding: one query. "static" has 128 tokens in a cache for as many
+as the row says, the rest hidden by the mask. Before it is timed, every case is compared with the torch
+path. Without a GPU the exit status is 77 (skipped).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from linear_gpu import SKIPPED, Contender, copies_of, graph_of, medians
+from torch import Tensor
+from transformers import LlamaConfig
+
+from snnllm.attention import SpikingLlamaAttention, spiking_attention
+from snnllm.config import SpikeConfig
+from snnllm.kernels.triton_attention import TritonAttention
+from snnllm.kernels.triton_backend import TritonBackend
+
+SHAPES = {"LLaMA-7B": (32, 32, 128), "SmolLM2-135M": (9, 3, 64)}
+KEYS = (128, 2048, 8192)
+PROMPTS = (2048,)
+
+
+class Case(NamedTuple):
+    """What is measured: tokens of the query, slots of the cache, and those that are used."""
+
+    queries: int
+    keys: int
+    used: int
+
+
+def block(heads: int, kv_heads: int, dim: int) -> SpikingLlamaAttention:
+    """An attention block with 10 % salient channels of K and V, T = 2."""
+    config = LlamaConfig(
+        hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
+    )
+    module = SpikingLlamaAttention(config, 0, SpikeConfig()).eval().cuda()
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = torch.rand(2, kv_heads * dim, generator=generator, device="cuda")
+    few = draw.topk(kv_heads * dim // 10, dim=1).indices
+    masks = torch.zeros_like(draw).scatter_(1, few, 1).to(torch.uint8).view(2, kv_heads, dim)
+    module.set_channel_groups(masks[0], masks[1])
+    return module
+
+
+def mask_of(case: Case) -> Tensor:
+    """The mask of transformers: float, causal, unused slots hidden."""
+    seen = torch.ones(case.queries, case.keys, dtype=torch.bool, device="cuda")
+    seen = seen.tril(case.used - case.queries)[None, None]
+    lowest = torch.finfo(torch.bfloat16).min
+    return torch.zeros(seen.shape, dtype=torch.bfloat16, device="cuda").masked_fill(~seen, lowest)
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Contender:
+    """The graph of scaled_dot_product_attention over the used part of a bf16 cache."""
+    caches = [
+        (key[:, :, : case.used].clone(), value[:, :, : case.used].clone())
+        for _ in range(copies_of(4 * key[:, :, : case.used].numel()))
+    ]
+    attention = partial(
+        torch.nn.functional.scaled_dot_product_attention,
+        is_causal=case.queries > 1,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return graph_of([partial(attention, query, *cache) for cache in caches])
+
+
+def measure(shape: tuple[int, int, int], case: Case) -> list[str]:
+    """Cells of a row of the table."""
+    heads, kv_heads, dim = shape
+    module = block(*shape)
+    kernels = TritonAttention.of(module.q_encoder, module.k_encoder, module.v_encoder)
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = ((heads, case.queries), (kv_heads, case.keys), (kv_heads, case.keys))
+    query, key, value = (
+        torch.randn(1, *size, dim, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for size in sizes
+    )
+    key[..., ::10] *= 8
+    mask = mask_of(case)
+    payloads = kernels.encode(key, value)
+    for payload in payloads:
+        payload[:, :, case.used :] = 0
+    copies = copies_of(2 * payloads[0].numel())
+    caches = [tuple(p.clone() for p in payloads) for _ in range(copies)]
+    attend: Callable[..., Any] = kernels.attend
+    calls = [partial(attend, query, *cache, mask, dim**-0.5, torch.bfloat16) for cache in caches]
+    out = calls[0]().float()
+    module._kernels = None
+    expected = spiking_attention(module, query, *payloads, mask, dim**-0.5)[0].float()
+    error = float((out - expected).norm() / expected.norm())
+    new = [x[:, :, : case.queries] for x in (key, value)]
+    graphs = {
+        "bf16": dense(query, key, value, case),
+        "attention": graph_of(calls),
+        "write": graph_of([partial(kernels.encode, *new)] * 20),
+    }
+    graphs["last"] = graphs["bf16"]
+    time = medians(graphs)
+    base = (time["bf16"] + time["last"]) / 2
+    total = time["attention"] + time["write"]
+    share = payloads[0].nbytes / key.nbytes
+    return [
+        *(f"{base:.1f}", f"{time['attention']:.1f} ({base / time['attention']:.2f}x)"),
+        *(f"{time['write']:.1f}", f"{total:.1f} ({base / total:.2f}x)"),
+        *(f"{share:.3f}", f"{error:.1e}", f"{100 * abs(time['bf16'] / time['last'] - 1):.0f} %"),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keys", nargs="+", type=int, default=list(KEYS), help="cached tokens")
+    parser.add_argument("--prompts", nargs="*", type=int, default=list(PROMPTS))
+    args = parser.parse_args(argv)
+    reason = TritonBackend().available()
+    if reason is not None or not torch.cuda.is_available():
+        cause = reason or "there is no CUDA device"
+        print(f"attention_gpu measures Triton kernels on a GPU: {cause}; skipped.", file=sys.stderr)
+        return SKIPPED
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    print(
+        "| shape | queries | cache | bf16 | attention | write | both | cache bytes / bf16 | "
+        "relative difference | baseline drift |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    cases = [Case(1, keys, keys) for keys in args.keys]
+    cases += [Case(1, max(args.keys), 128)]
+    cases += [Case(prompt, prompt, prompt) for prompt in args.prompts]
+    for name, shape in SHAPES.items():
+        for case in cases:
+            slots = f"{case.keys}" + (" static" if case.used < case.keys else "")
+            cells = measure(shape, case)
+            print(f"| {name} | {case.queries} | {slots} | {' | '.join(cells)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

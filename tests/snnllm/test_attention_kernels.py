@@ -1,0 +1,369 @@
+"""Attention in Triton: payloads bit for bit, outputs of the torch path up to rounding, hidden keys unread.
+
+Without a GPU the kernels run in Triton's interpreter, so the sizes are small.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, StaticCache
+
+from snnllm.attention import _CACHE_ARGUMENT, SpikingLlamaAttention, spiking_attention
+from snnllm.cache import from_payload, to_payload
+from snnllm.config import SpikeConfig
+from snnllm.execution import View, use_view
+from snnllm.kernels.triton_attention import TritonAttention
+from snnllm.kernels.triton_backend import TritonBackend
+from snnllm.modeling import load
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+from snnllm.kernels import attention_ops
+
+REASON = TritonBackend().available()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton kernels: {REASON}")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+BLOCK = 64  # of keys, at most
+
+
+def make(
+    heads: int = 4, kv_heads: int = 2, dim: int = 8, seed: int = 0, **spike: Any
+) -> tuple[SpikingLlamaAttention, TritonAttention]:
+    """A block whose heads have different numbers of salient channels, and its kernels."""
+    config = LlamaConfig(
+        hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
+    )
+    values = {"salient_ratio": 0.3, **spike}
+    module = SpikingLlamaAttention(config, 0, SpikeConfig(**values)).eval().to(DEVICE)
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(2, kv_heads, dim, generator=generator) < 0.3
+    masks = (masks & (len(module.k_encoder.steps) > 1)).to(DEVICE, torch.uint8)
+    module.set_channel_groups(masks[0], masks[1])
+    return module, kernels_of(module)
+
+
+def kernels_of(module: SpikingLlamaAttention) -> TritonAttention:
+    encoders = (module.q_encoder, module.k_encoder, module.v_encoder)
+    assert TritonAttention.refusal(*encoders) is None
+    return TritonAttention.of(*encoders)
+
+
+def operands(
+    module: SpikingLlamaAttention, seed: int, batch: int, q_len: int, k_len: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K and V with an outlier channel, as projections give them: heads behind tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    kv_heads, dim = module.k_encoder.channel_group.shape
+    heads = kv_heads * module.num_key_value_groups
+    shapes = ((q_len, heads), (k_len, kv_heads), (k_len, kv_heads))
+    query, key, value = (torch.randn(batch, *s, dim, generator=generator) for s in shapes)
+    key[..., 0] *= 20
+    return tuple(x.to(DEVICE).transpose(1, 2) for x in (query, key, value))  # type: ignore[return-value]
+
+
+def mask_of(kind: str, batch: int, q_len: int, k_len: int) -> Tensor | None:
+    """A mask as transformers makes it: causal, from the left padded, for a cache with empty slots."""
+    if kind == "none":
+        return None
+    used = k_len if "empty" not in kind else max(k_len // 2, 1)
+    seen = torch.ones(batch, 1, q_len, k_len, dtype=torch.bool).tril(used - q_len)
+    if "pad" in kind:
+        seen[0, ..., : k_len // 3] = False
+    if kind.endswith("bool"):
+        return seen.to(DEVICE)
+    dtype = torch.float16 if kind.endswith("half") else torch.float32
+    return (
+        torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min).to(DEVICE)
+    )
+
+
+def reference(
+    module: SpikingLlamaAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Output of the torch path."""
+    module._kernels = None
+    dim = module.k_encoder.channel_group.shape[-1]
+    return spiking_attention(module, query, key, value, mask, dim**-0.5)[0]
+
+
+def check(
+    module: SpikingLlamaAttention,
+    kernels: TritonAttention,
+    x: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    bound: float,
+) -> None:
+    """The kernels give the torch path's output, and zeros where a query sees no key."""
+    key, value = kernels.encode(x[1], x[2])
+    out = kernels.attend(x[0], key, value, mask, x[0].shape[-1] ** -0.5, x[0].dtype)
+    expected = reference(module, x[0], key, value, mask)
+    assert out.shape == expected.shape
+    assert out.dtype == expected.dtype
+    if mask is not None:
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+        blind = ~seen.any(-1)[:, 0].expand(out.shape[:2])
+        assert not out[blind].any()
+        expected = expected.masked_fill(blind[..., None, None], 0)
+    atol = bound * float(x[2].abs().max())
+    torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=atol)
+
+
+@settings(max_examples=15 if INTERPRETED else 200, derandomize=True, deadline=None)
+@given(
+    bits=st.sampled_from([1, 3, 4]),
+    steps=st.sampled_from([2, 3, 4]),
+    ratio=st.sampled_from([0.0, 0.3]),
+    shared=st.booleans(),
+    dim=st.sampled_from([2, 8, 20, 66]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    scale=st.sampled_from([0.0, 1e-7, 1.0, 1e3]),
+    seed=st.integers(0, 2**16),
+)
+def test_payloads_are_those_of_the_encoder(bits, steps, ratio, shared, dim, dtype, scale, seed):
+    module, kernels = make(
+        *(4, 2, dim, seed),
+        activation_bits=bits,
+        kv_salient_steps=steps,
+        salient_ratio=ratio,
+        value_range="shared" if shared else "split",
+        activation_clip=0.9,
+    )
+    _, key, value = operands(module, seed, 2, 1, 3)
+    key, value = (key * scale).to(dtype), value.to(dtype)
+    for ours, x, encoder in zip(
+        kernels.encode(key, value), (key, value), (module.k_encoder, module.v_encoder), strict=True
+    ):
+        assert torch.equal(ours, to_payload(encoder.encode(x), encoder.layout))
+
+
+@pytest.mark.parametrize("query_groups", [False, True])
+@pytest.mark.parametrize("steps", [2, 4])
+def test_unpacked_counts_are_those_of_the_encoder(query_groups, steps):
+    module, kernels = make(6, 2, 10, kv_salient_steps=steps, query_groups=query_groups)
+    query, key, _ = operands(module, 3, 2, 5, 7)
+    group = module.k_encoder.channel_group
+    for encoder, x in ((module.q_encoder, query), (module.k_encoder, key)):
+        layout, encoding = encoder.layout, encoder.encode(x)
+        code, scale = attention_ops._unpack(
+            *(to_payload(encoding, layout), kernels.key_slot, kernels.member, None, 16),
+            *(layout.groups, 2, layout.planes, layout.plane_bytes),
+        )
+        centred = encoder.centre(encoding).flatten(0, 1)
+        for pair, rows in enumerate(centred):
+            salient = group[pair % x.shape[1] // (x.shape[1] // 2)] == 1
+            few = int(salient.sum())
+            ours = code[pair, : rows.shape[0]].short()
+            assert torch.equal(ours[:, :10][:, ~salient], rows[:, ~salient])
+            assert not ours[:, :10][:, salient].any()
+            assert torch.equal(ours[:, 32 : 32 + few], rows[:, salient])
+            assert not ours[:, 32 + few :].any()
+        threshold = encoding.threshold.flatten(0, 1).mT
+        assert torch.equal(scale[..., : threshold.shape[-1]], threshold)
+
+
+@settings(max_examples=10 if INTERPRETED else 200, derandomize=True, deadline=None)
+@given(
+    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    dim=st.sampled_from([8, 20]),
+    lengths=st.sampled_from([(1, 1), (1, 40), (2, 37), (18, 37), (20, 20)]),
+    kind=st.sampled_from(["none", "causal", "pad", "pad bool", "pad empty half", "empty bool"]),
+    ratio=st.sampled_from([0.0, 0.3]),
+    steps=st.sampled_from([2, 4]),
+    query_groups=st.booleans(),
+    shared=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_outputs_are_those_of_the_torch_path(
+    tolerance, heads, dim, lengths, kind, ratio, steps, query_groups, shared, seed
+):
+    module, kernels = make(
+        *(*heads, dim, seed),
+        salient_ratio=ratio,
+        kv_salient_steps=steps,
+        query_groups=query_groups and ratio > 0,
+        value_range="shared" if shared else "split",
+    )
+    batch = 2 if "pad" in kind else 1  # the first entry is padded
+    x = operands(module, seed, batch, *lengths)
+    check(module, kernels, x, mask_of(kind, batch, *lengths), tolerance.two_terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [(1, 20), (20, 20)])
+def test_half_precision_stays_within_its_rounding(tolerance, dtype, lengths):
+    module, kernels = make(4, 2, 16)
+    x = operands(module, 1, 1, *lengths)
+    halves = tuple(t.to(dtype) for t in x)
+    mask = mask_of("causal", 1, *lengths)
+    check(module, kernels, halves, mask, tolerance.half_precision)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("q_len", [1, 12])
+def test_keys_behind_the_mask_are_not_read(q_len):
+    module, kernels = make()
+    query, key, value = operands(module, 0, 1, q_len, 16)
+    cache = [torch.nn.functional.pad(p, (0, 0, 0, 3 * BLOCK)) for p in kernels.encode(key, value)]
+    mask = torch.zeros(1, 1, q_len, 16 + 3 * BLOCK, dtype=torch.bool, device=DEVICE)
+    mask[..., :16] = torch.ones(q_len, 16, device=DEVICE).tril(16 - q_len) > 0
+    empty = kernels.attend(query, *cache, mask, 0.3, query.dtype)
+    for payload in cache:
+        payload[:, :, BLOCK:] = 255  # thresholds that are NaN
+    assert torch.equal(kernels.attend(query, *cache, mask, 0.3, query.dtype), empty)
+    alone = kernels.attend(query, *(p[:, :, :16] for p in cache), mask[..., :16], 0.3, query.dtype)
+    torch.testing.assert_close(alone, empty, rtol=0, atol=1e-4)
+
+
+def test_a_bias_is_added(tolerance):
+    module, kernels = make()
+    x = operands(module, 0, 1, 12, 20)
+    bias = torch.randn(1, 1, 12, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    check(module, kernels, x, bias, tolerance.two_terms)
+
+
+def test_no_rows_and_no_keys():
+    module, kernels = make()
+    query, key, value = operands(module, 0, 2, 3, 0)
+    payloads = kernels.encode(key, value)
+    assert payloads[0].shape == (2, 2, 0, module.k_encoder.layout.width)
+    assert not kernels.attend(query, *payloads, None, 0.3, query.dtype).any()
+    assert kernels.attend(query[:, :, :0], *payloads, None, 0.3, query.dtype).shape == (2, 0, 4, 8)
+
+
+@pytest.mark.parametrize("q_len", [1, 12])
+def test_the_operators_keep_their_promises(q_len):
+    module, kernels = make(query_groups=True)
+    query, key, value = operands(module, 0, 1, q_len, 16)
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("encode_key_value", "attend"):
+            operator = getattr(attention_ops, name)
+
+            def call(*args: Any, operator: Any = operator) -> Any:
+                calls.append((operator, args))
+                return operator(*args)
+
+            patch.setattr(attention_ops, name, call)
+        payloads = kernels.encode(key, value)
+        kernels.attend(query, *payloads, mask_of("causal", 1, q_len, 16), 0.3, query.dtype)
+    assert len(calls) == 2
+    for operator, args in calls:
+        torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("spike", "reason"),
+    [
+        ({"activation_bits": 8}, "beyond 4 bits"),
+        ({"activation_bits": 5}, "beyond 4 bits"),
+        ({"kv_salient_steps": 5}, "of salient channels beyond 6"),
+    ],
+)
+def test_what_the_kernels_refuse(spike, reason):
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+    module = SpikingLlamaAttention(config, 0, SpikeConfig(**spike)).to(DEVICE)
+    refused = TritonAttention.refusal(module.q_encoder, module.k_encoder, module.v_encoder)
+    assert reason in str(refused)
+    wide = LlamaConfig(hidden_size=512, num_attention_heads=2, num_key_value_heads=2)
+    module = SpikingLlamaAttention(wide, 0, SpikeConfig()).to(DEVICE)
+    refused = TritonAttention.refusal(module.q_encoder, module.k_encoder, module.v_encoder)
+    assert "heads of more than 128 channels" in str(refused)
+
+
+def test_what_the_kernels_leave_to_torch():
+    _, kernels = make()
+    x = torch.zeros(2, 4, 3, 8)
+    assert kernels.takes(x, None)
+    assert kernels.takes(x.bfloat16(), torch.zeros(2, 1, 3, 5))
+    assert not kernels.takes(x.double(), None)
+    assert not kernels.takes(x, torch.zeros(2, 4, 3, 5))  # a mask of every head
+    assert not kernels.takes(x, torch.zeros(2, 1, 3, 5, dtype=torch.float64))
+
+
+# -- inside the model ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tiny_checkpoint, monkeypatch):
+    """The tiny model on the kernels, also in the interpreter."""
+    monkeypatch.setattr(SpikingLlamaAttention, "_prepare_kernels", kernels_of)
+    return load(tiny_checkpoint).to(DEVICE)
+
+
+def without(model: Any) -> Any:
+    for block in model.model.layers:
+        block.self_attn._kernels = None
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_a_model_decodes_on_the_kernels(model, token_ids, tolerance, monkeypatch, static):
+    ids = token_ids[:2, :9].to(DEVICE)
+    calls = []
+    attend = TritonAttention.attend
+    monkeypatch.setattr(
+        TritonAttention, "attend", lambda *args: (calls.append(args[1].shape[2]), attend(*args))[1]
+    )
+    cache: Any = DynamicCache(config=model.config)
+    if static:
+        cache = StaticCache(config=model.config, max_cache_len=24)
+    logits = [model(p, **{_CACHE_ARGUMENT: cache}).logits for p in ids.split([7, 1, 1], 1)]
+    assert calls == [7, 7, 1, 1, 1, 1]
+    expected = without(model)(ids).logits
+    bound = 100 * tolerance.two_terms * float(expected.abs().max())
+    # The weights of the model are wide: a count of the next block may differ by one.
+    assert (torch.cat(logits, 1) - expected).abs().median() < bound
+    first = model.model.layers[0].self_attn
+    for stored, encoder in (
+        (cache.layers[0].keys, first.k_encoder),
+        (cache.layers[0].values, first.v_encoder),
+    ):
+        assert stored.shape[-1] == encoder.layout.width
+        assert from_payload(stored, encoder.layout).count.shape[-1] == 8
+
+
+@torch.no_grad()
+def test_other_views_and_asked_probabilities_run_on_torch(model, token_ids, monkeypatch):
+    ids = token_ids[:1, :6].to(DEVICE)
+
+    def forbidden(*_: Any) -> Any:
+        raise AssertionError("the kernels have no P")
+
+    monkeypatch.setattr(TritonAttention, "attend", forbidden)
+    out = model(ids, output_attentions=True)
+    assert [p.shape for p in out.attentions] == [(1, 4, 6, 6)] * 2
+    with use_view(model, View.UNROLLED):
+        model(ids)
+    with pytest.raises(AssertionError, match="no P"):
+        model(ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_one_graph_for_the_compiler(model, token_ids, static):
+    ids = token_ids[:1, :8].to(DEVICE)
+    arguments: dict[str, Any] = {"use_cache": static}
+    if static:
+        arguments[_CACHE_ARGUMENT] = StaticCache(config=model.config, max_cache_len=24)
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = "reference" if hasattr(module, "weight_codes") else module.backend
+    expected = model(ids).logits  # prepares the weights
+    graphs = []
+
+    def keep(graph: Any, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    logits = torch.compile(model, fullgraph=True, backend=keep)(ids, **arguments).logits
+    # With a cache for more tokens there are more blocks of keys, hidden ones.
+    torch.testing.assert_close(logits, expected)
+    assert len(graphs) == 1
+    assert graphs[0].count("snnllm.attend") == graphs[0].count("snnllm.encode_key_value") == 2
