@@ -13,6 +13,7 @@ equal bit for bit.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ from snnllm.execution import SpikingModule, View
 from snnllm.kernels import get_backend
 from snnllm.kernels.attention import NativeAttention
 from snnllm.kernels.exact import exact_matmul
-from snnllm.kernels.triton_attention import TritonAttention
+from snnllm.kernels.triton_attention import SWITCH, TritonAttention
 from snnllm.precision import keeping_float32
 
 LOGGER = logging.getLogger("snnllm.attention")
@@ -121,21 +122,31 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         return cast("NativeAttention | None", self._native)
 
     def kernels(self) -> TritonAttention | None:
-        """The Triton operators, on a GPU where they can run in the collapsed view and nobody records."""
+        """The Triton operators, in the collapsed view on a GPU where somebody asked for them."""
         encoders = (self.q_encoder, self.k_encoder, self.v_encoder)
-        if self.view is not View.COLLAPSED or any(e.watched for e in encoders):
+        if self.view is not View.COLLAPSED:
             return None
+        if not torch.compiler.is_compiling() and any(e.watched for e in encoders):
+            return None  # who records from the neurons wants to see them run
         if self._kernels is _UNKNOWN:
             self._kernels = self._prepare_kernels()
         return cast("TritonAttention | None", self._kernels)
 
+    def prepare(self) -> None:
+        """Find out how rows are stored and prepare the kernels: both read the channel groups."""
+        for encoder in (self.q_encoder, self.k_encoder, self.v_encoder):
+            assert encoder.layout.width
+        self.kernels()
+
     def _prepare_kernels(self) -> TritonAttention | None:
         encoders = (self.q_encoder, self.k_encoder, self.v_encoder)
-        if self.k_encoder.channel_group.device.type != "cuda":
+        if self.k_encoder.channel_group.device.type != "cuda" or os.environ.get(SWITCH) != "1":
             return None
         reason = TritonAttention.refusal(*encoders)
         if reason is not None:
-            LOGGER.info("%s: attention runs on torch operations: %s", self.k_encoder.name, reason)
+            LOGGER.warning(
+                "%s: attention runs on torch operations: %s", self.k_encoder.name, reason
+            )
             return None
         return TritonAttention.of(*encoders)
 
@@ -283,7 +294,7 @@ def spiking_attention(
     dtype, query = query.dtype, module.rotate(query)
     kernels = module.kernels()
     if kernels is not None and kernels.takes(query, attention_mask):
-        asked = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
+        asked = kwargs.get("output_attentions")  # transformers refuses it in the configuration
         if not asked and not (module.training and dropout > 0.0):
             return kernels.attend(query, key, value, attention_mask, scaling, dtype), None
     native = module.native()

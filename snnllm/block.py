@@ -85,6 +85,9 @@ class SpikingLlamaMLP(LlamaMLP):
 class ProjectedAttention(LlamaAttention):
     """LLaMA's attention, which also takes projections of its input that are there already."""
 
+    def prepare(self) -> None:
+        """Do once what reads from the device; nothing here."""
+
     def forward(
         self,
         hidden_states: Tensor | Projected,
@@ -204,7 +207,7 @@ def fuse_norm(norm: nn.Module) -> None:
 
 
 def prepare(model: nn.Module) -> None:
-    """Pack all weights for the device now, instead of in the first forward pass.
+    """Pack all weights for the device and read all layouts now, instead of in the first forward pass.
 
     Before `torch.compile`, which cannot pack; `generate` does it by itself.
     """
@@ -223,6 +226,8 @@ def prepare(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SpikingLinear) and id(module) not in packed:
             module.pack()
+        elif isinstance(module, ProjectedAttention):
+            module.prepare()
 
 
 def device_bytes(model: nn.Module) -> int:

@@ -1,4 +1,7 @@
-"""Spiking attention on a GPU: what the Triton operators need of the encoders, prepared once."""
+"""Spiking attention on a GPU: what the Triton operators need of the encoders, prepared once.
+
+They run by request, `SNNLLM_ATTENTION_KERNELS=1`, until they have been measured on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from neurons import ValueRange
 from snnllm.cache import RowEncoder, RowLayout
 from snnllm.kernels.triton_backend import TritonBackend
 
+SWITCH = "SNNLLM_ATTENTION_KERNELS"
+"""Environment variable: 1 asks for these kernels."""
 _LEAST_SLOTS = 32  # what an int8 product sums over at least
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_CHANNELS = 128

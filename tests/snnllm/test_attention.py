@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
+from transformers.models.llama.modeling_llama import repeat_kv
 
 from snnllm.attention import (
-    _CACHE_ARGUMENT,
     CALIBRATION_ATTENTION,
     SPIKING_ATTENTION,
     SpikingLlamaAttention,
@@ -25,6 +24,7 @@ from snnllm.attention import (
     register_attention,
     spiking_attention,
 )
+from snnllm.block import CACHE_ARGUMENT, ProjectedAttention
 from snnllm.cache import EncodeOnWrite, from_payload, to_payload
 from snnllm.config import SpikeConfig
 from snnllm.execution import View, use_view
@@ -254,7 +254,7 @@ def payloads(cache: Any, length: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def run(model: Any, ids: Tensor, cache: Any) -> Tensor:
-    logits: Tensor = model(ids, **{_CACHE_ARGUMENT: cache}).logits
+    logits: Tensor = model(ids, **{CACHE_ARGUMENT: cache}).logits
     return logits
 
 
@@ -376,7 +376,7 @@ def test_left_padding_changes_nothing(convert_tiny, token_ids, tolerance, attent
 def test_attention_left_in_float(convert_tiny, token_ids):
     model = load(convert_tiny(overrides={"attention": "float"})[1])
     assert model.config._attn_implementation == "sdpa"
-    assert type(model.model.layers[0].self_attn) is LlamaAttention
+    assert type(model.model.layers[0].self_attn) is ProjectedAttention
     outputs = []
     for view in View:
         with use_view(model, view):

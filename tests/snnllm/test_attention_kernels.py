@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
-from snnllm.attention import _CACHE_ARGUMENT, SpikingLlamaAttention, spiking_attention
+from snnllm.attention import SpikingLlamaAttention, spiking_attention
+from snnllm.block import CACHE_ARGUMENT
 from snnllm.cache import from_payload, to_payload
 from snnllm.config import SpikeConfig
 from snnllm.execution import View, use_view
-from snnllm.kernels.triton_attention import TritonAttention
+from snnllm.kernels.triton_attention import SWITCH, TritonAttention
 from snnllm.kernels.triton_backend import TritonBackend
 from snnllm.modeling import load
 
@@ -314,7 +315,7 @@ def test_a_model_decodes_on_the_kernels(model, token_ids, tolerance, monkeypatch
     cache: Any = DynamicCache(config=model.config)
     if static:
         cache = StaticCache(config=model.config, max_cache_len=24)
-    logits = [model(p, **{_CACHE_ARGUMENT: cache}).logits for p in ids.split([7, 1, 1], 1)]
+    logits = [model(p, **{CACHE_ARGUMENT: cache}).logits for p in ids.split([7, 1, 1], 1)]
     assert calls == [7, 7, 1, 1, 1, 1]
     expected = without(model)(ids).logits
     bound = 100 * tolerance.two_terms * float(expected.abs().max())
@@ -327,6 +328,16 @@ def test_a_model_decodes_on_the_kernels(model, token_ids, tolerance, monkeypatch
     ):
         assert stored.shape[-1] == encoder.layout.width
         assert from_payload(stored, encoder.layout).count.shape[-1] == 8
+
+
+def test_kernels_that_nobody_asked_for_do_not_run(tiny_checkpoint, monkeypatch):
+    attention: Any = load(tiny_checkpoint).to(DEVICE).model.layers[0].self_attn
+    monkeypatch.delenv(SWITCH, raising=False)
+    attention.prepare()
+    assert attention._kernels is None
+    monkeypatch.setenv(SWITCH, "1")
+    attention._kernels = ...
+    assert (attention.kernels() is None) == (DEVICE == "cpu")
 
 
 @torch.no_grad()
@@ -351,7 +362,7 @@ def test_one_graph_for_the_compiler(model, token_ids, static):
     ids = token_ids[:1, :8].to(DEVICE)
     arguments: dict[str, Any] = {"use_cache": static}
     if static:
-        arguments[_CACHE_ARGUMENT] = StaticCache(config=model.config, max_cache_len=24)
+        arguments[CACHE_ARGUMENT] = StaticCache(config=model.config, max_cache_len=24)
     for module in model.modules():
         if hasattr(module, "backend"):
             module.backend = "reference" if hasattr(module, "weight_codes") else module.backend
