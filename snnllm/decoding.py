@@ -10,6 +10,7 @@ and length, so that the recorded step stays valid.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache
 
+from neurons import SpikeEncoder
 from snnllm.block import CACHE_ARGUMENT, prepare
 from snnllm.linear import SpikingLinear
+from snnllm.shared_input import hooked
 
 _log = logging.getLogger(__name__)
 _ALIGNMENT = 8  # attention copies masks whose rows do not start at multiples of it
@@ -32,13 +35,15 @@ def records_on(device: torch.device) -> bool:
 class DecodeSteps:
     """Forward passes of one token a sequence: the first runs as it is, the second is recorded.
 
-    Args:
-        model: The causal LLaMA.
+    They belong to one model, which is passed in: whoever drops the model has its memory back at once.
+
+    Attributes:
+        lock: Held by the thread that generates; the buffers are those of one generation at a time.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model: Any = model
-        self._weights: tuple[Any, ...] = ()  # parameters and versions that a recorded step reads
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._state: tuple[Any, ...] = ()  # of the model that a recorded step belongs to
         self._forget()
 
     def _forget(self) -> None:
@@ -50,18 +55,19 @@ class DecodeSteps:
         self._tokens = self._positions = self._length = self._seen = torch.empty(0)
         self._logits = torch.empty(0)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The model alone, for deepcopy and pickle."""
-        return {"_model": self._model}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a model starts anew, by deepcopy and pickle."""
+        return DecodeSteps, ()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._model, self._weights = state["_model"], ()
-        self._forget()
+    def ready(self, model: Any) -> bool:
+        """Whether the steps of a model can be recorded; packs its weights, and notes its state.
 
-    def ready(self) -> bool:
-        """Whether all linears run in operators of Triton; packs their weights, and notes their state."""
+        All linears must run in operators of Triton, and nobody watch: a replayed step calls no hooks.
+        """
         parameters, linears = [], []
-        for module in self._model.modules():
+        for module in model.modules():
+            if hooked(module) or (isinstance(module, SpikeEncoder) and module.watched):
+                return False
             parameters += [
                 (p.data_ptr(), p.dtype) for p in module._parameters.values() if p is not None
             ]
@@ -69,11 +75,15 @@ class DecodeSteps:
                 linears.append(module)
         if not linears or not all(linear.runs_in_triton() for linear in linears):
             return False
-        state = (parameters, [(linear.version, linear.backend) for linear in linears])
-        if state != self._weights:
+        state = (
+            parameters,
+            [(linear.version, linear.backend) for linear in linears],
+            model.config._attn_implementation,
+        )
+        if state != self._state:
             self._forget()
-            prepare(self._model)
-            self._weights = state
+            prepare(model)
+            self._state = state
         return True
 
     def begin(self, cache: StaticCache, mask: Tensor, positions: Tensor) -> None:
@@ -85,9 +95,12 @@ class DecodeSteps:
             positions: Of the first new tokens, `[B or 1, 1]`.
         """
         free = self._cache is None or self._cache() is None
+        # Tensors of the inference mode cannot be written outside of it.
+        writable = torch.is_inference_mode_enabled() or not self._tokens.is_inference()
         fits = (
             self._graph is not None
             and free
+            and writable
             and len(self._tokens) == len(mask)
             and len(cache.layers) == len(self._layers)
             and all(
@@ -118,22 +131,22 @@ class DecodeSteps:
         self._length = torch.zeros(1, dtype=torch.int64, device=device)
         self._seen = torch.ones((batch, capacity), dtype=torch.bool, device=device)
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, model: Any, tokens: Tensor) -> Tensor:
         """Float32 logits `[B, V]` behind tokens `[B]`; overwritten by the next call."""
         self._tokens.copy_(tokens.unsqueeze(1))
         if self._steps == 1 and self._records:
-            self._record()
+            self._record(model)
         self._steps += 1
         if self._graph is None:
-            return self._forward()
+            return self._forward(model)
         self._graph.replay()
         return self._logits
 
-    def _record(self) -> None:
+    def _record(self, model: Any) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self._logits = self._forward()
+                self._logits = self._forward(model)
         except RuntimeError as error:
             # Something waits for the device: it runs without a graph, which is slower.
             _log.warning("decoding is not recorded as a CUDA graph: %s", error)
@@ -141,12 +154,12 @@ class DecodeSteps:
             return
         self._graph = graph
 
-    def _forward(self) -> Tensor:
+    def _forward(self, model: Any) -> Tensor:
         cache = None if self._cache is None else self._cache()
         assert cache is not None  # `sample` holds it
-        outputs = self._model(
+        outputs = model(
             input_ids=self._tokens,
-            attention_mask=self._mask(),
+            attention_mask=self._mask(model.dtype),
             position_ids=self._positions,
             use_cache=True,
             return_dict=True,
@@ -158,11 +171,10 @@ class DecodeSteps:
         logits: Tensor = outputs.logits[:, -1].to(torch.float32, copy=True)
         return logits
 
-    def _mask(self) -> Tensor:
+    def _mask(self, dtype: torch.dtype) -> Tensor:
         """0 where a token may look and a large negative number elsewhere, `[B, 1, 1, capacity]`."""
         batch, capacity = self._seen.shape
         index = torch.arange(capacity, device=self._seen.device)
-        dtype: torch.dtype = self._model.dtype
         rows = torch.full(
             (batch, 1, 1, capacity + -capacity % _ALIGNMENT),
             torch.finfo(dtype).min,
@@ -221,7 +233,7 @@ def sample(
             return input_ids[:, :-1]
         elif full:
             return input_ids
-        logits = steps(tokens)
+        logits = steps(model, tokens)
 
 
 class _LateFlag:

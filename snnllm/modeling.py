@@ -48,6 +48,8 @@ _SAMPLED = {
     *("attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE_ARGUMENT),
 }
 """What `generate` hands on of an ordinary call; others go to transformers' own loop."""
+_MASKED = ("eager", "sdpa", SPIKING_ATTENTION)
+"""Attention functions that take the masks of recorded steps; others have masks of their own kind."""
 
 
 class SpikingLlamaConfig(LlamaConfig):
@@ -201,16 +203,20 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
     def _sample(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Greedy decoding and sampling: recorded steps for a static cache on a GPU (`snnllm.decoding`).
 
-        Whoever passes a `compile_config`, `disable_compile`, a cache of his own, or asks for more than
-        the tokens gets the loop of transformers.
+        Whoever passes a `compile_config`, `disable_compile`, a cache of his own, asks for more than
+        the tokens, hooks a module, or generates with the model in another thread, too, gets the loop of
+        transformers.
         """
-        config, cache = kwargs.get("generation_config"), kwargs.get(CACHE_ARGUMENT)
+        config, cache = kwargs.get("generation_config"), cast(Any, kwargs.get(CACHE_ARGUMENT))
         recorded = (
             not args
+            and not self.training
             and records_on(self.device)
+            and not torch.is_autocast_enabled(self.device.type)
+            and self.config._attn_implementation in _MASKED
             and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
             and type(cache) is StaticCache
-            and cache is not None
+            and not cache.offloading
             and not getattr(cache, "_is_user_defined", False)
             and not any(layer.is_initialized for layer in cache.layers)
             and config is not None
@@ -223,13 +229,25 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
             and kwargs["stopping_criteria"].max_length is not None
         )
         if recorded and self._steps is None:
-            self._steps = DecodeSteps(self)
-        if not recorded or self._steps is None or not self._steps.ready():
+            self._steps = DecodeSteps()
+        steps = self._steps
+        if not recorded or steps is None or not steps.lock.acquire(blocking=False):
             return super()._sample(input_ids, *args, **kwargs)
-        names = ("logits_processor", "stopping_criteria", "generation_config", "streamer")
-        given = {name: kwargs.pop(name, None) for name in names}
-        kwargs.pop("synced_gpus", None)
-        return sample(self, self._steps, input_ids, **given, model_kwargs=kwargs)
+        try:
+            with torch.cuda.device_of(input_ids):  # a graph is recorded on the current device
+                if steps.ready(self):
+                    names = (
+                        "logits_processor",
+                        "stopping_criteria",
+                        "generation_config",
+                        "streamer",
+                    )
+                    given = {name: kwargs.pop(name, None) for name in names}
+                    kwargs.pop("synced_gpus", None)
+                    return sample(self, steps, input_ids, **given, model_kwargs=kwargs)
+        finally:
+            steps.lock.release()
+        return super()._sample(input_ids, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         # Spiking linears hold integers, which no initialiser may touch.

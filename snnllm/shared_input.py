@@ -17,6 +17,8 @@ from snnllm.kernels.triton_backend import TritonBackend, TritonLinear, multiply
 from snnllm.linear import SpikingLinear
 from snnllm.transforms import OnlineRotation
 
+_CAPTURE = "transformers.utils.output_capturing"
+
 
 @dataclass(frozen=True, eq=False)
 class Projected:
@@ -92,6 +94,16 @@ def kernels_run_on(device_type: str) -> bool:
     return device_type == "cuda" and _available()
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to see what goes into a module or comes out of it.
+
+    transformers leaves hooks in a model that was asked for hidden states or attentions once; they only
+    look while a call asks again.
+    """
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return any(getattr(hook, "__module__", None) != _CAPTURE for hook in hooks)
+
+
 def stamp_of(modules: Sequence[nn.Module]) -> tuple[Any, ...] | None:
     """What must not have changed since some linears were packed; None if they cannot run packed.
 
@@ -101,7 +113,7 @@ def stamp_of(modules: Sequence[nn.Module]) -> tuple[Any, ...] | None:
     for module in modules:
         if not isinstance(module, SpikingLinear) or module.view is not View.COLLAPSED:
             return None
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+        if hooked(module) or hasattr(module, "_hf_hook"):
             return None
         if not torch.compiler.is_compiling() and module.encoder.watched:
             return None

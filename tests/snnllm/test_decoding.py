@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -52,7 +56,7 @@ def recorded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     original = modeling.sample
 
     def listed(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs)
+        calls.append(len(calls))  # not the arguments, which would keep the cache in use
         return original(*args, **kwargs)
 
     monkeypatch.setattr(modeling, "sample", listed)
@@ -150,13 +154,125 @@ def test_other_calls_go_to_transformers(model, prompts, recorded, monkeypatch):
 
 
 def test_a_cache_in_use_keeps_its_buffers(model, prompts):
-    steps = DecodeSteps(model)
+    steps = DecodeSteps()
     positions = prompts["attention_mask"].sum(1, keepdim=True)
     first, second = (StaticCache(config=model.config, max_cache_len=20) for _ in range(2))
     steps.begin(first, prompts["attention_mask"], positions)
     steps.begin(second, prompts["attention_mask"], positions)
-    assert steps.ready() is CUDA
+    assert steps.ready(model) is CUDA
     assert first.layers[0] is not second.layers[0]
+
+
+class _Replayed:
+    """A recorded step on a CPU, which would be replayed."""
+
+    def replay(self) -> None:
+        raise AssertionError("a recorded step was replayed")
+
+
+STATIC = {"cache_implementation": "static"}
+
+
+def test_buffers_of_the_inference_mode_stay_there(model, prompts, recorded):
+    with torch.inference_mode():
+        expected = generate(model, prompts, **STATIC)
+    if not CUDA:
+        model._steps._graph = _Replayed()
+    assert torch.equal(generate(model, prompts, **STATIC), expected)
+    assert len(recorded) == 2
+
+
+def test_hooks_are_called_at_every_step(model, prompts, recorded, monkeypatch):
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: self.__call__)
+    expected = generate(model, prompts, **STATIC)
+    seen: list[int] = []
+    hook = model.model.norm.register_forward_hook(lambda *given: seen.append(1))
+    watched = generate(model, prompts, **STATIC)
+    hook.remove()
+    assert torch.equal(watched, expected)
+    assert len(seen) == 8
+    assert len(recorded) == 1
+    with torch.no_grad():  # transformers leaves hooks of its own
+        model(**prompts, output_hidden_states=True)
+    assert torch.equal(generate(model, prompts, **STATIC), expected)
+    assert len(recorded) == 2
+
+
+def test_recorded_neurons_run_at_every_step(model, prompts, recorded, monkeypatch):
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: self.__call__)
+    node = model.model.layers[0].mlp.up_proj.encoder.node
+    monkeypatch.setattr(node, "store_v_seq", True)
+    generate(model, prompts, **STATIC)
+    assert not recorded
+
+
+def test_a_generation_within_another_has_its_own_buffers(model, prompts, recorded, monkeypatch):
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: self.__call__)
+    expected = generate(model, prompts)
+    inner: list[Tensor] = []
+
+    def nested(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] == prompts["input_ids"].shape[1] + 4:
+            inner.append(generate(model, prompts, **STATIC))
+        return scores
+
+    outer = generate(model, prompts, **STATIC, logits_processor=[nested])
+    assert torch.equal(outer, expected)
+    assert torch.equal(*inner, expected)
+    assert len(recorded) == 1
+
+
+def test_attention_with_masks_of_its_own_goes_to_transformers(
+    model, prompts, recorded, monkeypatch
+):
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: self.__call__)
+    monkeypatch.setattr(modeling, "_MASKED", ())
+    expected = generate(model, prompts)
+    assert torch.equal(generate(model, prompts, **STATIC), expected)
+    assert not recorded
+
+
+def test_offloaded_caches_go_to_transformers(model, prompts, recorded):
+    with contextlib.nullcontext() if CUDA else contextlib.suppress(AssertionError):
+        offloaded = generate(model, prompts, cache_implementation="offloaded_static")
+        assert torch.equal(offloaded, generate(model, prompts))
+    assert not recorded
+
+
+def test_training_and_autocast_go_to_transformers(model, prompts, recorded, monkeypatch):
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: self.__call__)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        generate(model, prompts, **STATIC)
+    model.train()
+    generate(model, prompts, **STATIC)
+    model.eval()
+    assert not recorded
+
+
+def test_a_model_that_generated_is_freed_with_its_last_name(model, prompts, recorded):
+    copied = copy.deepcopy(model)
+    assert torch.equal(generate(copied, prompts, **STATIC), generate(model, prompts, **STATIC))
+    assert len(recorded) == 2
+    gone = weakref.ref(copied)
+    recorded.clear()
+    gc.disable()  # memory of a GPU is back at once, not when cycles are looked for
+    try:
+        del copied
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_steps_are_recorded_on_the_device_of_the_model(prompts):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    spike = rotated_config(SpikeConfig.preset("W4A4T2", attention="float"), RotatedOptions())
+    shape = llama_config(Shape(32, 96, 4, 2, 2, 64), 96)
+    second = random_spiking(shape, spike, torch.device("cuda", 1), torch.float32)
+    given = {name: tensor.to("cuda:1") for name, tensor in prompts.items()}
+    expected = generate(second, given)
+    assert torch.equal(generate(second, given, **STATIC), expected)
 
 
 def test_compiled_calls_need_kernels_that_are_operators(model):
