@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import (
 from neurons.backends.spec import DTYPES
 from snnllm import shared_input
 from snnllm.linear import SpikingLinear
-from snnllm.shared_input import Projected, SharedInput, share_input, stamp_of
+from snnllm.shared_input import Projected, SharedInput, hooked, share_input, stamp_of
 
 # transformers 5.20 renamed the argument; both spellings are supported.
 CACHE_ARGUMENT = (
@@ -136,7 +136,7 @@ class ProjectedAttention(LlamaAttention):
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         if position is not None and type(cache) is StaticCache:
             layer = cache.layers[self.layer_idx]
-            if type(layer) is StaticLayer and layer.is_initialized:
+            if type(layer) is StaticLayer and layer.is_initialized and not cache.offloading:
                 query = rotate_and_store(
                     *(projected, *position_embeddings, heads, layer.keys, layer.values),
                     *(layer.cumulative_length, position),
@@ -172,7 +172,7 @@ class SpikingLlamaDecoderLayer(LlamaDecoderLayer):
 
     def projections(self) -> SharedInput | None:
         """q, k and v as one linear behind the norm; None if they run one by one."""
-        if not isinstance(self.self_attn, ProjectedAttention):
+        if not isinstance(self.self_attn, ProjectedAttention) or hooked(self.self_attn):
             return None
         linears = tuple(getattr(self.self_attn, name) for name in _PROJECTIONS)
         return _packed(self, "_projections", linears)
@@ -183,9 +183,10 @@ class SpikingLlamaDecoderLayer(LlamaDecoderLayer):
 
     def gates(self) -> SharedInput | None:
         """Gate and up as one linear behind the norm; None if they run one by one."""
-        if not isinstance(self.mlp, SpikingLlamaMLP) or self.mlp.config.hidden_act != "silu":
+        mlp = self.mlp
+        if not isinstance(mlp, SpikingLlamaMLP) or mlp.config.hidden_act != "silu" or hooked(mlp):
             return None
-        return _packed(self, "_gates", (self.mlp.gate_proj, self.mlp.up_proj))
+        return _packed(self, "_gates", (mlp.gate_proj, mlp.up_proj))
 
 
 def fuse_block(block: LlamaDecoderLayer) -> None:
@@ -268,9 +269,7 @@ def _in_kernels(module: nn.Module, x: Tensor) -> bool:
 def _fusable(norms: tuple[nn.Module, ...], x: Tensor) -> bool:
     """Whether nobody needs the outputs of norms for themselves."""
     return all(
-        isinstance(norm, SpikingRMSNorm)
-        and norm.weight.dtype == x.dtype
-        and not (norm._forward_hooks or norm._forward_pre_hooks)
+        isinstance(norm, SpikingRMSNorm) and norm.weight.dtype == x.dtype and not hooked(norm)
         for norm in norms
     )
 

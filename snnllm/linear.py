@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from snnllm.transforms import OnlineRotation, salient_count
 from snnllm.weights import QuantizedWeight, expand_groups, run_sizes
 
 _COLLAPSED_CAPACITY = 255
+_VERSIONS = itertools.count()
 
 
 class SpikingLinear(SpikingModule):
@@ -51,7 +53,8 @@ class SpikingLinear(SpikingModule):
         dtype: Floating dtype of the bias and of a float weight.
 
     Attributes:
-        version: Grows whenever the stored tensors change or move; what is derived from them is stale then.
+        version: Another one whenever the stored tensors change or move, and of every linear: what was
+            derived from the tensors is stale then.
 
     Shape:
         `[..., K]` -> `[..., N]`, in the dtype of the input.
@@ -97,7 +100,7 @@ class SpikingLinear(SpikingModule):
             self.register_buffer("offset_output", torch.zeros(out_features))
         self._spec: LinearSpec | None = None
         self._prepared: tuple[Backend, PreparedLinear] | None = None
-        self.version = 0
+        self.version = next(_VERSIONS)
 
     def _make_weight(self) -> None:
         """Register the buffers of an integer weight."""
@@ -190,7 +193,7 @@ class SpikingLinear(SpikingModule):
         """Forget everything derived from the stored tensors (after they change)."""
         self._spec = None
         self._prepared = None
-        self.version += 1
+        self.version = next(_VERSIONS)
 
     def release_codes(self) -> None:
         """Move the stored codes to host memory, once a backend has packed them for the device.

@@ -153,6 +153,35 @@ def test_a_changed_weight_is_packed_again():
 
 
 @pytest.mark.usefixtures("fused")
+def test_an_exchanged_linear_is_packed_again():
+    layer, x = make(attention="float").model.layers[0], hidden()
+    before = layer.projections().normed(layer.input_layernorm, x)[0].outputs
+    other = make(attention="float").model.layers[0].self_attn.q_proj
+    other.weight_codes.zero_()
+    other.invalidate()
+    layer.self_attn.q_proj.invalidate()  # as often as the other one
+    layer.projections()
+    layer.self_attn.q_proj = other
+    after = layer.projections().normed(layer.input_layernorm, x)[0].outputs
+    assert not torch.equal(before, after)
+    assert torch.equal(after, one_by_one(layer, x))
+
+
+@pytest.mark.usefixtures("fused")
+def test_hooks_of_attention_and_mlp_see_hidden_states(ids):
+    model = make(attention="float")
+    layer, seen = model.model.layers[0], []
+    with torch.no_grad():
+        logits = model(ids).logits
+        layer.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+        )
+        assert torch.equal(model(ids).logits, logits)
+    assert [tuple(x.shape) for x in seen] == [(2, 3, 32)] * 2
+
+
+@pytest.mark.usefixtures("fused")
 def test_copies_and_state_dicts_are_those_of_the_stored_codes(ids):
     model = make(attention="float")
     prepare(model)
