@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
@@ -36,31 +38,52 @@ class Workers:
     count: int
     open: Open
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any] | BaseException]]:
-        """Work on the jobs; each comes back with its record, or with what ended its worker."""
+    def run(
+        self, jobs: Sequence[Job]
+    ) -> Generator[tuple[Job, dict[str, Any] | BaseException], None, None]:
+        """Work on the jobs; each comes back with its record, or with what ended its worker.
+
+        The latter come when no worker is left that writes. Whoever closes the iterator ends the workers.
+        """
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         numbers = context.SimpleQueue()
         for number in range(self.count):
             numbers.put(number)
-        start = (self.open, numbers, os.getpid(), max(1, torch.get_num_threads() // self.count))
+        stop = context.RawValue(ctypes.c_bool, False)
+        threads = max(1, torch.get_num_threads() // self.count)
+        start = (self.open, numbers, os.getpid(), stop, threads)
+        failed: list[tuple[Job, BaseException]] = []
         with ProcessPoolExecutor(self.count, context, _start, start) as pool:
             names: dict[Future[dict[str, Any]], Job] = {
                 pool.submit(_work, job.row.name): job for job in jobs
             }
-            for future in as_completed(names):
-                yield names[future], future.exception() or future.result()
+            try:
+                for future in as_completed(names):
+                    error = future.exception()
+                    if error is None:
+                        yield names[future], future.result()
+                    else:
+                        failed.append((names[future], error))
+            except BaseException:  # the pool would work on everything that is left
+                stop.value = True
+                pool.shutdown(cancel_futures=True)
+                raise
+        yield from failed
 
 
-def _start(opened: Open, numbers: SimpleQueue[int], parent: int, threads: int) -> None:
+def _start(
+    opened: Open, numbers: SimpleQueue[int], parent: int, stop: ctypes.c_bool, threads: int
+) -> None:
     global _runner, _jobs
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader ends its workers
+    threading.Thread(target=_end_with, args=(parent, stop), daemon=True).start()
     torch.set_num_threads(threads)
     _runner, _jobs = opened(numbers.get())
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent was killed: it would write into a folder that is free again."""
-    while os.getppid() == parent:
+def _end_with(parent: int, stop: ctypes.c_bool) -> None:
+    """End this process when its parent says so, or was killed: its folder would be free again."""
+    while os.getppid() == parent and not stop.value:
         time.sleep(_WATCH_SECONDS)
     os._exit(1)
 

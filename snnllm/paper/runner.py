@@ -13,6 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -216,10 +217,11 @@ class Runner:
         todo = [job for job in jobs if self.pending(job)]
         together = [job for job in todo if Measure.SPEED not in self.pending(job)]
         if workers is not None and len(together) > 1:
-            for number, (job, result) in enumerate(workers.run(together), start=1):
-                self._take_over(job, result)
-                say(f"[{number}/{len(together)}, {workers.count} at once] {job.row.title}")
-                self._say_errors(job)
+            with closing(workers.run(together)) as results:
+                for number, (job, result) in enumerate(results, start=1):
+                    self._take_over(job, result)
+                    say(f"[{number}/{len(together)}, {workers.count} at once] {job.row.title}")
+                    self._say_errors(job)
             todo = [job for job in todo if job not in together]
         for number, job in enumerate(todo, start=1):
             say(f"[{number}/{len(todo)}] {job.row.title}; {self.outlook(jobs)}")
@@ -230,9 +232,12 @@ class Runner:
         return not any(self.pending(job) for job in jobs)
 
     def _take_over(self, job: Job, result: dict[str, Any] | BaseException) -> None:
-        """The record that a worker has written, or the end of the worker as an error."""
+        """The record that a worker has written, or what it had written and its end as an error."""
         name = job.row.name
         if isinstance(result, BaseException):
+            written = self._rows / f"{name}.json"
+            if written.is_file():
+                self.records[name] = json.loads(written.read_text())
             record = self.records.setdefault(name, self.record(job.row))
             record["title"], record["kind"] = job.row.title, job.kind
             record["errors"] = {"worker": f"{type(result).__name__}: {result}"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -296,6 +299,52 @@ def test_a_worker_that_dies_is_a_failed_row(command, tmp_path, monkeypatch, caps
     assert "BrokenProcessPool" in record["errors"]["worker"]
     monkeypatch.undo()
     assert main(arguments[:-2]) == 0
+
+
+def test_a_worker_that_dies_loses_no_measurement(command, tmp_path):
+    """What it has written is newer than what the leader read in the beginning."""
+    args = build_parser().parse_args(command(tmp_path, "--rows", "float", "rtn"))
+    runner, tables = reproduce._opened(args)
+    jobs = jobs_of(tables)
+
+    class Dying:
+        count = 2
+
+        def run(self, todo: Any) -> Any:
+            for job in todo:
+                record = {"measures": {"sample": 1}, "seconds": {}, "errors": {}}
+                written = {**record, "conversion": {}}
+                (tmp_path / "rows" / f"{job.row.name}.json").write_text(json.dumps(written))
+                yield job, BrokenProcessPool("killed")
+
+    assert not runner.execute(jobs, Dying())
+    runner.close()
+    for job in jobs:
+        record = json.loads((tmp_path / "rows" / f"{job.row.name}.json").read_text())
+        assert record["measures"] == {"sample": 1}
+        assert record["conversion"] == {}
+        assert record["errors"] == {"worker": "BrokenProcessPool: killed"}
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_its_workers(command, tmp_path, monkeypatch):
+    """Ctrl-C: nobody works on the rows that are left."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+
+    class Interrupting(dict[Any, Any]):
+        def __setitem__(self, name: Any, record: Any) -> None:
+            raise KeyboardInterrupt
+
+    args = build_parser().parse_args([*command(tmp_path), "--jobs", "2"])
+    runner, tables = reproduce._opened(args)
+    runner.records = Interrupting()
+    jobs = [job for job in jobs_of(tables) if Measure.SPEED not in job.measures]
+    assert len(jobs) > 3
+    with pytest.raises(KeyboardInterrupt):
+        runner.execute(jobs, parallel.Workers(2, partial(reproduce._worker, args)))
+    runner.close()
+    assert not multiprocessing.active_children()
+    assert len(list((tmp_path / "rows").glob("*.json"))) < len(jobs)
 
 
 @pytest.mark.slow
