@@ -1,8 +1,7 @@
 """CUDA C++ at run time: compiled by NVRTC for the device at hand, launched through the driver.
 
-Needs the package cuda-bindings and NVRTC. Compiled once a source,
-set of macros and device; the driver is asked for what CuPy cannot launch: tensor maps and programmatic
-dependent launch.
+Needs the package cuda-bindings and NVRTC. Compiled once a source, set of macros and device; the driver
+is asked for what CuPy cannot launch: tensor maps and programmatic dependent launch.
 """
 
 from __future__ import annotations
@@ -84,7 +83,8 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(
             *(v.at if isinstance(v, TensorMap) else ctypes.addressof(v) for v in values)
         )
-        _check(_driver().cuLaunchKernelEx(ctypes.byref(launch), self.function, pointers, None))
+        function = ctypes.c_void_p(self.function)  # of an int, ctypes passes 32 bits
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(launch), function, pointers, None))
 
 
 def missing() -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +83,25 @@ def test_a_missing_compiler_is_said_once(
     assert "pip install cuda-bindings" in str(reasons[0])
     assert reasons[0] == reasons[1]
     assert len(caplog.records) == 1
+
+
+def test_handles_of_kernels_are_passed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def launched(_launch: int, function: int, _arguments: int, _extra: int) -> int:
+        seen.append(function)
+        return 0
+
+    library = ctypes.CDLL(
+        None
+    )  # calls as those of the driver's library: without types of arguments
+    callback = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(launched)
+    address = ctypes.cast(callback, ctypes.c_void_p).value
+    driver = SimpleNamespace(cuLaunchKernelEx=library._FuncPtr(address))
+    monkeypatch.setattr(cuda_driver, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    cuda_driver.Kernel(0x7F12_3456_7890, 32, 0)(1, (1, None))
+    assert seen == [0x7F12_3456_7890]
 
 
 @pytest.mark.parametrize("rows", range(1, 33))
