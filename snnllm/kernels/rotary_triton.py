@@ -67,7 +67,8 @@ def rotate_and_store(
         keys: ``[B, H_kv, L, D]``, contiguous; changed at the positions of the S tokens.
         values: as keys.
         length: tokens in the cache, int64, one element; becomes ``position + S``.
-        position: of the first of the S tokens in the cache, int64, one element, another tensor.
+        position: of the first of the S tokens in the cache, int64, one element, another tensor. Tokens
+            from position L on are not stored.
 
     Returns:
         Queries ``[B, H, S, D]``, contiguous.
@@ -77,6 +78,18 @@ def rotate_and_store(
         ValueError: if a shape does not fit, or D is odd.
     """
     _check(projected, cos, sin, heads, keys.shape[1])
+    batch, dim = len(projected), cos.shape[-1]
+    for name, stored in {"keys": keys, "values": values}.items():
+        if stored.dtype != projected.dtype:
+            raise TypeError(
+                f"{name} must be {projected.dtype} as projected is, got {stored.dtype}."
+            )
+        if (len(stored), *stored.shape[1::2]) != (batch, keys.shape[1], dim):
+            raise ValueError(
+                f"{name} must be [{batch}, {keys.shape[1]}, L, {dim}], got {tuple(stored.shape)}."
+            )
+        if stored.shape != keys.shape or not stored.is_contiguous():
+            raise ValueError("keys and values must be contiguous and of one shape.")
     query: Tensor = _rotate_and_store_op(
         projected.detach(),
         cos.contiguous(),
@@ -249,10 +262,11 @@ def _rotate(  # type: ignore[no-untyped-def]
     to_query = inside & is_query[:, None]
     tl.store(q_at, left, mask=to_query)
     tl.store(q_at + DIM // 2, right, mask=to_query)
-    to_key = inside & ((head >= heads) & (head < heads + kv_heads))[:, None]
+    fits = slot + 0 * head < capacity
+    to_key = inside & ((head >= heads) & (head < heads + kv_heads) & fits)[:, None]
     tl.store(key_ptr + kv_at, left, mask=to_key)
     tl.store(key_ptr + kv_at + DIM // 2, right, mask=to_key)
     if STORE:
-        to_value = inside & is_value[:, None]
+        to_value = inside & (is_value & fits)[:, None]
         tl.store(value_ptr + kv_at, left, mask=to_value)
         tl.store(value_ptr + kv_at + DIM // 2, right, mask=to_value)

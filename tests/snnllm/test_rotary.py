@@ -82,6 +82,34 @@ def test_bad_operands_are_refused():
         rotate_heads(projected, cos, sin[:, :1], 2, 1)
 
 
+def test_caches_that_do_not_fit_are_refused():
+    projected, cos, sin, *_ = operands(2, 1, 2, 1, 4, torch.float32, True, 0)
+    keys, length = torch.zeros(2, 1, 3, 4, device=DEVICE), torch.zeros(1, dtype=int, device=DEVICE)
+
+    def store(keys, values):
+        rotate_and_store(projected, cos, sin, 2, keys, values, length, length.clone())
+
+    with pytest.raises(TypeError, match=r"values must be torch\.float32"):
+        store(keys, keys.half())
+    for wrong in (keys[:1], keys[..., :2]):
+        with pytest.raises(ValueError, match=r"keys must be \[2, 1, L, 4\]"):
+            store(wrong, keys)
+    for wrong in (keys[:, :, :2], torch.zeros(2, 1, 4, 3, device=DEVICE).mT):
+        with pytest.raises(ValueError, match="contiguous and of one shape"):
+            store(keys, wrong)
+
+
+def test_tokens_beyond_a_cache_are_not_stored():
+    projected, cos, sin, *_ = operands(1, 3, 2, 1, 4, torch.float32, True, 0)
+    # The cache is a part of a larger memory, of which nothing else may change.
+    memory = torch.full((2, 8, 4), -1.0, device=DEVICE)
+    keys, values = (part[2:4].view(1, 1, 2, 4) for part in memory)
+    length = torch.zeros(1, dtype=int, device=DEVICE)
+    rotate_and_store(projected, cos, sin, 2, keys, values, length, length.clone() + 1)
+    changed = (memory != -1).any(-1)
+    assert changed.tolist() == [[i == 3 for i in range(8)]] * 2
+
+
 def test_the_operators_are_sound():
     projected, cos, sin, *_ = operands(1, 2, 2, 1, 4, torch.float32, True, 0)
     keys, length = torch.zeros(1, 1, 4, 4, device=DEVICE), torch.zeros(1, dtype=int, device=DEVICE)
