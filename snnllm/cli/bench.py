@@ -28,6 +28,7 @@ from snnllm.sources import dense_model, open_source
 from snnllm.speed import Contender, time_contenders
 
 _DENSE = ("eager", "compiled")
+_PRESET = "W4A4T2"
 _STATIC = {"cache_implementation": "static"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,7 +50,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--checkpoint", type=Path, help="spiking checkpoint of --model")
     parser.add_argument("--blocks", type=int, help="with --shape: fewer blocks than it has")
-    parser.add_argument("--preset", default="W4A4T2", help="of a spiking model without checkpoint")
+    parser.add_argument(
+        "--preset", help=f"of a spiking model without checkpoint (default: {_PRESET})"
+    )
     parser.add_argument(
         "--attention",
         choices=[*Operands],
@@ -70,7 +73,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dtype",
         choices=[*_DTYPES],
-        help="of the dense model (default: bfloat16 on a GPU, else float32)",
+        help="of both models (default: bfloat16 on a GPU, else float32)",
     )
     parser.add_argument("--json", type=Path, help="write the rows there, too")
     parser.set_defaults(run=run)
@@ -133,10 +136,18 @@ def _check(args: argparse.Namespace) -> None:
         values = value if isinstance(value, list) else [value]
         if any(number is not None and number < 1 for number in values):
             raise ValueError(f"--{name} must be at least 1.")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ValueError(f"--json: there is no folder {args.json.parent}; make it first.")
+    if args.checkpoint is not None and args.preset is not None:
+        raise ValueError("--preset goes without --checkpoint, which has one of its own.")
+    args.preset = args.preset or _PRESET
     if args.model is None:
         args.shape = args.shape or "smollm2"
         if args.checkpoint is not None:
             raise ValueError("--checkpoint needs --model, the dense model that it came from.")
+        most = SHAPES[args.shape].blocks
+        if args.blocks is not None and args.blocks > most:
+            raise ValueError(f"--blocks must be at most {most}, those of {args.shape}.")
     elif args.blocks is not None or args.attention is not None:
         raise ValueError("--blocks and --attention go with --shape; a model has its own.")
 
