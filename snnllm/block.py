@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticCache, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -258,8 +259,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _in_kernels(module: nn.Module, x: Tensor) -> bool:
+    """Whether kernels, which have no gradient, may run a module on an input."""
     return (
         not module.training
+        and not (x.requires_grad and torch.is_grad_enabled())
         and shared_input.kernels_run_on(x.device.type)
         and x.dtype in DTYPES
         and x.numel() > 0

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, StaticCache
 
 from neurons import SpikeEncoder
 from snnllm.block import CACHE_ARGUMENT, prepare
+from snnllm.execution import SpikingModule
 from snnllm.linear import SpikingLinear
 from snnllm.shared_input import hooked
 
@@ -64,13 +65,15 @@ class DecodeSteps:
 
         All linears must run in operators of Triton, and nobody watch: a replayed step calls no hooks.
         """
-        parameters, linears = [], []
+        parameters, linears, views = [], [], []
         for module in model.modules():
             if hooked(module) or (isinstance(module, SpikeEncoder) and module.watched):
                 return False
             parameters += [
                 (p.data_ptr(), p.dtype) for p in module._parameters.values() if p is not None
             ]
+            if isinstance(module, SpikingModule):
+                views.append(module.view)
             if isinstance(module, SpikingLinear):
                 linears.append(module)
         if not linears or not all(linear.runs_in_triton() for linear in linears):
@@ -78,6 +81,7 @@ class DecodeSteps:
         state = (
             parameters,
             [(linear.version, linear.backend) for linear in linears],
+            views,
             model.config._attn_implementation,
         )
         if state != self._state:

@@ -114,6 +114,17 @@ def test_kernels_change_the_outputs_by_rounding_only(ids, monkeypatch, attention
 
 
 @pytest.mark.usefixtures("fused")
+def test_a_norm_keeps_the_gradient_of_whoever_wants_one():
+    norm = make(attention="float").model.norm
+    x = torch.randn(2, norm.weight.shape[0], dtype=norm.weight.dtype, device=DEVICE)
+    x.requires_grad_()
+    norm(x).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        assert not norm(x).requires_grad
+
+
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("part", ["mask", "clip", "offset", "backend", "bias", "view"])
 def test_linears_that_encode_differently_run_one_by_one(part):
     layer = make(attention="float").model.layers[0]
