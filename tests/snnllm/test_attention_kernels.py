@@ -25,7 +25,7 @@ from snnllm.kernels.triton_backend import TritonBackend
 from snnllm.modeling import load
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-from snnllm.kernels import attention_ops
+from snnllm.kernels import attention_launch, attention_ops
 
 REASON = TritonBackend().available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton kernels: {REASON}")
@@ -152,7 +152,7 @@ def test_unpacked_counts_are_those_of_the_encoder(query_groups, steps):
     group = module.k_encoder.channel_group
     for encoder, x in ((module.q_encoder, query), (module.k_encoder, key)):
         layout, encoding = encoder.layout, encoder.encode(x)
-        code, scale = attention_ops._unpack(
+        code, scale = attention_launch.unpack(
             *(to_payload(encoding, layout), kernels.key_slot, kernels.member, None, 16),
             *(layout.groups, 2, layout.planes, layout.plane_bytes),
         )
