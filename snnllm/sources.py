@@ -187,6 +187,8 @@ def open_source(model: str | Path) -> Source:
         raise SourceError(f"{path} is a file, but not .gguf; give the folder that holds the model.")
     if path.is_dir():
         return FolderSource(path, str(model))
+    if path.suffix == ".gguf":
+        raise SourceError(f"There is no file {path}.")
     return FolderSource(_download(str(model)), str(model))
 
 

@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--attention",
-        choices=[*Operands],
+        choices=[*map(str, Operands)],
         help="with --shape: encode Q, K and V or leave them in float",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at a time")
@@ -65,7 +65,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        choices=[*_DENSE, *View],
+        choices=[*_DENSE, *map(str, View)],
         help="eager and compiled: the dense model, the latter with a static cache; the views of the "
         "spiking one (default: eager, compiled on a GPU, collapsed)",
     )

@@ -60,7 +60,7 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     """Options that describe a `SpikeConfig` and its calibration."""
     parser.add_argument(
         "--pipeline",
-        choices=[*Pipeline],
+        choices=[*map(str, Pipeline)],
         help="rotated: rotation inside the saliency groups and GPTQ; rtn: saliency masks and rounding, "
         "half the time, far from full precision; gptq: weights as ternary spike trains, linears that "
         "only add; omniquant: trained block by block (default: rotated; gptq for ternary weights, rtn "
@@ -76,13 +76,19 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     )
     spike.add_argument("--ratio", type=float, help="fraction of channels that is salient, 0..1")
     spike.add_argument("--steps", type=int, help="time steps T of the salient channels")
-    spike.add_argument("--range", choices=[*ValueRange], help="own threshold per group, or shared")
-    spike.add_argument("--score", choices=[*Score], help="saliency score")
-    spike.add_argument("--mask-scope", choices=[*MaskScope], help="a mask per linear or per input")
     spike.add_argument(
-        "--attention", choices=[*Operands], help="encode Q, K, V or leave them float"
+        "--range", choices=[*map(str, ValueRange)], help="own threshold per group, or shared"
     )
-    spike.add_argument("--weight-range", choices=[*WeightRange], help="min/max or clip search")
+    spike.add_argument("--score", choices=[*map(str, Score)], help="saliency score")
+    spike.add_argument(
+        "--mask-scope", choices=[*map(str, MaskScope)], help="a mask per linear or per input"
+    )
+    spike.add_argument(
+        "--attention", choices=[*map(str, Operands)], help="encode Q, K, V or leave them float"
+    )
+    spike.add_argument(
+        "--weight-range", choices=[*map(str, WeightRange)], help="min/max or clip search"
+    )
     spike.add_argument(
         "--group-size", type=int, help="inputs that share a weight scale or threshold"
     )
@@ -91,7 +97,7 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     )
     spike.add_argument(
         "--capacity",
-        choices=[*Capacity],
+        choices=[*map(str, Capacity)],
         help="largest spike count: steps (exact in every view) or power_of_two (as published, "
         "collapsed view only)",
     )
@@ -109,7 +115,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("what is learned (pipeline omniquant)")
     training.add_argument(
         "--recipe",
-        choices=[*Recipe],
+        choices=[*map(str, Recipe)],
         help="default, or paper: shared range, min/max weights, plain MSE, as published",
     )
     training.add_argument(
@@ -126,7 +132,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--execution",
-        choices=[*Execution],
+        choices=[*map(str, Execution)],
         help="how a training step runs; graph: recorded once a block (CUDA only)",
     )
 
@@ -137,7 +143,7 @@ def _add_gptq_options(parser: argparse.ArgumentParser) -> None:
         "--mean-steps", type=float, help="time steps of a weight on average, 1..7 (1.4: the preset)"
     )
     weights.add_argument(
-        "--column-score", choices=[*WEIGHT_SCORES], help="ranks the weight columns"
+        "--column-score", choices=[*map(str, WEIGHT_SCORES)], help="ranks the weight columns"
     )
     weights.add_argument(
         "--salient-column-steps",
@@ -265,7 +271,7 @@ def window_length(given: int | None, default: int, config: Any) -> int:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that runs a model."""
     parser.add_argument(
-        "--view", choices=[*View], help="view of a spiking model (default: collapsed)"
+        "--view", choices=[*map(str, View)], help="view of a spiking model (default: collapsed)"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
 

@@ -141,7 +141,9 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("rows that are trained")
     training.add_argument("--epochs", type=int, help=f"default: 20, as published [{_QUICK_EPOCHS}]")
     training.add_argument("--train-batch", type=int, help="windows of a training step (default: 1)")
-    training.add_argument("--execution", choices=[*Execution], help="how a training step runs")
+    training.add_argument(
+        "--execution", choices=[*map(str, Execution)], help="how a training step runs"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

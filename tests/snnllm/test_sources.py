@@ -281,6 +281,11 @@ def test_a_hub_id_offline(tmp_path, monkeypatch):
         open_source("someone/model")
 
 
+def test_a_gguf_file_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path):
+    with pytest.raises(SourceError, match=r"There is no file .*mine\.gguf"):
+        open_source(tmp_path / "mine.gguf")
+
+
 def test_a_path_that_does_not_exist(tmp_path):
     with pytest.raises(SourceError, match="does not exist .neither a folder, a .gguf file nor"):
         open_source(tmp_path / "nothing")
