@@ -166,20 +166,27 @@ print(json.dumps([before, peak_mib()]))
 @pytest.mark.slow
 @pytest.mark.parametrize(("pipeline", "limit"), [("rtn", 160), ("omniquant", 200)])
 def test_many_blocks_need_the_memory_of_a_few(tmp_path, pipeline, limit):
-    """A checkpoint of 240 MB in `limit` MB beside the libraries."""
-    synthetic(tmp_path / "dense", 60)
-    size = sum(p.stat().st_size for p in (tmp_path / "dense").glob("*.safetensors")) / 2**20
-    assert size > 220
-    run = subprocess.run(
-        [
-            *(sys.executable, "-c", MEASURED, str(tmp_path / "dense"), str(tmp_path / "out")),
-            *(pipeline, str(limit)),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    before, after = json.loads(run.stdout.splitlines()[-1])
-    assert after - before < limit, (before, after)
-    assert limit < size
+    """60 blocks of 4 MB beside 10: the other 50 hardly show in the peak, whatever the libraries take."""
+    peaks, sizes = [], []
+    for blocks in (10, 60):
+        folder = tmp_path / str(blocks)
+        folder.mkdir()
+        synthetic(folder / "dense", blocks)
+        sizes.append(
+            sum(p.stat().st_size for p in (folder / "dense").glob("*.safetensors")) / 2**20
+        )
+        run = subprocess.run(
+            [
+                *(sys.executable, "-c", MEASURED, str(folder / "dense"), str(folder / "out")),
+                *(pipeline, str(limit)),
+            ],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        before, after = json.loads(run.stdout.splitlines()[-1])
+        peaks.append(after - before)
+    few, many = sizes
+    assert many - few > 180
+    assert peaks[1] - peaks[0] < 0.35 * (many - few), (peaks, sizes)
