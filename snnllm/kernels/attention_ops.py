@@ -4,13 +4,14 @@
 import torch
 from torch import Tensor
 
+from neurons.backends.operator import operator
 from snnllm.kernels.attention_launch import encode, rows_of, run_decode, run_prefill
 
 DECODE_ROWS = 8
 """Queries of a KV head (its heads times tokens) up to which the kernel for few of them runs."""
 
 
-@torch.library.custom_op("snnllm::encode_key_value", mutates_args=())
+@operator("snnllm::encode_key_value")
 def encode_key_value(
     key: Tensor,
     value: Tensor,
@@ -69,7 +70,7 @@ def _(
     return rows_of(key, key_row[0]), rows_of(value, value_row[0])
 
 
-@torch.library.custom_op("snnllm::attend", mutates_args=())
+@operator("snnllm::attend")
 def attend(
     query: Tensor,
     key: Tensor,

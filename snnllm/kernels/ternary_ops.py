@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from neurons.backends.device import EARLY_ROWS, early_launch, interpreted, on
+from neurons.backends.operator import operator
 from snnllm.kernels.ternary_matmul import count_tiles, float_tiles, gather_counts, gather_rows
 
 _GATHER = 1024
@@ -24,7 +25,7 @@ def choose_config(rows: int) -> tuple[int, ...]:
     return (1, 64, 128, 8, 3)
 
 
-@torch.library.custom_op("snnllm::ternary_linear", mutates_args=())
+@operator("snnllm::ternary_linear")
 def ternary_linear(
     x: Tensor,
     weight: Tensor,
@@ -95,7 +96,7 @@ def _shifted(target: str, source: str, left: int, mask: str) -> str:
     return f"shl.b32 {target}, {source}, {left}; and.b32 {target}, {target}, {mask};"
 
 
-@torch.library.custom_op("snnllm::ternary_counts", mutates_args=())
+@operator("snnllm::ternary_counts")
 def ternary_counts(
     count: Tensor,
     threshold: Tensor,

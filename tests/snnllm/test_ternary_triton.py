@@ -374,7 +374,6 @@ def test_sums_beyond_float32_run_elsewhere() -> None:
 
 @needs_triton
 def test_it_is_one_graph() -> None:
-    from snnllm.kernels import ternary_ops
 
     x = torch.randn(3, 141, device=DEVICE)
     spiking = spiking_layer(9, 24, [1] * 120 + [3] * 21, 64, (4, (1, 2), "split"))
@@ -391,7 +390,10 @@ def test_it_is_one_graph() -> None:
     encoded = spiking.encoder.encode(x)
     whole = (*counted.packed.tensors, counted.segment, None, counted.segments)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ternary_ops.ternary_linear, (x, *packed.tensors, None), test_utils=tests)
+    operators = torch.ops.snnllm
+    torch.library.opcheck(
+        operators.ternary_linear.default, (x, *packed.tensors, None), test_utils=tests
+    )
     for dtype in (torch.int32, torch.float16):
         arguments = (*encoded, counted.channel_group, *whole, dtype)
-        torch.library.opcheck(ternary_ops.ternary_counts, arguments, test_utils=tests)
+        torch.library.opcheck(operators.ternary_counts.default, arguments, test_utils=tests)
