@@ -135,7 +135,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
     def prepare(self) -> None:
         """Find out how rows are stored and prepare the kernels: both read the channel groups."""
         for encoder in (self.q_encoder, self.k_encoder, self.v_encoder):
-            assert encoder.layout.width
+            _ = encoder.layout  # which keeps what it has found
         self.kernels()
 
     def _prepare_kernels(self) -> TritonAttention | None:

@@ -163,71 +163,32 @@ def prefill(  # type: ignore[no-untyped-def]
         stop = tl.max(tl.where(kind != HIDDEN, block + 1, 0), 0)
         whole = tl.min(tl.where(kind == WHOLE, block, stop), 0)
         partial = tl.min(tl.where((kind != WHOLE) & (block >= whole), block, stop), 0)
-    arguments = (query, salient_query, scale0, scale1, code_ptr, threshold_ptr, value_ptr)
-    if HAS_MASK:
+    # Blocks on the edges of a mask, blocks that it shows whole, and again the edges.
+    bounds = (start, whole, partial, stop)
+    for part in tl.static_range(0 if HAS_MASK else 1, 3):
         state = _blocks(
-            *(state, start, whole),
-            *arguments,
             *(
+                state,
+                bounds[part],
+                bounds[part + 1],
+                query,
+                salient_query,
+                scale0,
+                scale1,
+                code_ptr,
+            ),
+            *(
+                threshold_ptr,
+                value_ptr,
                 mask_at,
                 inside_query,
                 mask_key_stride,
                 keys,
                 padded,
                 scaling,
-                lowest,
-                G,
-                WIDTH,
-                SLOTS,
-                True,
-                HAS_MASK,
-                BOOL,
-                PRECISION,
-                BN,
             ),
+            *(lowest, G, WIDTH, SLOTS, part != 1, HAS_MASK, BOOL, PRECISION, BN),
         )
-    state = _blocks(
-        *(state, whole, partial),
-        *arguments,
-        *(
-            mask_at,
-            inside_query,
-            mask_key_stride,
-            keys,
-            padded,
-            scaling,
-            lowest,
-            G,
-            WIDTH,
-            SLOTS,
-            False,
-            HAS_MASK,
-            BOOL,
-            PRECISION,
-            BN,
-        ),
-    )
-    state = _blocks(
-        *(state, partial, stop),
-        *arguments,
-        *(
-            mask_at,
-            inside_query,
-            mask_key_stride,
-            keys,
-            padded,
-            scaling,
-            lowest,
-            G,
-            WIDTH,
-            SLOTS,
-            True,
-            HAS_MASK,
-            BOOL,
-            PRECISION,
-            BN,
-        ),
-    )
     out, _, total = state
     # Queries that see no key: zeros.
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -204,6 +204,16 @@ def _is_hidden(kind_ptr, blocks, tiles, BLOCKS: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
+def _rows(  # type: ignore[no-untyped-def]
+    row_ptr, pair, heads, tokens, batch_stride, head_stride, token_stride, T: tl.constexpr
+):
+    """T tokens of a batch entry and head: which, whether they are there, where their payloads lie."""
+    token = tl.program_id(0) * T + tl.arange(0, T)
+    row_at = row_ptr + (pair // heads).to(tl.int64) * batch_stride + pair % heads * head_stride
+    return token, (token < tokens)[:, None], row_at + token.to(tl.int64)[:, None] * token_stride
+
+
+@triton.jit
 def _slots(row_at, width_slots, plane_bytes, inside, ZERO_END: tl.constexpr, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
     """High bits of the salient channels `[T, SLOTS]`, as int32 without their factor 16."""
     i = width_slots[None, :]
@@ -261,10 +271,9 @@ def unpack_codes(  # type: ignore[no-untyped-def]
         kinds = kind_ptr + (pair // heads).to(tl.int64) * tiles * blocks + tl.program_id(0)
         if _is_hidden(kinds, blocks, tiles, 64):
             return
-    token = tl.program_id(0) * T + tl.arange(0, T)
-    inside = (token < tokens)[:, None]
-    row_at = row_ptr + (pair // heads).to(tl.int64) * batch_stride + head * head_stride
-    row_at = row_at + token.to(tl.int64)[:, None] * token_stride
+    token, inside, row_at = _rows(
+        row_ptr, pair, heads, tokens, batch_stride, head_stride, token_stride, T
+    )
     THRESHOLD: tl.constexpr = (D // 2 + 3) // 4 * 4
     ZERO: tl.constexpr = THRESHOLD + 4 * G
     out_row = pair.to(tl.int64) * padded + token
@@ -329,10 +338,9 @@ def unpack_values(  # type: ignore[no-untyped-def]
         kinds = kind_ptr + (pair // heads).to(tl.int64) * tiles * blocks + tl.program_id(0)
         if _is_hidden(kinds, blocks, tiles, 64):
             return
-    token = tl.program_id(0) * T + tl.arange(0, T)
-    inside = (token < tokens)[:, None]
-    row_at = row_ptr + (pair // heads).to(tl.int64) * batch_stride + head * head_stride
-    row_at = row_at + token.to(tl.int64)[:, None] * token_stride
+    token, inside, row_at = _rows(
+        row_ptr, pair, heads, tokens, batch_stride, head_stride, token_stride, T
+    )
     THRESHOLD: tl.constexpr = (D // 2 + 3) // 4 * 4
     ZERO: tl.constexpr = THRESHOLD + 4 * G
     out_at = out_ptr + (pair.to(tl.int64) * padded + token)[:, None] * WIDTH

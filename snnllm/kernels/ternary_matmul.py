@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from snnllm.kernels.triton_dot import early
+from snnllm.kernels.triton_linear import tile_of
 
 
 @triton.jit
@@ -98,15 +99,6 @@ def _scales(scale_at, factor_ptr, block, blocks):  # type: ignore[no-untyped-def
     known = block < blocks
     scale = tl.load(scale_at + block, mask=known, other=0.0)
     return scale.to(tl.float32) * tl.load(factor_ptr + block, mask=known, other=0.0)
-
-
-@triton.jit
-def _place(rows, columns, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First row and column of the tile of this program; rasters of 8 share operands in the L2 cache."""
-    tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
-    tile = tl.program_id(0)
-    tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tiles_m, tiles_n, 8)
-    return tile_m * BM, tile_n * BN
 
 
 @triton.jit
@@ -229,7 +221,7 @@ def float_tiles(  # type: ignore[no-untyped-def]
     BN: tl.constexpr,
 ):
     """One tile of outputs of float activations, as `Y^T = W X^T` with the weights from registers."""
-    first_m, first_n = _place(rows, columns, BM, BN)
+    first_m, first_n = tile_of(rows, columns, BM, BN)
     x_at, weight_at = _operands(
         *(x_ptr, weight_ptr, first_m, first_n, rows, columns, width, pitch),
         *(BLOCK, EARLY, R, BM, BN),
@@ -282,7 +274,7 @@ def count_tiles(  # type: ignore[no-untyped-def]
     added in the order of the segments, as `snnllm.kernels.epilogue` does, without fused multiply-add.
     Sums stay below 2^24 (`ternary_pack.exact_in_float`), where float32 holds every integer.
     """
-    first_m, first_n = _place(rows, columns, BM, BN)
+    first_m, first_n = tile_of(rows, columns, BM, BN)
     x_at, weight_at = _operands(
         *(x_ptr, weight_ptr, first_m, first_n, rows, columns, width, pitch),
         *(BLOCK, EARLY, R, BM, BN),

@@ -125,7 +125,7 @@ def _segment(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _tile(rows, columns, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
+def tile_of(rows, columns, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
     """First row and column of this program's tile.
 
     Rasters of 8 tiles along the rows: what is in flight at a time shares operands in the L2 cache.
@@ -169,7 +169,7 @@ def matmul(  # type: ignore[no-untyped-def]
     BN: tl.constexpr,
 ):
     """One tile of outputs, on tensor cores; arguments as `triton_ops.encoded_linear` describes them."""
-    first_m, first_n = _tile(rows, columns, BM, BN)
+    first_m, first_n = tile_of(rows, columns, BM, BN)
     out_m, out_n = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN)
     # Transposed, neighbours in memory are neighbours in the tile.
     out_at = out_ptr + (out_m.to(tl.int64) * columns)[:, None] + out_n[None, :]
