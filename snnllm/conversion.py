@@ -32,7 +32,7 @@ from snnllm.pipelines.start import Options, default_pipeline, options_of, start_
 from snnllm.pipelines.streaming import Run, stored
 from snnllm.saliency import allocate_map
 from snnllm.sources import ModelSource, Source, SourceError, open_source
-from snnllm.work import WorkFolder, source_digest
+from snnllm.work import WorkFolder, check_output, source_digest
 from snnllm.writer import ShardWriter
 
 _PACKAGES = ("snnllm", "torch", "transformers", "spikingjelly", "numpy")
@@ -132,7 +132,7 @@ def convert(
     windows = windows.cpu()  # the hidden states live there, and the hash is taken there
     check_names(source, spike, allocation or {})
     check_converts(source, spike)
-    checkpoint.check_output(target)
+    check_output(target)
     options = options_of(pipeline, options)
     provenance = make_provenance(source, spike, windows, seed, pipeline)
     if options is not None:

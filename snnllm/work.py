@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from snnllm import checkpoint
 from snnllm.pipelines.report import BlockReport
 from snnllm.pipelines.streaming import SavedBlock
 from snnllm.sources import Source
@@ -146,6 +147,40 @@ class WorkFolder:
         if remove:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output folder that cannot be made; tidy up beside one that is finished.
+
+    A run that is killed after its checkpoint has appeared leaves its work folder: it is removed here.
+
+    Raises:
+        FileExistsError: The folder exists and is not empty.
+        NotADirectoryError: Its path leads through a file.
+    """
+    try:
+        checkpoint.check_output(output)
+    except FileExistsError:
+        _discard_published(output)
+        raise
+
+
+def _discard_published(output: Path) -> None:
+    """Remove the work folder of a finished checkpoint, unless it is in use or of another conversion."""
+    folder = output.parent / f"{output.name}.work"
+    if not (folder / _JOB).is_file() or not (output / checkpoint.MANIFEST).is_file():
+        return
+    job = json.loads((folder / _JOB).read_text())
+    provenance = checkpoint.read_manifest(output)["provenance"]
+    if any(job.get(name) != value for name, value in provenance.items()):
+        return
+    try:
+        lock = locked(folder, "")
+    except BlockingIOError:
+        return
+    with lock:
+        shutil.rmtree(folder)
+    _log.warning("%s was left by a run that had finished %s; removed", folder, output)
 
 
 def locked(folder: Path, message: str) -> IO[str]:

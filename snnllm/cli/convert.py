@@ -8,7 +8,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from snnllm import checkpoint
 from snnllm.card import write_card
 from snnllm.cli.options import (
     add_spike_options,
@@ -27,6 +26,7 @@ from snnllm.modeling import load
 from snnllm.pipelines.gptq import GptqOptions, check_budget
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
 from snnllm.sources import dense_model, open_source
+from snnllm.work import check_output
 
 
 def add_parser(commands: Any) -> None:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     options = pipeline_options(args, pipeline)
     if isinstance(options, GptqOptions):
         check_budget(spike, options)
-    checkpoint.check_output(args.output)
+    check_output(args.output)
     device = checked_device(args.device)
     source = open_source(args.model)
     windows = calibration_windows(args, source)

@@ -84,8 +84,9 @@ def test_killed_at_any_moment_it_resumes_with_the_same_bits(
         if (tmp_path / "killed").exists():
             break
     assert kills
-    if not (tmp_path / "killed").exists():
-        assert run(tmp_path / "killed", None)[0] == 0
+    published = (tmp_path / "killed").exists()
+    code, _ = run(tmp_path / "killed", None)
+    assert (code != 0) == published  # a finished output is refused, and tidied up beside
     assert files(tmp_path / "whole") == files(tmp_path / "killed")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
 
@@ -243,6 +244,48 @@ def test_blocks_without_a_job_are_not_trusted(make_llama, token_ids, tmp_path):
     assert folder.count == 0
     assert folder.load(0) is None
     folder.close(remove=True)
+
+
+def killed_after_publication(model: Any, output: Path, ids: Any, monkeypatch: Any) -> None:
+    """A finished checkpoint beside its work folder, as a process killed in between leaves them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(work.shutil, "rmtree", lambda *args, **kwargs: None)
+        convert(model, output, SpikeConfig(), ids, pipeline="rtn")
+    assert (output.parent / f"{output.name}.work" / "block-00000.safetensors").is_file()
+
+
+def test_killed_after_publication_the_work_folder_goes(
+    make_llama, token_ids, tmp_path, monkeypatch, caplog
+):
+    output = tmp_path / "out"
+    killed_after_publication(make_llama(), output, token_ids, monkeypatch)
+    before = files(output)
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        convert(make_llama(), output, SpikeConfig(), token_ids, pipeline="rtn")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert files(output) == before
+    assert "removed" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["other job", "in use", "no checkpoint"])
+def test_other_work_folders_stay_beside_an_output(
+    make_llama, token_ids, tmp_path, monkeypatch, kind
+):
+    output, folder = tmp_path / "out", tmp_path / "out.work"
+    killed_after_publication(make_llama(), output, token_ids, monkeypatch)
+    holder = None
+    if kind == "other job":
+        job = json.loads((folder / "job.json").read_text())
+        (folder / "job.json").write_text(json.dumps({**job, "seed": 1}))
+    elif kind == "in use":
+        holder = work.locked(folder, "")
+    else:
+        (output / "spikellm_manifest.json").unlink()
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        convert(make_llama(), output, SpikeConfig(), token_ids, pipeline="rtn")
+    assert (folder / "block-00000.safetensors").is_file()
+    if holder is not None:
+        holder.close()
 
 
 def test_leftovers_of_a_killed_run_are_removed(make_llama, token_ids, tmp_path):
