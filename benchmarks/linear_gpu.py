@@ -41,6 +41,7 @@ from snnllm.layout import LinearLayout
 from snnllm.step_allocation import GROUP_SIZE, classes_of, threshold_runs
 from snnllm.ternary import TernaryWeight
 from snnllm.ternary_linear import TernaryLinear
+from snnllm.transforms import salient_count
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 ROWS = (1, 16, 256, 4096)
@@ -70,10 +71,13 @@ CUDA_CANDIDATES: dict[int, list[Rows] | list[Tiles]] = {
 
 
 def random_linear(n: int, k: int, salient: float, steps: int, bits: int) -> LinearSpec:
-    """A linear with random codes on the GPU; `salient` of the channels have T = `steps`."""
+    """A linear with random codes on the GPU; about `salient` of the channels have T = `steps`.
+
+    As many as the pipeline `rotated` takes: a power of two (512 of 4096, 1024 of 11008 for 10 %).
+    """
     generator = torch.Generator("cuda").manual_seed(n + k)
     high = 2 ** (bits - 1)
-    few = round(salient * k)
+    few = salient_count(k, salient)
     sizes, capacities = ((k - few, few), (15, 15 * steps)) if few else ((k,), (15,))
     order = torch.randperm(k, generator=torch.Generator().manual_seed(0))
     start = 0
