@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from snnllm.config import SpikeConfig
+from snnllm.conversion import convert
+
 
 class _Opened(Exception):
     """A benchmark has opened its model."""
@@ -93,3 +96,19 @@ def test_the_speed_of_a_conversion(
     assert module.main([*arguments, "--pipeline", "rtn", "rotated"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[1] for line in lines[-2:]] == ["rtn", "rotated"]
+
+
+def test_tokens_of_two_devices(
+    repository: Path, stories_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    module = benchmark(repository, "same_tokens")
+    checkpoint = tmp_path / "checkpoint"
+    windows = torch.randint(3, 512, (2, 64), generator=torch.Generator().manual_seed(0))
+    convert(stories_dir, checkpoint, SpikeConfig(), windows, pipeline="rtn")
+    arguments = [str(checkpoint), "--devices", "cpu", "cpu", "--tokens", "8"]
+    assert module.main([*arguments, "--prompt", "Once upon a time"]) == 0
+    assert "| Once upon a time | 8 of 8 | - | - |" in capsys.readouterr().out
+    a, b = torch.tensor([1, 2, 0]), torch.tensor([1, 0])
+    logits = torch.tensor([[0.0, 1.0, 0.5], [0.25, 0.0, 1.0]])
+    assert module.first_difference((a, b), (logits, logits)) == (1, (0.75, -0.75))
+    assert module.first_difference((a, a), (logits, logits)) is None
