@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from snnllm.cli.options import checked_device, progress, window_length
 from snnllm.data import DATA_VARIABLE, local_tasks
+from snnllm.paper.jobs import Job, duration, jobs_of
 from snnllm.paper.measures import Settings, standard_measures
 from snnllm.paper.parallel import Workers
 from snnllm.paper.recipes import Measure, Table, Training
 from snnllm.paper.report import write_results
-from snnllm.paper.runner import Job, Reporter, Runner, jobs_of
+from snnllm.paper.runner import Reporter, Runner
 from snnllm.paper.tables import TABLES
 from snnllm.pipelines.omniquant_options import Execution
 from snnllm.pipelines.report import BlockReport
@@ -73,7 +74,9 @@ def add_parser(commands: Any) -> None:
         "--rows", nargs="+", default=[], metavar="TEXT", help="only rows whose name contains a text"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="list the rows, what is done, and expected seconds"
+        "--dry-run",
+        action="store_true",
+        help="list the rows, what is done and how long the rest takes; write nothing",
     )
     parser.add_argument("--restart", action="store_true", help="discard what OUTPUT holds")
     parser.add_argument(
@@ -185,7 +188,6 @@ def _opened(args: argparse.Namespace, worker: int | None = None) -> tuple[Runner
         reporter = Reporter(tqdm.write, progress, _block_bar)
     else:
         reporter = Reporter(lambda _: None, lambda _: None, lambda *_: lambda _: None)
-    args.output.mkdir(parents=True, exist_ok=True)
     runner = Runner(
         source,
         settings,
@@ -281,26 +283,26 @@ def plan(tables: Sequence[Table], runner: Runner) -> list[str]:
     """What the tables consist of, what is done, and how long the rest takes."""
     lines = []
     for table in tables:
-        lines.append(f"{table.name}: {table.title}; {runner.outlook(jobs_of([table]))}")
+        lines.append(f"{table.name}: {table.title}; {runner.timing.outlook(jobs_of([table]))}")
         for row in table.rows:
             job = Job(row, table.measures_of(row))
             seconds = runner.record(row)["seconds"]
             steps = [
                 f"{step} {_state(step in seconds, seconds.get(step), runner, job, step)}"
-                for step in runner.steps(job)
+                for step in job.steps
             ]
             lines.append(f"  {row.title}: {', '.join(steps)}")
     return [
         *lines,
-        f"all, models that tables share counted once: {runner.outlook(jobs_of(tables))}",
+        f"all, models that tables share counted once: {runner.timing.outlook(jobs_of(tables))}",
     ]
 
 
 def _state(done: bool, seconds: float | None, runner: Runner, job: Job, step: str) -> str:
     if done:
         return f"done in {seconds:.1f} s"
-    expected = runner.expected_seconds(job, step)
-    return "to do" if expected is None else f"to do, about {expected:.0f} s"
+    expected = runner.timing.expected_seconds(job, step)
+    return "to do" if expected is None else f"to do, about {duration(expected)}"
 
 
 def _block_bar(label: str, blocks: int) -> Callable[[BlockReport], None]:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from snnllm.conversion import package_versions
+from snnllm.paper.jobs import Job, jobs_of
 from snnllm.paper.published import Published, published_values, recognise
 from snnllm.paper.recipes import Line, Table
-from snnllm.paper.runner import Job, Runner, jobs_of
+from snnllm.paper.runner import Runner
 from snnllm.work import write_durably
 
 __all__ = ["manifest", "published_lines", "table_lines", "write_results"]

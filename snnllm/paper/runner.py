@@ -25,8 +25,9 @@ from snnllm import checkpoint
 from snnllm.conversion import ConversionReport, convert, package_versions
 from snnllm.evaluate import Progress
 from snnllm.modeling import load
+from snnllm.paper.jobs import CONVERSION, Job, Timing
 from snnllm.paper.measures import Data, Measures, Settings, Subject, stated_steps
-from snnllm.paper.recipes import Baseline, Conversion, Measure, Row, Table
+from snnllm.paper.recipes import Baseline, Conversion, Measure, Row
 from snnllm.pipelines.report import BlockReport, device_mib
 from snnllm.sources import Source, dense_model
 from snnllm.work import differences, locked, source_digest, write_durably
@@ -34,10 +35,10 @@ from snnllm.work import differences, locked, source_digest, write_durably
 if TYPE_CHECKING:
     from snnllm.paper.parallel import Workers
 
-__all__ = ["Job", "Reporter", "Runner", "jobs_of"]
+__all__ = ["Reporter", "Runner"]
 
 _log = logging.getLogger(__name__)
-_CONVERSION, _LOADING = "conversion", "loading"
+_LOADING = "loading"
 Made = Conversion | Baseline | None
 
 
@@ -56,38 +57,6 @@ class Reporter:
     blocks: Callable[[str, int], Callable[[BlockReport], None]]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One model and everything that the chosen tables measure on it.
-
-    Attributes:
-        row: The first row with this model.
-        measures: What is measured, in the order of the tables.
-    """
-
-    row: Row
-    measures: tuple[Measure, ...]
-
-    @property
-    def kind(self) -> str:
-        """Models of one kind take about the same time."""
-        made = self.row.conversion
-        if isinstance(made, Conversion):
-            return str(made.pipeline)
-        return "float" if made is None else "baseline"
-
-
-def jobs_of(tables: Sequence[Table]) -> list[Job]:
-    """The models of the tables, each once, in the order in which they appear."""
-    rows: dict[str, Row] = {}
-    measures: dict[str, dict[Measure, None]] = {}
-    for table in tables:
-        for row in table.rows:
-            rows.setdefault(row.name, row)
-            measures.setdefault(row.name, {}).update(dict.fromkeys(table.measures_of(row)))
-    return [Job(row, tuple(measures[name])) for name, row in rows.items()]
-
-
 class Runner:
     """A run in an output folder.
 
@@ -100,8 +69,8 @@ class Runner:
         reporter: Shows progress.
         restart: Discard what an earlier run has left.
         keep: Keep the checkpoints.
-        look: Only look; `run.json` is not written.
-        at_once: Worker process of a run that works on so many models at once, and holds the lock.
+        look: Only look: nothing is made or locked before a model is worked on.
+        at_once: Models that the run works on at once; more than one in its worker processes, which look.
 
     Attributes:
         source: The dense model.
@@ -109,6 +78,7 @@ class Runner:
         device: Where models run.
         run: Description of the run, as in `run.json`.
         records: What is known about each model, by name.
+        timing: How long it takes.
 
     Raises:
         ValueError: The folder holds results of another run, or a text is unusable.
@@ -141,14 +111,17 @@ class Runner:
             "task_rows_sha256": settings.rows_digest(),
             "settings": _deciding(settings),
         }
-        self._rows.mkdir(parents=True, exist_ok=True)
-        in_use = f"{output} is in use: another process reproduces into it."
-        self._lock = locked(output, in_use) if at_once == 1 else None
+        self._lock = None
+        if not look:
+            self._rows.mkdir(parents=True, exist_ok=True)
+            self._lock = locked(output, f"{output} is in use: another process reproduces into it.")
         try:
-            self._take(restart, look)
+            self.records = self._take(restart, look)
         except BaseException:
             self.close()
             raise
+        shape = self._data.calibration.shape
+        self.timing = Timing(source, (shape[0], shape[1]), device, self.records)
 
     @property
     def _rows(self) -> Path:
@@ -159,7 +132,7 @@ class Runner:
         if self._lock is not None:
             self._lock.close()
 
-    def _take(self, restart: bool, look: bool) -> None:
+    def _take(self, restart: bool, look: bool) -> dict[str, dict[str, Any]]:
         """Read what an earlier run has left, or discard or refuse it."""
         path = self.output / "run.json"
         if restart:
@@ -177,9 +150,7 @@ class Runner:
             )
         if not look:
             write_durably(path, json.dumps(wanted, indent=2).encode() + b"\n")
-        self.records: dict[str, dict[str, Any]] = {
-            file.stem: json.loads(file.read_text()) for file in rows
-        }
+        return {file.stem: json.loads(file.read_text()) for file in rows}
 
     def record(self, row: Row) -> dict[str, Any]:
         """What is known about the model of a row; empty parts if nothing is."""
@@ -194,11 +165,6 @@ class Runner:
         """What is not measured yet."""
         done = self.record(job.row)["measures"]
         return [measure for measure in job.measures if measure not in done]
-
-    def steps(self, job: Job) -> list[str]:
-        """What a model takes: its conversion, if it is converted, and its measures."""
-        conversion = [_CONVERSION] if isinstance(job.row.conversion, Conversion) else []
-        return [*conversion, *map(str, job.measures)]
 
     def execute(self, jobs: Sequence[Job], workers: Workers | None = None) -> bool:
         """Convert and measure whatever is not done.
@@ -224,23 +190,23 @@ class Runner:
                     self._say_errors(job)
             todo = [job for job in todo if job not in together]
         for number, job in enumerate(todo, start=1):
-            say(f"[{number}/{len(todo)}] {job.row.title}; {self.outlook(jobs)}")
+            say(f"[{number}/{len(todo)}] {job.row.title}; {self.timing.outlook(jobs)}")
             start = time.perf_counter()
             self._work_on(job)
             say(f"    {time.perf_counter() - start:.1f} s")
             self._say_errors(job)
         return not any(self.pending(job) for job in jobs)
 
-    def _take_over(self, job: Job, result: dict[str, Any] | BaseException) -> None:
+    def _take_over(self, job: Job, result: dict[str, Any] | str) -> None:
         """The record that a worker has written, or what it had written and its end as an error."""
         name = job.row.name
-        if isinstance(result, BaseException):
+        if isinstance(result, str):
             written = self._rows / f"{name}.json"
             if written.is_file():
                 self.records[name] = json.loads(written.read_text())
             record = self.records.setdefault(name, self.record(job.row))
             record["title"], record["kind"] = job.row.title, job.kind
-            record["errors"] = {"worker": f"{type(result).__name__}: {result}"}
+            record["errors"] = {"worker": result}
             self._save(name)
         else:
             self.records[name] = result
@@ -303,16 +269,16 @@ class Runner:
     def _converted(self, conversion: Made, name: str, folder: Path) -> bool:
         """Whether there is a checkpoint now, if one is needed; it is made or resumed."""
         record = self.records[name]
-        finished = (folder / checkpoint.MANIFEST).is_file() and _CONVERSION in record
+        finished = (folder / checkpoint.MANIFEST).is_file() and CONVERSION in record
         if not isinstance(conversion, Conversion) or finished:
             return True
         shutil.rmtree(folder, ignore_errors=True)
-        report = self._attempt(name, _CONVERSION, partial(self._convert, conversion, name, folder))
+        report = self._attempt(name, CONVERSION, partial(self._convert, conversion, name, folder))
         if report is None:
             return False
         values = report.to_dict()
         del values["output"]
-        record[_CONVERSION] = {**values, "device_mib": device_mib(self.device)}
+        record[CONVERSION] = {**values, "device_mib": device_mib(self.device)}
         self._save(name)
         return True
 
@@ -351,37 +317,6 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-
-    # -- time ----------------------------------------------------------------------------------
-
-    def expected_seconds(self, job: Job, step: str) -> float | None:
-        """Seconds that a step will take, from the same step of models of the same kind, else of any.
-
-        Returns:
-            The mean; None if no such step is done.
-        """
-        same: list[float] = []
-        other: list[float] = []
-        for record in self.records.values():
-            seconds = record["seconds"].get(step)
-            if seconds is not None:
-                (same if record.get("kind") == job.kind else other).append(seconds)
-        times = same or (other if step != _CONVERSION else [])
-        return sum(times) / len(times) if times else None
-
-    def outlook(self, jobs: Sequence[Job]) -> str:
-        """How long the rest takes, as far as finished rows tell."""
-        steps = [
-            self.expected_seconds(job, step)
-            for job in jobs
-            for step in self.steps(job)
-            if step not in self.record(job.row)["seconds"]
-        ]
-        known = [s for s in steps if s is not None]
-        unknown = len(steps) - len(known)
-        parts = [f"{sum(known) / 60:.1f} min"] if known or not unknown else []
-        parts += [f"{unknown} steps never timed yet"] if unknown else []
-        return f"to do: {' and '.join(parts)}"
 
 
 def _deciding(settings: Settings) -> dict[str, Any]:
