@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from sims.recording import DEFAULT_MEMORY_LIMIT
+from sims.recording import DEFAULT_MEMORY_LIMIT, Recorder, format_bytes
 from sims.traces import Recording
 from snnllm.config import PRESETS, SpikeConfig
 from snnllm.conversion import convert
@@ -34,10 +34,13 @@ __all__ = [
     "add_model_argument",
     "add_prompt_argument",
     "add_recording_arguments",
+    "check_folder",
     "converted",
     "encode_prompt",
     "load_subject",
     "make_folder",
+    "record_prompt",
+    "recorder_of",
     "run_script",
     "save_recording",
 ]
@@ -154,17 +157,62 @@ def encode_prompt(tokenizer: Any, prompt: str) -> tuple[Tensor, list[str]]:
     return ids, [tokenizer.decode([i]) for i in ids.tolist()]
 
 
-def make_folder(folder: Path) -> Path:
-    """Create the output folder.
+def check_folder(folder: Path) -> None:
+    """Refuse an output folder that cannot be made or written to, before anything runs; makes nothing.
 
     Raises:
-        OSError: It cannot be created or written to; the message says so before anything runs.
+        OSError: The folder is a file, its path leads through one, or nothing may be written there.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; the output needs a folder, see --output.")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be made: {nearest} is a file; see --output.")
+    with tempfile.TemporaryFile(dir=nearest):
+        pass
+
+
+def make_folder(folder: Path) -> Path:
+    """Create the output folder; `check_folder` has looked at it long before."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        return folder
+    return folder
+
+
+def recorder_of(
+    subject: Subject,
+    prompt: str,
+    layers: Sequence[str],
+    tokens: str,
+    channels: str,
+    memory_limit: int,
+) -> tuple[Recorder, Tensor, list[str]]:
+    """What records a prompt, checked: arguments as in ``--help``.
+
+    Returns:
+        The recorder, token ids ``[S]``, and the text of each.
+
+    Raises:
+        ValueError: A layer, token, channel or prompt that does not exist or fit.
+    """
+    ids, text = encode_prompt(subject.tokenizer, prompt)
+    recorder = Recorder(subject.model, layers, tokens, channels, memory_limit)
+    recorder.check_memory(ids.numel())
+    return recorder, ids, text
+
+
+def record_prompt(
+    subject: Subject,
+    prompt: str,
+    layers: Sequence[str],
+    tokens: str,
+    channels: str,
+    memory_limit: int,
+) -> Recording:
+    """Record a prompt; arguments and errors as `recorder_of`."""
+    recorder, ids, text = recorder_of(subject, prompt, layers, tokens, channels, memory_limit)
+    needed = format_bytes(recorder.bytes_needed(ids.numel()))
+    print(f"{subject.name}: recording {ids.numel()} tokens, {needed} of memory")
+    return recorder.run(ids, text).with_metadata(prompt=prompt, model=subject.name)
 
 
 def save_recording(recording: Recording, folder: Path, stem: str, max_rows: int) -> list[Path]:

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from neurons import ElasticBiSpikingNode, GIFNode, SignedGIFNode
 from sims.charts import SERIES
-from sims.common import make_folder, run_script
+from sims.common import check_folder, make_folder, run_script
 from sims.plots import STYLE, new_figure, save_figure
 
 __all__ = [
@@ -355,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     def run() -> int:
-        folder = make_folder(options.output)
+        check_folder(options.output)
         print("| neuron | L | T | accuracy, % | events an image | training, s | inference, ms |")
         print("|---|---|---|---|---|---|---|")
         points = sweep(
@@ -366,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.hidden,
             lambda point: tqdm.write(_row(point)),
         )
+        folder = make_folder(options.output)
         print(f"wrote {write_csv(points, folder / 'digits.csv')}")
         print(f"wrote {save_figure(digits_figure(points), folder / 'digits.png')}")
         return 0

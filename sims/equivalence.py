@@ -35,6 +35,7 @@ from sims.common import (
     add_conversion_arguments,
     add_model_argument,
     add_prompt_argument,
+    check_folder,
     encode_prompt,
     load_subject,
     make_folder,
@@ -303,11 +304,11 @@ def simulate(
         ValueError: A model or prompt that cannot be used.
         OSError: The output cannot be written.
     """
-    folder = make_folder(output)
+    check_folder(output)
     subject = load_subject(model, conversion)
     ids, _ = encode_prompt(subject.tokenizer, prompt)
     result = audit(subject.model, ids)
-    layers = result.layers
+    layers, folder = result.layers, make_folder(output)
     figure = equivalence_figure(
         [layer.layer for layer in layers],
         [len(_OTHERS) * layer.compared for layer in layers],

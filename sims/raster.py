@@ -27,15 +27,15 @@ from sims.common import (
     add_conversion_arguments,
     add_model_argument,
     add_recording_arguments,
-    encode_prompt,
+    check_folder,
     load_subject,
     make_folder,
     read_conversion,
+    record_prompt,
     run_script,
     save_recording,
 )
 from sims.plots import plot_raster, save_figure
-from sims.recording import Recorder, format_bytes
 from sims.traces import Recording
 
 
@@ -67,12 +67,8 @@ def simulate(
         ValueError: A layer, token, channel or prompt that does not exist or fit.
         OSError: The output cannot be written.
     """
+    recording = record_prompt(subject, prompt, layers, tokens, channels, memory_limit)
     folder = make_folder(output)
-    ids, text = encode_prompt(subject.tokenizer, prompt)
-    recorder = Recorder(subject.model, layers, tokens, channels, memory_limit)
-    needed = format_bytes(recorder.bytes_needed(ids.numel()))
-    print(f"{subject.name}: recording {ids.numel()} tokens, {needed} of memory")
-    recording = recorder.run(ids, text).with_metadata(prompt=prompt, model=subject.name)
     files = save_recording(recording, folder, "raster", csv_rows)
     files.append(write_rates(recording, folder / "rates.csv"))
     for name, trace in tqdm(recording.layers.items(), desc="drawing", unit="layer"):
@@ -133,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     def run() -> int:
-        make_folder(options.output)  # before the model is loaded, which takes longer
+        check_folder(options.output)  # before the model is loaded, which takes longer
         files = simulate(
             load_subject(options.model, read_conversion(options)),
             options.prompt,

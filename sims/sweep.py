@@ -35,6 +35,7 @@ from sims.common import (
     Conversion,
     add_conversion_arguments,
     add_model_argument,
+    check_folder,
     converted,
     make_folder,
     read_conversion,
@@ -269,7 +270,7 @@ def simulate(
         OSError: The text is missing or the output cannot be written.
     """
     points = grid(conversion.preset, vary, by)
-    folder = make_folder(output)
+    check_folder(output)
     source = open_source(model)
     ids = token_windows(tokenize(load_text(text), source.tokenizer()), window, windows)
     measured, baseline = measure(points, source, ids, conversion)
@@ -277,7 +278,7 @@ def simulate(
     for point in measured:
         label = f"{_SHORT[vary.parameter]} = {point.x:g}" + (point.series and f", {point.series}")
         print(f"{label}: perplexity {point.perplexity:.4g}, logits {point.sqnr_db:.2f} dB")
-    figure = sweep_figure(measured, vary.parameter, baseline)
+    figure, folder = sweep_figure(measured, vary.parameter, baseline), make_folder(output)
     drawn = save_figure(figure, folder / "sweep.png")
     return [write_csv(measured, baseline, folder / "sweep.csv"), drawn]
 

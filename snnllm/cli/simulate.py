@@ -84,11 +84,14 @@ def simulate(
     """
     # The one place where the command line reaches up to the scripts (architecture test).
     from sims import membrane, raster
-    from sims.common import Subject
+    from sims.common import Subject, check_folder, recorder_of
 
     if not spiking_modules(model):
         raise ValueError(f"{name} is dense; convert it first with `snnllm convert`.")
+    check_folder(output)
     subject = Subject(name, model, tokenizer)
+    # Of the two recordings the larger one, with all channels: refused before anything is written.
+    recorder_of(subject, prompt, layers, tokens, "all", memory_limit)
     files = membrane.simulate(subject, prompt, layers, tokens, channels, memory_limit, output)
     files += raster.simulate(subject, prompt, layers, tokens, "all", memory_limit, output)
     report = count_operations(model, tokenizer(prompt, return_tensors="pt").input_ids)

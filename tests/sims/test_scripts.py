@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sims import equivalence, membrane, raster, sweep
+from sims import digits, equivalence, membrane, raster, sweep
 from sims.common import Conversion, encode_prompt, load_subject
 from sims.traces import Recording
 from snnllm.config import SpikeConfig
@@ -214,8 +214,10 @@ def test_sweep_script(stories_dir: Path, tmp_path: Path, capsys: Any) -> None:
 def test_sweep_refuses(
     stories_dir: Path, tmp_path: Path, capsys: Any, arguments: list[str], message: str
 ) -> None:
-    assert sweep.main([str(stories_dir), "--output", str(tmp_path), *arguments]) == 2
+    output = tmp_path / "out"
+    assert sweep.main([str(stories_dir), "--output", str(output), *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_mean_bits_of_the_paper() -> None:
@@ -242,7 +244,7 @@ def test_recording_scripts_refuse(
         error = capsys.readouterr().err
         assert "error: " in error
         assert message in error
-        assert not list(folder.glob("*"))
+        assert not folder.exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -259,13 +261,22 @@ def test_help_teaches(script: Any, capsys: Any) -> None:
 def test_a_missing_model(script: Any, tmp_path: Path, capsys: Any) -> None:
     assert script.main([str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]) == 2
     assert "nothing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_is_a_file(spiking_stories_dir: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("script", [*SCRIPTS, digits], ids=lambda script: script.__name__)
+def test_outputs_that_cannot_be_made(script: Any, tmp_path: Path, capsys: Any) -> None:
+    """Said before anything runs: there is no such model, either."""
     file = tmp_path / "file"
     file.write_text("")
-    assert membrane.main([str(spiking_stories_dir), "--output", str(file)]) == 2
-    assert "is a file; the output needs a folder" in capsys.readouterr().err
+    for output, message in (
+        (file, "file is a file; the output needs a folder"),
+        (file / "out", f"cannot be made: {file} is a file"),
+        (Path("/proc/out"), "/proc"),  # nobody may write there
+    ):
+        model = [] if script is digits else [str(tmp_path / "nothing")]
+        assert script.main([*model, "--output", str(output)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_an_unknown_preset(stories_dir: Path, tmp_path: Path, capsys: Any) -> None:

@@ -609,11 +609,16 @@ def test_simulate_writes_recordings_and_operations(stories_checkpoint, tmp_path,
     assert json.loads((tmp_path / "rec" / "operations.json").read_text())
 
 
-def test_simulate_refuses_an_unknown_layer(stories_checkpoint, tmp_path, failing):
-    layers = ["--layers", "model.layers.99.*"]
-    assert "model.layers.99" in failing(
-        "simulate", stories_checkpoint, "Hi", *layers, "--output", tmp_path
-    )
+def test_simulate_refuses_before_it_writes(stories_checkpoint, tmp_path, failing):
+    output = ["--output", tmp_path / "out"]
+    for option, value, message in (
+        ("--layers", "model.layers.99.*", "model.layers.99"),
+        ("--tokens", "99", "has no token 99"),
+        ("--channels", "999", "has no channel 999"),
+        ("--memory-limit", "0.002", "more than the memory limit"),  # enough for the membranes
+    ):
+        assert message in failing("simulate", stories_checkpoint, "Hi", option, value, *output)
+        assert not (tmp_path / "out").exists()
 
 
 def test_demo_on_a_small_model(stories_dir, text_file, tmp_path, capsys, loads):
