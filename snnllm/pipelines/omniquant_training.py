@@ -18,7 +18,6 @@ from snnllm.pipelines.omniquant_options import Execution, Loss, OmniQuantOptions
 _MEASURED = 8
 """Windows on which the loss is measured before and after the training."""
 _WARM_UP = 3
-Step = Callable[[Tensor, Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True)

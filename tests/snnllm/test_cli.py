@@ -506,28 +506,12 @@ def test_generate_with_either_cache(stories_checkpoint, stories_dir, capsys):
         texts.append(text)
     assert texts[0] == texts[1]
     assert "Once upon a time" in texts[0]
-    run(
-        "generate",
-        stories_dir,
-        "Once upon a time",
-        "--max-new-tokens",
-        "4",
-        "--sample",
-        "--seed",
-        "1",
-    )
-    sampled = capsys.readouterr().out.partition("[")[0]
-    run(
-        "generate",
-        stories_dir,
-        "Once upon a time",
-        "--max-new-tokens",
-        "4",
-        "--sample",
-        "--seed",
-        "1",
-    )
-    assert capsys.readouterr().out.partition("[")[0] == sampled
+    sampled = []
+    for _ in range(2):
+        options = ("--max-new-tokens", "4", "--sample", "--seed", "1")
+        run("generate", stories_dir, "Once upon a time", *options)
+        sampled.append(capsys.readouterr().out.partition("[")[0])
+    assert sampled[0] == sampled[1]
 
 
 def test_generate_refuses(stories_checkpoint, failing):

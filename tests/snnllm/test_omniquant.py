@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,12 @@ def test_the_same_seed_gives_the_same_bits(make_llama, token_ids, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_a_compiled_step_trains_as_an_eager_one(make_llama, token_ids):
-    pytest.importorskip("torch._inductor")
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],  # a minute of C++
+)
+def test_a_compiled_step_trains_as_an_eager_one(make_llama, token_ids, monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     losses = []
     for execution in ("eager", "compiled"):
         bench = Bench(make_llama(), token_ids, SpikeConfig(), options(execution=execution))

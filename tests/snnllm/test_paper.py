@@ -240,28 +240,36 @@ def test_a_failing_measure_keeps_the_others(command, tmp_path, monkeypatch):
     assert list((tmp_path / "checkpoints").iterdir())  # for the next try
 
 
-def test_a_killed_run_continues(command, tmp_path):
-    """SIGKILL after the first model: what it measured stays, and the end is that of a whole run."""
-    arguments = command(tmp_path / "killed", "--rows", "float", "rtn", "rotated")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+def kill_after_first_row(arguments: list[str], output: Path) -> int:
+    """SIGKILL for a run as soon as it has measured the float model; gives the number of its process."""
     process = subprocess.Popen(
         [sys.executable, "-m", "snnllm", *arguments],
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
-    first = tmp_path / "killed" / "rows" / "float.json"
+    first = output / "rows" / "float.json"
     deadline = time.monotonic() + 240
     while not first.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert first.exists()
+    return process.pid
+
+
+def test_a_killed_run_continues(command, tmp_path):
+    """What it measured stays, and the end is that of a whole run."""
+    rows = ("--rows", "float", "rtn")
+    arguments = command(tmp_path / "killed", *rows)
+    kill_after_first_row(arguments, tmp_path / "killed")
     assert not (tmp_path / "killed" / "results.md").exists()
+    first = tmp_path / "killed" / "rows" / "float.json"
     written = first.stat().st_mtime_ns
     assert main(arguments) == 0
     assert first.stat().st_mtime_ns == written
-    assert main(command(tmp_path / "whole", "--rows", "float", "rtn", "rotated")) == 0
+    assert main(command(tmp_path / "whole", *rows)) == 0
     assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
 
 
@@ -333,12 +341,12 @@ def test_a_worker_that_dies_takes_no_other_row_with_it(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))  # of the worker processes, too
     from mortal_rows import job, opened
 
-    names = ["first", "killed", "raises", "second", "third"]
+    names = ["killed", "raises", "last"]
     workers = parallel.Workers(2, partial(opened, tmp_path, names))
     results = {done.row.name: result for done, result in workers.run(list(map(job, names)))}
     assert "ended by SIGKILL" in results.pop("killed")
     assert results.pop("raises") == "ValueError: no context is left on the device"
-    assert results == {name: {"name": name} for name in ("first", "second", "third")}
+    assert results == {"last": {"name": "last"}}
     assert {name: (tmp_path / name).read_text() for name in names} == dict.fromkeys(
         names, "begun\n"
     )
@@ -386,25 +394,11 @@ def ended(group: int) -> bool:
 def test_workers_end_with_a_killed_run(command, tmp_path):
     """SIGKILL of the leader: its workers stop, too, and the folder can be continued at once."""
     arguments = [*command(tmp_path, "--rows", "float", "rtn", "SpikeLLM"), "--jobs", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "snnllm", *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    first = tmp_path / "rows" / "float.json"
-    deadline = time.monotonic() + 240
-    while not first.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert first.exists()
+    group = kill_after_first_row(arguments, tmp_path)
     deadline = time.monotonic() + 60  # they look twice a second, but the machine may be busy
-    while not ended(process.pid) and time.monotonic() < deadline:
+    while not ended(group) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert ended(process.pid)
+    assert ended(group)
     assert main(arguments) == 0
 
 

@@ -77,17 +77,18 @@ def test_killed_at_any_moment_it_resumes_with_the_same_bits(
 
     code, whole = run(tmp_path / "whole", None)
     assert code == 0
-    dice, kills = random.Random(str(pipeline)), 0
-    for _ in range(4):
-        code, _ = run(tmp_path / "killed", dice.uniform(0.0, 0.8 * whole))
+    dice, kills, killed = random.Random(str(pipeline)), 0, tmp_path / "killed"
+    while kills < 4 and not killed.exists():
+        code, _ = run(killed, dice.uniform(0.0, 0.8 * whole))
+        assert code in (0, -signal.SIGKILL)
         kills += code == -signal.SIGKILL
-        if (tmp_path / "killed").exists():
-            break
-    assert kills
-    published = (tmp_path / "killed").exists()
-    code, _ = run(tmp_path / "killed", None)
+        if not kills:  # it was through: the machine was busier when the time was taken
+            shutil.rmtree(killed)
+            whole /= 2
+    published = killed.exists()
+    code, _ = run(killed, None)
     assert (code != 0) == published  # a finished output is refused, and tidied up beside
-    assert files(tmp_path / "whole") == files(tmp_path / "killed")
+    assert files(tmp_path / "whole") == files(killed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
 
 
