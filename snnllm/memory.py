@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from transformers import LlamaConfig
@@ -175,11 +176,13 @@ def estimate(
     return Estimate(flops / rate, wanted.memory_mib, disk, wanted.activations_mib, wanted.spills)
 
 
+@cache
 def _matmul_rate(hidden: int) -> float:
-    """Operations a second of a float32 matmul on this CPU."""
+    """Operations a second of a float32 matmul on this CPU: the best of a few, measured once."""
     probe, square = torch.randn(512, hidden), torch.randn(hidden, hidden)
-    probe @ square
-    start = time.perf_counter()
-    for _ in range(4):
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
         probe @ square
-    return 4 * 2.0 * 512 * hidden * hidden / (time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * 512 * hidden * hidden / min(seconds)
