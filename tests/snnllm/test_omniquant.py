@@ -165,7 +165,7 @@ def test_the_same_seed_gives_the_same_bits(make_llama, token_ids, tmp_path):
 
 @pytest.mark.parametrize(
     "backend",
-    ["eager", pytest.param("inductor", marks=pytest.mark.slow)],  # a minute of autograd graphs and C++
+    ["eager", pytest.param("inductor", marks=pytest.mark.slow)],  # a minute more
 )
 def test_a_compiled_step_trains_as_an_eager_one(make_llama, token_ids, monkeypatch, backend):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))

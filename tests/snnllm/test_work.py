@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +25,33 @@ from snnllm.pipelines.omniquant_options import OmniQuantOptions
 from snnllm.pipelines.rotated import RotatedOptions
 from snnllm.work import WorkFolder, differences
 
-CONVERT = """
-import json, sys, torch
+CONVERTER = """
+import json, os, signal, sys, time, torch
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
 torch.set_num_threads(1)
-source, output, pipeline, windows = sys.argv[1:]
+source, pipeline, windows = sys.argv[1:]
 options = OmniQuantOptions(epochs=1, batch=2) if pipeline == "omniquant" else None
 ids = torch.tensor(json.loads(windows))
-print("start", flush=True)
 preset = "TW1.4A4T2" if pipeline == "gptq" else "W4A4T2"
 spike = SpikeConfig.preset(preset, score="random")
-convert(source, output, spike, ids, pipeline=pipeline, options=options)
+for line in sys.stdin:
+    output, seconds = json.loads(line)
+    begin, child = time.perf_counter(), os.fork()
+    if not child:
+        try:
+            convert(source, output, spike, ids, pipeline=pipeline, options=options)
+        except FileExistsError:
+            os._exit(1)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps([code, time.perf_counter() - begin]), flush=True)
 """
-
-
-def command(source: Path, output: Path, pipeline: str, ids: Any) -> list[str]:
-    windows = json.dumps(ids.tolist())
-    return [sys.executable, "-c", CONVERT, str(source), str(output), pipeline, windows]
+"""Converts into the output of a line, in a process of its own, which it kills after so many seconds."""
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -56,40 +63,39 @@ def test_killed_at_any_moment_it_resumes_with_the_same_bits(
     stories_dir, stories_ids, tmp_path, pipeline
 ):
     ids = stories_ids[: 4 * 64].view(4, 64)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [str(stories_dir), pipeline, json.dumps(ids.tolist())]
+    converter = subprocess.Popen(
+        [sys.executable, "-c", CONVERTER, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
     def run(output: Path, seconds: float | None) -> tuple[int, float]:
-        """Start the conversion; kill it `seconds` after it has begun. Exit code and duration."""
-        process = subprocess.Popen(
-            command(stories_dir, output, pipeline, ids),
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        begin = time.perf_counter()
-        if seconds is not None:
-            time.sleep(seconds)
-            process.kill()
-        process.stdout.close()
-        return process.wait(), time.perf_counter() - begin
+        """Convert; SIGKILL `seconds` after the start. Exit code and duration."""
+        assert converter.stdin is not None
+        assert converter.stdout is not None
+        print(json.dumps([str(output), seconds]), file=converter.stdin, flush=True)
+        code, duration = json.loads(converter.stdout.readline())
+        return code, duration
 
-    code, whole = run(tmp_path / "whole", None)
-    assert code == 0
-    dice, kills, killed = random.Random(str(pipeline)), 0, tmp_path / "killed"
-    while kills < 4 and not killed.exists():
-        code, _ = run(killed, dice.uniform(0.0, 0.8 * whole))
-        assert code in (0, -signal.SIGKILL)
-        kills += code == -signal.SIGKILL
-        if not kills:  # it was through: the machine was busier when the time was taken
-            shutil.rmtree(killed)
-            whole /= 2
-    published = killed.exists()
-    code, _ = run(killed, None)
-    assert (code != 0) == published  # a finished output is refused, and tidied up beside
-    assert files(tmp_path / "whole") == files(killed)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+    with converter:
+        code, whole = run(tmp_path / "whole", None)
+        assert code == 0
+        dice, kills, killed = random.Random(str(pipeline)), 0, tmp_path / "killed"
+        while kills < 4 and not killed.exists():
+            code, _ = run(killed, dice.uniform(0.0, 0.8 * whole))
+            assert code in (0, -signal.SIGKILL)
+            kills += code == -signal.SIGKILL
+            if not kills:  # it was through: the machine was busier when the time was taken
+                shutil.rmtree(killed)
+                whole /= 2
+        published = killed.exists()
+        code, _ = run(killed, None)
+        assert (code != 0) == published  # a finished output is refused, and tidied up beside
+        assert files(tmp_path / "whole") == files(killed)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
 
 
 class Interrupt(Exception):
