@@ -28,11 +28,13 @@ from snnllm.block import CACHE_ARGUMENT, ProjectedAttention
 from snnllm.cache import EncodeOnWrite, RowEncoder, from_payload, to_payload
 from snnllm.config import Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
+from snnllm.head_rotation import HeadRotation
 from snnllm.kernels import get_backend
 from snnllm.kernels.attention import NativeAttention
 from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.triton_attention import SWITCH, TritonAttention
 from snnllm.precision import keeping_float32
+from snnllm.transforms import salient_count
 
 LOGGER = logging.getLogger("snnllm.attention")
 SPIKING_ATTENTION = "spiking"
@@ -54,6 +56,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
             (`query_groups`), `[H, D]`.
         k_encoder: Own channel groups per KV head, `[H_kv, D]`.
         v_encoder: Likewise.
+        qk_rotation: Rotates Q and K in front of their encoders, in a rotated model; else None.
     """
 
     def __init__(self, config: LlamaConfig, layer_idx: int, spike: SpikeConfig) -> None:
@@ -80,9 +83,10 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         self.v_encoder = RowEncoder(
             groups.clone(), steps=spike.kv_steps, name=f"{prefix}.v", **common
         )
+        self.qk_rotation: HeadRotation | None = None
         if spike.rotation is Rotation.GROUPS:
-            eye = torch.eye(dim).repeat(heads, 1, 1)
-            self.register_buffer("qk_rotation", eye)
+            salient = salient_count(dim, spike.salient_ratio)
+            self.qk_rotation = HeadRotation(heads, dim, salient, f"{prefix}.qk_rotation")
         self._native: NativeAttention | object | None = _UNKNOWN
         self._kernels: TritonAttention | object | None = _UNKNOWN
 
@@ -136,6 +140,8 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         """Find out how rows are stored and prepare the kernels: both read the channel groups."""
         for encoder in (self.q_encoder, self.k_encoder, self.v_encoder):
             _ = encoder.layout  # which keeps what it has found
+        if self.qk_rotation is not None:
+            _ = self.qk_rotation.index
         self.kernels()
 
     def _prepare_kernels(self) -> TritonAttention | None:
@@ -182,12 +188,10 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate Q or K `[B, H, S, D]` after RoPE, per KV head; `Q K^T` stays the same number."""
-        rotation = self._buffers.get("qk_rotation")
-        if rotation is None:
+        if self.qk_rotation is None:
             return x
-        batch, heads, tokens, dim = x.shape
-        grouped = x.float().reshape(batch, rotation.shape[0], -1, dim)
-        return (grouped @ rotation.float()).view(batch, heads, tokens, dim)
+        rotated: Tensor = self.qk_rotation(x)
+        return rotated
 
     def run_encoder(self, encoder: RowEncoder, x: Tensor) -> Encoding:
         """Encode an operand in the current view; outside the collapsed view the neurons really run."""

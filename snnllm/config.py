@@ -15,7 +15,7 @@ from neurons import ValueRange as ValueRange
 from snnllm.kernels.spec import MAX_GROUPS
 from snnllm.step_allocation import GROUP_SIZE, MAX_STEPS
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FLOAT_BITS = 16
 """Bit width that stands for "left in floating point" (`W16`: float weights, `A16`: float activations)."""
 

@@ -254,12 +254,13 @@ def _rotation_parts(model: SpikingLlamaForCausalLM, tokens: int) -> list[FloatPa
     for module in model.modules():
         if isinstance(module, SpikingLinear) and module.rotation is not None:
             down += tokens * module.rotation.macs
-        elif isinstance(module, SpikingLlamaAttention) and "qk_rotation" in module._buffers:
+        elif isinstance(module, SpikingLlamaAttention) and module.qk_rotation is not None:
             c: Any = module.config
-            heads += tokens * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim**2
+            rows = tokens * (c.num_attention_heads + c.num_key_value_heads)
+            heads += rows * module.qk_rotation.macs
     parts = [
         FloatPart("rotation of down_proj inputs", down, "K log2 p additions a token, as it runs"),
-        FloatPart("rotation of Q and K", heads, "D^2 a head and token, as it runs"),
+        FloatPart("rotation of Q and K", heads, "D log2 p additions a head and token, as it runs"),
     ]
     return [part for part in parts if part.macs]
 

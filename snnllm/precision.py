@@ -8,9 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-FLOAT32_BUFFERS = ("weight_scale", "qk_rotation", "offset_", "clip")
-"""Starts of the names: scales of weight codes, offsets, factors on ranges, and rotations, which must
-stay orthogonal."""
+FLOAT32_BUFFERS = ("weight_scale", "offset_", "clip")
+"""Starts of the names: scales of weight codes, offsets, and factors on ranges."""
 
 
 def float32_buffers(module: nn.Module) -> dict[str, Tensor]:

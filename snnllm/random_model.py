@@ -117,10 +117,12 @@ def _randomise(block: nn.Module, spike: SpikeConfig, generator: torch.Generator)
     """Fill the linears, rotations and channel groups of an empty spiking block."""
     for module in block.modules():
         if isinstance(module, SpikingLlamaAttention):
-            module.set_channel_groups(
-                _groups(module.k_encoder.channel_group, spike, generator),
-                _groups(module.v_encoder.channel_group, spike, generator),
-            )
+            keys = _groups(module.k_encoder.channel_group, spike, generator)
+            values = _groups(module.v_encoder.channel_group, spike, generator)
+            if module.qk_rotation is not None:
+                module.qk_rotation.sort(keys)
+                keys, values = sorted_groups(keys), sorted_groups(values)
+            module.set_channel_groups(keys, values)
     for paths in INPUT_GROUPS:
         linears = [m for m in map(block.get_submodule, paths) if isinstance(m, SpikingLinear)]
         if not linears:

@@ -10,7 +10,7 @@ the subspace split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -95,7 +95,7 @@ def group_rotation(group: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def sorted_groups(group: Tensor) -> Tensor:
-    """Groups of the channels after `group_rotation`, uint8 `[C]`."""
+    """Groups of the channels `[..., C]` in the order of `group_rotation`, uint8."""
     return group.sort().values.to(torch.uint8)
 
 
@@ -160,6 +160,30 @@ def rotate_block(x: Tensor) -> Tensor:
     return y if p <= RADIX else y.unflatten(-1, (p // RADIX, RADIX)).mT.flatten(-2)
 
 
+def in_blocks(
+    x: Tensor, blocks: Sequence[int], transform: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Apply a transform to the blocks of the last axis of `x [..., K]`, neighbours of one size at once.
+
+    Args:
+        x: float32 `[..., K]`.
+        blocks: Sizes of the blocks, K channels together.
+        transform: Of tensors `[..., p]`.
+    """
+    parts, first = [], 0
+    for p, same in groupby(blocks):
+        width = p * len(list(same))
+        part = x[..., first : first + width].unflatten(-1, (-1, p))
+        parts.append(transform(part).flatten(-2))
+        first += width
+    return torch.cat(parts, dim=-1)
+
+
+def butterfly_operations(blocks: Sequence[int]) -> int:
+    """Additions of one row in Hadamard blocks: `log2 p` for each channel of a block."""
+    return sum(p * (p.bit_length() - 1) for p in blocks)
+
+
 class OnlineRotation(nn.Module):
     """A rotation inside channel groups that runs before an encoder: `x' = x R`, `R` orthogonal.
 
@@ -182,18 +206,12 @@ class OnlineRotation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate the last axis of `x [..., K]`; float32 out."""
-        parts, first, x = [], 0, x.float()
-        for p, same in groupby(self.blocks):
-            width = p * len(list(same))
-            part = x[..., first : first + width].unflatten(-1, (-1, p))
-            parts.append(rotate_block(part).flatten(-2))
-            first += width
-        return torch.cat(parts, dim=-1)
+        return in_blocks(x.float(), self.blocks, rotate_block)
 
     @property
     def macs(self) -> int:
-        """Operations of one row: `log2 p` for each channel of a block, those of a butterfly one."""
-        return sum(p * (p.bit_length() - 1) for p in self.blocks)
+        """Operations of one row, those of a butterfly one."""
+        return butterfly_operations(self.blocks)
 
     def matrix(self) -> Tensor:
         """`R`, float32 `[K, K]`, to fold its inverse into a weight: `W' = W R`."""
@@ -232,18 +250,39 @@ class SignedOrder(NamedTuple):
         return cls(order, signs)
 
 
+def pair_signs(heads: int, channels: int, generator: torch.Generator | None) -> Tensor:
+    """A random sign for each pair of channels that RoPE turns, which therefore goes past RoPE.
+
+    Folded into q_proj and k_proj, it is all that a Hadamard matrix behind RoPE needs in front of it;
+    `Q K^T` does not change by a bit.
+
+    Args:
+        heads: KV heads.
+        channels: D, even; RoPE pairs channel j with channel j + D / 2.
+        generator: Source of the signs; None: all are 1.
+
+    Returns:
+        +-1, float64 `[heads, D]`.
+    """
+    if generator is None:
+        return torch.ones(heads, channels, dtype=torch.float64)
+    half = torch.randint(0, 2, (heads, channels // 2), generator=generator).double() * 2 - 1
+    return torch.cat((half, half), dim=1)
+
+
 class RotatedSource(Source):
     """A dense LLaMA in another residual basis; the same function, tensor by tensor on demand.
 
     RMSNorm gains are absorbed into the weights behind them, the residual stream is multiplied by
     `residual`, and the values of each KV head by `values[layer][head]`; the inner channels of each
-    MLP get another order and signs. The head becomes untied.
+    MLP get another order and signs, queries and keys other signs. The head becomes untied.
 
     Args:
         source: The original model.
         residual: Orthogonal `[hidden, hidden]`.
         values: One orthogonal `[H_kv, D, D]` per layer, or None to leave the values alone.
         inner: Order and signs of the inner channels of the MLP of every layer, or None.
+        heads: Signs of the channels of Q and K (`pair_signs`), one `[H_kv, D]` per layer, or None.
     """
 
     def __init__(
@@ -252,10 +291,11 @@ class RotatedSource(Source):
         residual: Tensor,
         values: Sequence[Tensor] | None = None,
         inner: Sequence[SignedOrder] | None = None,
+        heads: Sequence[Tensor] | None = None,
     ) -> None:
         self.name = source.name
         self._source, self._residual, self._values = source, residual.double(), values
-        self._inner = inner
+        self._inner, self._heads = inner, heads
         self._dtype = source.tensor("model.norm.weight").dtype
         self._tied = bool(source.config.tie_word_embeddings)
         settings = source.config.to_dict()
@@ -297,15 +337,11 @@ class RotatedSource(Source):
                 return bias @ r
             if linear in ("gate_proj", "up_proj"):
                 return self._reorder_rows(prefix, linear, bias)
-            return (
-                self._rotate_values(prefix, bias.unsqueeze(1)).squeeze(1)
-                if linear == "v_proj"
-                else bias
-            )
+            return self._turn_heads(prefix, linear, bias.unsqueeze(1)).squeeze(1)
         weight = self._original(name)
         if linear in ("q_proj", "k_proj", "v_proj"):
             weight = (weight * self._original(f"{prefix}.input_layernorm.weight")) @ r
-            return self._rotate_values(prefix, weight) if linear == "v_proj" else weight
+            return self._turn_heads(prefix, linear, weight)
         if linear in ("gate_proj", "up_proj"):
             gain = self._original(f"{prefix}.post_attention_layernorm.weight")
             return self._reorder_rows(prefix, linear, weight * gain) @ r
@@ -332,6 +368,16 @@ class RotatedSource(Source):
         if linear == "gate_proj":
             return rows[order]
         return rows[order] * signs.view(-1, *[1] * (rows.dim() - 1))
+
+    def _turn_heads(self, prefix: str, linear: str, rows: Tensor) -> Tensor:
+        """Rotate the outputs of v_proj, give those of q_proj and k_proj their signs."""
+        if linear == "v_proj":
+            return self._rotate_values(prefix, rows)
+        if self._heads is None:
+            return rows
+        signs = self._heads[_layer_of(prefix)].double()
+        repeated = signs.repeat_interleave(len(rows) // signs.numel(), dim=0)
+        return rows * repeated.flatten().unsqueeze(1)
 
     def _rotate_values(self, prefix: str, rows: Tensor) -> Tensor:
         """Rotate the outputs of v_proj: `v' = v R_h` per KV head."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from snnllm.attention import SpikingLlamaAttention
 from snnllm.config import Score, SpikeConfig
 from snnllm.pipelines.streaming import BlockStatistics, BlockStream, Run, load_block
 from snnllm.saliency import first_channels, linear_score
@@ -15,6 +16,7 @@ from snnllm.transforms import (
     RotatedSource,
     SignedOrder,
     group_rotation,
+    pair_signs,
     salient_count,
     sorted_groups,
 )
@@ -36,12 +38,19 @@ class Basis:
     values: tuple[Tensor, ...]
     down: tuple[Tensor, ...]
 
+    def fill(self, attention: SpikingLlamaAttention, index: int) -> None:
+        """Give the attention of a block its channel groups, and the order that leads to them."""
+        keys, values = self.keys[index], self.values[index]
+        if attention.qk_rotation is not None:
+            attention.qk_rotation.sort(keys)
+        attention.set_channel_groups(sorted_groups(keys), sorted_groups(values))
+
     def groups(self, path: str, channels: int, index: int) -> Tensor:
         """Channel groups of a linear's input in the rotated basis, uint8 `[K]`."""
         if path == "mlp.down_proj":
             return sorted_groups(self.down[index])
         if path == "self_attn.o_proj":
-            heads = torch.stack([sorted_groups(h) for h in self.values[index]])
+            heads = sorted_groups(self.values[index])
             shared = channels // heads.numel()  # query heads of one KV head
             return heads.repeat_interleave(shared, dim=0).flatten()
         return sorted_groups(self.residual)
@@ -96,4 +105,5 @@ def rotate_source(source: Source, basis: Basis, generator: torch.Generator | Non
         torch.stack([group_rotation(head, generator) for head in layer]) for layer in basis.values
     ]
     inner = [SignedOrder.of_groups(layer, generator) for layer in basis.down]
-    return RotatedSource(source, residual, values, inner)
+    heads = [pair_signs(*layer.shape, generator) for layer in basis.keys]
+    return RotatedSource(source, residual, values, inner, heads)

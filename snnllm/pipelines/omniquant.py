@@ -50,7 +50,6 @@ from snnllm.pipelines.streaming import (
 )
 from snnllm.saliency import allocate
 from snnllm.sources import Source
-from snnllm.transforms import group_rotation, sorted_groups
 from snnllm.weights import QuantizedWeight
 
 _log = logging.getLogger(__name__)
@@ -218,13 +217,7 @@ def _make_frame(
     if attention is None:
         return None
     if job.basis is not None:
-        keys, values = job.basis.keys[index], job.basis.values[index]
-        rotations = torch.stack([group_rotation(head, generator) for head in keys])
-        attention.get_buffer("qk_rotation").copy_(rotations)
-        attention.set_channel_groups(
-            torch.stack([sorted_groups(h) for h in keys]),
-            torch.stack([sorted_groups(h) for h in values]),
-        )
+        job.basis.fill(attention, index)
     else:
         key, value = statistics.kv.scores(generator)
         ratio, groups = job.spike.salient_ratio, len(job.spike.kv_steps)

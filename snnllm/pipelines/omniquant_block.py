@@ -15,6 +15,7 @@ Source: OmniQuant (arXiv 2308.13137), here in forms that are exact with RoPE and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from snnllm.attention import SpikingLlamaAttention
+from snnllm.head_rotation import HeadRotation
 from snnllm.linear import SpikingLinear
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
 from snnllm.pipelines.omniquant_units import Operand, Unit
@@ -74,14 +76,13 @@ class TrainableBlock(nn.Module):
         self.units = nn.ModuleList(unit for group in units for unit in group)
         self._counts = [len(group) for group in units]
         self.query = self.key = self.value = None
-        self.register_buffer("rotation", None)
+        self.rotation: HeadRotation | None = None
         if spiking is not None:
             learn = options.clip_activations
             self.query = Operand(spiking.q_encoder, learn)
             self.key = Operand(spiking.k_encoder, learn)
             self.value = Operand(spiking.v_encoder, learn)
-            rotation = spiking._buffers.get("qk_rotation")
-            self.register_buffer("rotation", None if rotation is None else rotation.clone())
+            self.rotation = deepcopy(spiking.qk_rotation)
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -257,10 +258,8 @@ class TrainableBlock(nn.Module):
         heads = qkv.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
         q, k, v = heads.split([self.kv_heads * self.repeats, self.kv_heads, self.kv_heads], dim=1)
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        rotation = self._buffers.get("rotation")
-        if rotation is not None:
-            q = (q.reshape(batch, self.kv_heads, -1, self.head_dim) @ rotation).view(q.shape)
-            k = k @ rotation
+        if self.rotation is not None:
+            q, k = self.rotation(q), self.rotation(k)
         if self.query is not None and self.key is not None and self.value is not None:
             q, k, v = self.query(q), self.key(k), self.value(v)
         q = q.reshape(batch, self.kv_heads, self.repeats * tokens, self.head_dim) * self.scaling

@@ -51,7 +51,6 @@ from snnllm.pipelines.streaming import (
     round_to_storage,
 )
 from snnllm.sources import Source
-from snnllm.transforms import group_rotation, sorted_groups
 from snnllm.weights import QuantizedWeight, dequantize
 
 _log = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class RotatedOptions:
 
     Attributes:
         rotate: Random rotations inside the saliency groups. Without them channels are only sorted;
-            the inputs of down_proj keep the Hadamard transform that runs online.
+            the inputs of down_proj, Q and K keep the Hadamard transforms that run online.
         offset: Take the mean off every input. (The fit has an output offset in any case.)
         clip: Search the clip ratio of each input and group.
         segment_scales: Weight scales per saliency group of the input instead of per output channel.
@@ -122,10 +121,6 @@ class _Job:
     options: RotatedOptions
     run: Run
 
-    def rotations(self, index: int) -> torch.Generator | None:
-        """Source of the online rotations of a block; None for none."""
-        return self.run.generator(index) if self.options.rotate else None
-
 
 def convert_blocks(
     source: Source, basis: Basis, spike: SpikeConfig, run: Run, options: RotatedOptions
@@ -157,8 +152,7 @@ def convert_blocks(
             continue
         block = load_block(source, index, device)
         spiking, floating = StagedBlock(block, stream), StagedBlock(dense, target)
-        generator = job.rotations(index)
-        _spike_attention(block, index, job, generator)
+        _spike_attention(block, index, job)
         block.to(device)
         for paths, data in each_input(spiking, floating, index, spike):
             _fit_input(block, index, paths, data, job)
@@ -178,9 +172,7 @@ def convert_blocks(
         yield block, report
 
 
-def _spike_attention(
-    block: nn.Module, index: int, job: _Job, generator: torch.Generator | None
-) -> None:
+def _spike_attention(block: nn.Module, index: int, job: _Job) -> None:
     """Replace the attention of a dense block; its linears stay dense."""
     linears = tuple(p for paths in INPUT_GROUPS for p in paths)
     kept = (*job.spike.modules_to_not_convert, *linears)
@@ -188,14 +180,7 @@ def _spike_attention(
     attention = make_spiking(block, index, job.source.config, attention_only)
     if attention is None:
         return
-    keys, values = job.basis.keys[index], job.basis.values[index]
-    attention.get_buffer("qk_rotation").copy_(
-        torch.stack([group_rotation(head, generator) for head in keys])
-    )
-    attention.set_channel_groups(
-        torch.stack([sorted_groups(h) for h in keys]),
-        torch.stack([sorted_groups(h) for h in values]),
-    )
+    job.basis.fill(attention, index)
     choose_views(attention)
 
 
