@@ -148,13 +148,13 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         encoders = (self.q_encoder, self.k_encoder, self.v_encoder)
         if self.k_encoder.channel_group.device.type != "cuda" or os.environ.get(SWITCH) != "1":
             return None
-        reason = TritonAttention.refusal(*encoders)
+        reason = TritonAttention.refusal(*encoders, self.qk_rotation)
         if reason is not None:
             LOGGER.warning(
                 "%s: attention runs on torch operations: %s", self.k_encoder.name, reason
             )
             return None
-        return TritonAttention.of(*encoders)
+        return TritonAttention.of(*encoders, self.qk_rotation)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._native = self._kernels = _UNKNOWN  # the encoders may move to another device
@@ -167,11 +167,11 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         return {**self.__dict__, "_native": _UNKNOWN, "_kernels": _UNKNOWN}
 
     def _encode_key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        key, kernels = self.rotate(key), self.kernels()
+        kernels = self.kernels()
         if kernels is not None and kernels.takes(key) and kernels.takes(value):
             return kernels.encode(key, value)
         return (
-            self.encode_payload(self.k_encoder, key),
+            self.encode_payload(self.k_encoder, self.rotate(key)),
             self.encode_payload(self.v_encoder, value),
         )
 
@@ -295,14 +295,13 @@ def spiking_attention(
         have all of it. They run when nobody asks for P, and differ by the rounding of float sums.
     """
     batch, heads, tokens, _ = query.shape
-    dtype, query = query.dtype, module.rotate(query)
-    kernels = module.kernels()
+    dtype, kernels = query.dtype, module.kernels()
     if kernels is not None and kernels.takes(query, attention_mask):
         asked = kwargs.get("output_attentions")  # transformers refuses it in the configuration
         if not asked and not (module.training and dropout > 0.0):
             return kernels.attend(query, key, value, attention_mask, scaling, dtype), None
     native = module.native()
-    encoded = module.encode_payload(module.q_encoder, query)
+    encoded = module.encode_payload(module.q_encoder, module.rotate(query))
     if native is not None and module.view is View.COLLAPSED:
         scores = native.scores(encoded, key, scaling)
     else:

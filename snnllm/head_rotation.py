@@ -97,14 +97,14 @@ class HeadRotation(nn.Module):
         """Rotate Q or K behind RoPE, `[B, H, S, D]`, H a multiple of H_kv; float32 out."""
         index = self.index
         if self._in_kernel(x):
-            from snnllm.kernels.rotation_triton import rotate_operand  # needs Triton
+            from snnllm.kernels.head_rotation_triton import rotate_operand  # needs Triton
 
             return rotate_operand(x.detach(), self.order, self.blocks)
-        batch, _, tokens, channels = x.shape
-        grouped = x.float().reshape(batch, len(index), -1, channels)
+        batch, heads, tokens, channels = x.shape
+        grouped = x.float().reshape(batch, len(index), heads // len(index) * tokens, channels)
         grouped = grouped.gather(-1, index[:, None].expand_as(grouped))
         rotated = in_blocks(grouped, self.blocks, hadamard_transform)
-        return rotated.view(batch, -1, tokens, channels)
+        return rotated.view(batch, heads, tokens, channels)
 
     def _in_kernel(self, x: Tensor) -> bool:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from snnllm.kernels.attention_decode_triton import combine, decode
 from snnllm.kernels.attention_mask_triton import classify
 from snnllm.kernels.attention_prefill_triton import prefill
 from snnllm.kernels.attention_rows_triton import encode_rows, unpack_codes, unpack_values
+from snnllm.kernels.head_rotation_triton import fuses, mixing_of, rotate_operand
 
 _PROGRAMS_PER_UNIT = 3  # of `decode` that a multiprocessor has registers for
 _MOST_SPLITS = 128
@@ -30,23 +32,42 @@ def rows_of(x: Tensor, width: int) -> Tensor:
 
 
 def encode(
-    operands: Any, capacity: Tensor, shared: bool, planes: int, slots: int
+    operands: Any,
+    capacity: Tensor,
+    shared: bool,
+    planes: int,
+    slots: int,
+    order: Tensor | None = None,
+    blocks: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
-    """Payloads of one or two operands (x, slots, clip, row) of the same shape."""
+    """Payloads of one or two operands (x, slots, clip, row) of the same shape.
+
+    With an order and blocks (`rotate_operand`), the first is rotated in front of its encoder: in the same
+    kernel where D is a power of two.
+    """
+    if order is not None and not fuses(blocks):
+        (x, *first), *rest = operands
+        operands, order = ((rotate_operand(x, order, blocks), *first), *rest), None
     outputs = tuple(rows_of(x, row[0]) for x, _, _, row in operands)
     _, heads, tokens, channels = operands[0][0].shape
     rows = outputs[0][..., 0].numel()
     if rows == 0:
         return outputs
+    words, mixed, starts = None, (), ()
+    if order is not None:
+        words, (mixed, starts) = order.view(torch.int32), mixing_of(tuple(blocks))
     arguments = []
     for (x, slot, clip, row), out in zip(operands, outputs, strict=True):
         stride = channels if slot.shape[0] > 1 else 0
-        arguments.append((x, slot, capacity, clip, out, *x.stride()[:3], stride, *row))
+        arguments.append((x, words, slot, capacity, clip, out, *x.stride()[:3], stride, *row))
     per_program = 2 if interpreted() else 8 if rows >= 1024 else 2
     launch: Any = encode_rows[(triton.cdiv(rows, per_program), len(operands))]
     with on(capacity.device):
         launch(
-            *(*arguments[0], *arguments[-1], rows, heads, tokens),
+            *(*arguments[0], *arguments[-1], rows, heads),
+            *(1 if order is None else heads // len(order), tokens),
+            MIXED=mixed,
+            BLOCKS=starts,
             D=channels,
             HALF=_power(4, channels // 2),
             G=capacity.shape[0],
@@ -214,6 +235,7 @@ def run_prefill(
     tables: tuple[Tensor, ...],
     sizes: tuple[Any, ...],
     query_row: list[int],
+    rotation: tuple[Tensor | None, Sequence[int]],
     out: Tensor,
 ) -> None:
     """Launch the kernels for many queries; arguments as `attention_ops.attend` describes them."""
@@ -227,7 +249,8 @@ def run_prefill(
     width = _power(32, channels)
     mask, mask_strides, lowest, is_bool = _mask_arguments(mask, batch)
     operand = ((query, query_slot, clip, row),)
-    (encoded,) = encode(operand, capacity, shared, query_planes, slots if query_planes else 0)
+    query_slots = slots if query_planes else 0
+    (encoded,) = encode(operand, capacity, shared, query_planes, query_slots, *rotation)
     with on(query.device):
         kinds = None
         if mask is not None:

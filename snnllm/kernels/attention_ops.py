@@ -6,6 +6,7 @@ from torch import Tensor
 
 from neurons.backends.operator import operator
 from snnllm.kernels.attention_launch import encode, rows_of, run_decode, run_prefill
+from snnllm.kernels.head_rotation_triton import rotate_operand
 
 DECODE_ROWS = 8
 """Queries of a KV head (its heads times tokens) up to which the kernel for few of them runs."""
@@ -25,6 +26,8 @@ def encode_key_value(
     slots: int,
     key_row: list[int],
     value_row: list[int],
+    order: Tensor | None = None,
+    blocks: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Payloads of K and V (`snnllm.cache`), in one launch.
 
@@ -43,12 +46,16 @@ def encode_key_value(
         slots: Lanes for the salient channels of a head, a multiple of 8; 0 for one group.
         key_row: Bytes of a row and of one high bit of it.
         value_row: Likewise.
+        order: With `blocks`, the rotation of K (`rotate_operand`), uint8 `[H_kv, D]`; None: none.
+        blocks: Sizes of the Hadamard blocks.
 
     Returns:
         uint8 `[B, H_kv, S, bytes]` of K and of V.
     """
     operands = ((key, key_slot, key_clip, key_row), (value, value_slot, value_clip, value_row))
-    key_payload, value_payload = encode(operands, capacity, shared, planes, slots)
+    key_payload, value_payload = encode(
+        operands, capacity, shared, planes, slots, order, blocks or ()
+    )
     return key_payload, value_payload
 
 
@@ -66,6 +73,8 @@ def _(
     slots: int,
     key_row: list[int],
     value_row: list[int],
+    order: Tensor | None = None,
+    blocks: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     return rows_of(key, key_row[0]), rows_of(value, value_row[0])
 
@@ -90,13 +99,15 @@ def attend(
     value_plane: int,
     scaling: float,
     dtype: torch.dtype,
+    order: Tensor | None = None,
+    blocks: list[int] | None = None,
 ) -> Tensor:
     """Attention over the encoded cache: `softmax(scaling * sum_g s_qg s_kg A_g + mask) (s_v (q_v - z_v))`.
 
     A query that sees no key gives zeros.
 
     Args:
-        query: float `[B, H, S_q, D]` after RoPE (and rotation), stride 1 along D.
+        query: float `[B, H, S_q, D]` after RoPE, stride 1 along D.
         key: payloads uint8 `[B, H_kv, S_k, bytes]`.
         value: Likewise.
         mask: bool (True: seen) or float to add `[B or 1, 1, S_q, S_k]`; or None.
@@ -114,6 +125,8 @@ def attend(
         value_plane: Likewise of V.
         scaling: Factor of the scores, rounded to float32.
         dtype: Of the result.
+        order: With `blocks`, the rotation of Q and K; None: none.
+        blocks: Sizes of the Hadamard blocks.
 
     Returns:
         `[B, S_q, H, D]`.
@@ -127,9 +140,12 @@ def attend(
     sizes = (groups, shared, planes, key_plane, value_plane, scaling)
     tables = (key_slot, value_slot, member, query_capacity, query_clip)
     if heads // key.shape[1] * tokens <= DECODE_ROWS:
+        if order is not None:  # each of many programs encodes the queries: they are rotated before
+            query = rotate_operand(query, order, blocks or ())
         run_decode(query, key, value, mask, tables, sizes, out)
     else:
-        run_prefill(query, key, value, mask, query_slot, tables, sizes, query_row, out)
+        rotation = (order, blocks or ())
+        run_prefill(query, key, value, mask, query_slot, tables, sizes, query_row, rotation, out)
     return out
 
 
@@ -153,6 +169,8 @@ def _(
     value_plane: int,
     scaling: float,
     dtype: torch.dtype,
+    order: Tensor | None = None,
+    blocks: list[int] | None = None,
 ) -> Tensor:
     batch, heads, tokens, channels = query.shape
     return query.new_empty((batch, tokens, heads, channels), dtype=dtype)

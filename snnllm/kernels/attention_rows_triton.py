@@ -21,6 +21,7 @@ from neurons.backends.triton_encode_row import (
     spike_parameters,
     wider,
 )
+from snnllm.kernels.head_rotation_triton import place_of, rotated_halves
 
 
 @triton.jit
@@ -69,6 +70,7 @@ def counts_of(x, s, z, capacity):  # type: ignore[no-untyped-def]
 @triton.jit
 def _encode(  # type: ignore[no-untyped-def]
     x_ptr,
+    order_ptr,
     slot_ptr,
     capacity_ptr,
     clip_ptr,
@@ -81,7 +83,10 @@ def _encode(  # type: ignore[no-untyped-def]
     plane_bytes,
     rows,
     heads,
+    share,
     tokens,
+    MIXED: tl.constexpr,
+    BLOCKS: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
     G: tl.constexpr,
@@ -90,15 +95,22 @@ def _encode(  # type: ignore[no-untyped-def]
     SLOTS: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Payloads of R rows; x `[B, H, S, D]` with stride 1 along D, out uint8 `[B, H, S, width]`."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    """Payloads of R rows; x `[B, H, S, D]` with stride 1 along D, out uint8 `[B, H, S, width]`.
+
+    Rows are rotated first unless MIXED is empty (`rotated_halves`; D is a power of two then).
+    """
+    row = tl.program_id(0) * R + tl.arange(0, R)
     inside = (row < rows)[:, None]
-    head = row // tokens % heads
-    x_at = row // tokens // heads * batch_stride + head * head_stride + row % tokens * token_stride
+    head, x_at = place_of(row, heads, tokens, batch_stride, head_stride, token_stride)
+    x_at = x_ptr + x_at[:, None]
     j = tl.arange(0, HALF)[None, :]
     there = inside & (j < D // 2)
-    low = tl.load(x_ptr + x_at[:, None] + j, mask=there, other=0.0).to(tl.float32)
-    high = tl.load(x_ptr + x_at[:, None] + j + D // 2, mask=there, other=0.0).to(tl.float32)
+    if len(MIXED) > 0:
+        order_at = order_ptr + (head // share * (D // 4))[:, None]
+        low, high = rotated_halves(x_at, order_at, inside, MIXED, BLOCKS, D, D, R)
+    else:
+        low = tl.load(x_at + j, mask=there, other=0.0).to(tl.float32)
+        high = tl.load(x_at + j + D // 2, mask=there, other=0.0).to(tl.float32)
     slot_low = tl.full([R, HALF], -1, tl.int32)
     slot_high = slot_low
     if G == 2:
@@ -118,7 +130,7 @@ def _encode(  # type: ignore[no-untyped-def]
         *(high, spread(s0, s1, salient_high, G), spread(z0, z1, salient_high, G)),
         spread(top0, top1, salient_high, G),
     )
-    out_at = out_ptr + row[:, None] * width
+    out_at = out_ptr + row.to(tl.int64)[:, None] * width
     THRESHOLD: tl.constexpr = (D // 2 + 3) // 4 * 4
     ZERO: tl.constexpr = THRESHOLD + 4 * G
     code = tl.where(j < D // 2, (low & 15) | (high & 15) << 4, 0)
@@ -146,6 +158,7 @@ def _encode(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["plane_bytes", "plane_bytes_", "rows", "tokens"])
 def encode_rows(  # type: ignore[no-untyped-def]
     x_ptr,
+    order_ptr,
     slot_ptr,
     capacity_ptr,
     clip_ptr,
@@ -157,6 +170,7 @@ def encode_rows(  # type: ignore[no-untyped-def]
     width,
     plane_bytes,
     x_ptr_,
+    order_ptr_,
     slot_ptr_,
     capacity_ptr_,
     clip_ptr_,
@@ -169,7 +183,10 @@ def encode_rows(  # type: ignore[no-untyped-def]
     plane_bytes_,
     rows,
     heads,
+    share,
     tokens,
+    MIXED: tl.constexpr,
+    BLOCKS: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
     G: tl.constexpr,
@@ -178,18 +195,18 @@ def encode_rows(  # type: ignore[no-untyped-def]
     SLOTS: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Payloads of one operand, or (`program_id(1)` 0 and 1) of two: K and V in one launch."""
+    """Payloads of one operand, or (`program_id(1)` 0 and 1) of two in one launch: K, rotated, and V."""
     if tl.program_id(1) == 0:
         _encode(
-            *(x_ptr, slot_ptr, capacity_ptr, clip_ptr, out_ptr, batch_stride, head_stride),
-            *(token_stride, slot_stride, width, plane_bytes, rows, heads, tokens),
-            *(D, HALF, G, SHARED, PLANES, SLOTS, R),
+            *(x_ptr, order_ptr, slot_ptr, capacity_ptr, clip_ptr, out_ptr),
+            *(batch_stride, head_stride, token_stride, slot_stride, width, plane_bytes),
+            *(rows, heads, share, tokens, MIXED, BLOCKS, D, HALF, G, SHARED, PLANES, SLOTS, R),
         )
     else:
         _encode(
-            *(x_ptr_, slot_ptr_, capacity_ptr_, clip_ptr_, out_ptr_, batch_stride_, head_stride_),
-            *(token_stride_, slot_stride_, width_, plane_bytes_, rows, heads, tokens),
-            *(D, HALF, G, SHARED, PLANES, SLOTS, R),
+            *(x_ptr_, order_ptr_, slot_ptr_, capacity_ptr_, clip_ptr_, out_ptr_),
+            *(batch_stride_, head_stride_, token_stride_, slot_stride_, width_, plane_bytes_),
+            *(rows, heads, share, tokens, (), (), D, HALF, G, SHARED, PLANES, SLOTS, R),
         )
 
 

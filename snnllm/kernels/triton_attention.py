@@ -12,6 +12,7 @@ from torch import Tensor
 
 from neurons import ValueRange
 from snnllm.cache import RowEncoder, RowLayout
+from snnllm.head_rotation import HeadRotation, fits_kernel
 from snnllm.kernels.triton_backend import TritonBackend
 
 SWITCH = "SNNLLM_ATTENTION_KERNELS"
@@ -45,12 +46,22 @@ class TritonAttention:
     query_row: list[int]
     key_row: list[int]
     value_row: list[int]
+    order: Tensor | None
+    blocks: list[int]
 
     @classmethod
-    def of(cls, query: RowEncoder, key: RowEncoder, value: RowEncoder) -> TritonAttention:
-        """Prepare the tables; waits for the device."""
+    def of(
+        cls,
+        query: RowEncoder,
+        key: RowEncoder,
+        value: RowEncoder,
+        rotation: HeadRotation | None = None,
+    ) -> TritonAttention:
+        """Prepare the tables; waits for the device. The kernels rotate Q and K, if they are rotated."""
         for encoder in (query, key, value):
             encoder.check_groups()  # the kernels index with them
+        if rotation is not None:
+            _ = rotation.index  # which checks it
         device, layouts = key.channel_group.device, (query.layout, key.layout, value.layout)
         groups = len(key.steps)
         most = max(layout.member.shape[1] for layout in layouts)
@@ -82,11 +93,18 @@ class TritonAttention:
             query_row=[*query_row, query.layout.planes],
             key_row=key_row,
             value_row=value_row,
+            order=None if rotation is None else rotation.order,
+            blocks=[] if rotation is None else list(rotation.blocks),
         )
 
     @staticmethod
-    def refusal(query: RowEncoder, key: RowEncoder, value: RowEncoder) -> str | None:
-        """Why these encoders cannot run on the kernels, or None."""
+    def refusal(
+        query: RowEncoder,
+        key: RowEncoder,
+        value: RowEncoder,
+        rotation: HeadRotation | None = None,
+    ) -> str | None:
+        """Why these encoders, behind this rotation, cannot run on the kernels, or None."""
         reason = TritonBackend().available()
         if reason is not None:
             return reason
@@ -96,16 +114,18 @@ class TritonAttention:
             return "Q with channel groups of its own"
         if key.channel_group.shape[-1] > _MAX_CHANNELS:
             return f"heads of more than {_MAX_CHANNELS} channels"
+        if rotation is not None and not fits_kernel(rotation.blocks):
+            return f"a rotation of Q and K in blocks of {rotation.blocks} channels"
         return None
 
     def encode(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Payloads of K and V, float `[B, H_kv, S, D]`: uint8 `[B, H_kv, S, bytes]`."""
+        """Payloads of K, not rotated yet, and V, float `[B, H_kv, S, D]`: uint8 `[B, H_kv, S, bytes]`."""
         from snnllm.kernels.attention_ops import encode_key_value  # needs Triton
 
         encoded: tuple[Tensor, Tensor] = encode_key_value(
             *(_channels_last(key), _channels_last(value), self.key_slot, self.value_slot),
             *(self.capacity, self.key_clip, self.value_clip, self.shared, self.planes, self.slots),
-            *(self.key_row, self.value_row),
+            *(self.key_row, self.value_row, self.order, self.blocks),
         )
         return encoded
 
@@ -124,7 +144,7 @@ class TritonAttention:
         scaling: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Attention output `[B, S_q, H, D]` of float queries over payloads."""
+        """Attention output `[B, S_q, H, D]` of float queries, not rotated yet, over payloads."""
         from snnllm.kernels.attention_ops import attend  # needs Triton
 
         out: Tensor = attend(
@@ -132,6 +152,7 @@ class TritonAttention:
             *(self.query_slot, self.key_slot, self.value_slot, self.member),
             *(self.query_capacity, self.query_clip, self.groups, self.shared, self.planes),
             *(self.query_row, self.key_row[1], self.value_row[1], scaling, dtype),
+            *(self.order, self.blocks),
         )
         return out
 

@@ -17,9 +17,10 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from snnllm.attention import SpikingLlamaAttention, spiking_attention
 from snnllm.block import CACHE_ARGUMENT
-from snnllm.cache import from_payload, to_payload
+from snnllm.cache import RowEncoder, from_payload, to_payload
 from snnllm.config import SpikeConfig
 from snnllm.execution import View, use_view
+from snnllm.head_rotation import HeadRotation
 from snnllm.kernels.triton_attention import SWITCH, TritonAttention
 from snnllm.kernels.triton_backend import TritonBackend
 from snnllm.modeling import load
@@ -37,7 +38,10 @@ BLOCK = 64  # of keys, at most
 def make(
     heads: int = 4, kv_heads: int = 2, dim: int = 8, seed: int = 0, **spike: Any
 ) -> tuple[SpikingLlamaAttention, TritonAttention]:
-    """A block whose heads have different numbers of salient channels, and its kernels."""
+    """A block whose heads have different numbers of salient channels, and its kernels.
+
+    With `rotation="groups"` in `spike`, the order in front of the groups is random.
+    """
     config = LlamaConfig(
         hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
     )
@@ -47,13 +51,15 @@ def make(
     masks = torch.rand(2, kv_heads, dim, generator=generator) < 0.3
     masks = (masks & (len(module.k_encoder.steps) > 1)).to(DEVICE, torch.uint8)
     module.set_channel_groups(masks[0], masks[1])
+    if module.qk_rotation is not None:
+        module.qk_rotation.sort(torch.rand(kv_heads, dim, generator=generator).argsort(-1))
     return module, kernels_of(module)
 
 
 def kernels_of(module: SpikingLlamaAttention) -> TritonAttention:
     encoders = (module.q_encoder, module.k_encoder, module.v_encoder)
-    assert TritonAttention.refusal(*encoders) is None
-    return TritonAttention.of(*encoders)
+    assert TritonAttention.refusal(*encoders, module.qk_rotation) is None
+    return TritonAttention.of(*encoders, module.qk_rotation)
 
 
 def operands(
@@ -144,6 +150,30 @@ def test_payloads_are_those_of_the_encoder(bits, steps, ratio, shared, dim, dtyp
         assert torch.equal(ours, to_payload(encoder.encode(x), encoder.layout))
 
 
+@settings(max_examples=12 if INTERPRETED else 200, derandomize=True, deadline=None)
+@given(
+    heads=st.sampled_from([(2, 2), (3, 1)]),
+    dim=st.sampled_from([8, 24, 64, 80, 128]),  # powers of two: rotated in the encoder's kernel
+    ratio=st.sampled_from([0.0, 0.1, 0.25]),
+    shared=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([0.0, 1e-7, 1.0, 1e3]),
+    tokens=st.integers(0, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_rotated_payloads_are_those_of_the_encoder_behind_the_rotation(
+    heads, dim, ratio, shared, dtype, scale, tokens, seed
+):
+    spike = {"salient_ratio": ratio, "value_range": "shared" if shared else "split"}
+    module, kernels = make(*heads, dim, seed, rotation="groups", **spike)
+    _, key, value = operands(module, seed, 1, 1, tokens)
+    key = (key * scale).to(dtype)
+    payloads = kernels.encode(key, value)
+    rotated = (module.k_encoder, module.rotate(key)), (module.v_encoder, value)
+    for ours, (encoder, x) in zip(payloads, rotated, strict=True):
+        assert torch.equal(ours, to_payload(encoder.encode(x), encoder.layout))
+
+
 @pytest.mark.parametrize("query_groups", [False, True])
 @pytest.mark.parametrize("steps", [2, 4])
 def test_unpacked_counts_are_those_of_the_encoder(query_groups, steps):
@@ -172,17 +202,18 @@ def test_unpacked_counts_are_those_of_the_encoder(query_groups, steps):
 @settings(max_examples=10 if INTERPRETED else 200, derandomize=True, deadline=None)
 @given(
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
-    dim=st.sampled_from([8, 20]),
+    dim=st.sampled_from([8, 24]),
     lengths=st.sampled_from([(1, 1), (1, 40), (2, 37), (18, 37), (20, 20)]),
     kind=st.sampled_from(["none", "causal", "pad", "pad bool", "pad empty half", "empty bool"]),
     ratio=st.sampled_from([0.0, 0.3]),
     steps=st.sampled_from([2, 4]),
     query_groups=st.booleans(),
     shared=st.booleans(),
+    rotation=st.sampled_from(["none", "groups"]),
     seed=st.integers(0, 2**16),
 )
 def test_outputs_are_those_of_the_torch_path(
-    tolerance, heads, dim, lengths, kind, ratio, steps, query_groups, shared, seed
+    tolerance, heads, dim, lengths, kind, ratio, steps, query_groups, shared, rotation, seed
 ):
     module, kernels = make(
         *(*heads, dim, seed),
@@ -190,6 +221,7 @@ def test_outputs_are_those_of_the_torch_path(
         kv_salient_steps=steps,
         query_groups=query_groups and ratio > 0,
         value_range="shared" if shared else "split",
+        rotation=rotation,
     )
     batch = 2 if "pad" in kind else 1  # the first entry is padded
     x = operands(module, seed, batch, *lengths)
@@ -238,8 +270,9 @@ def test_no_rows_and_no_keys():
 
 
 @pytest.mark.parametrize("q_len", [1, 12])
-def test_the_operators_keep_their_promises(q_len):
-    module, kernels = make(query_groups=True)
+@pytest.mark.parametrize("rotation", ["none", "groups"])
+def test_the_operators_keep_their_promises(q_len, rotation):
+    module, kernels = make(query_groups=True, rotation=rotation)
     query, key, value = operands(module, 0, 1, q_len, 16)
     calls: list[tuple[Any, tuple[Any, ...]]] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -273,8 +306,13 @@ def test_what_the_kernels_refuse(spike, reason):
     assert reason in str(refused)
     wide = LlamaConfig(hidden_size=512, num_attention_heads=2, num_key_value_heads=2)
     module = SpikingLlamaAttention(wide, 0, SpikeConfig()).to(DEVICE)
-    refused = TritonAttention.refusal(module.q_encoder, module.k_encoder, module.v_encoder)
-    assert "heads of more than 128 channels" in str(refused)
+    encoders = (module.q_encoder, module.k_encoder, module.v_encoder)
+    assert "heads of more than 128 channels" in str(TritonAttention.refusal(*encoders))
+    four, two = (HeadRotation(2, channels, 0, "q") for channels in (4, 8))
+    encoders = tuple(RowEncoder(torch.zeros(2, 4, dtype=torch.uint8)) for _ in range(3))
+    assert TritonAttention.refusal(*encoders) is None
+    assert "in blocks of (4,) channels" in str(TritonAttention.refusal(*encoders, four))
+    assert TritonAttention.refusal(*encoders, two) is None
 
 
 def test_what_the_kernels_leave_to_torch():
