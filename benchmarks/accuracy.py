@@ -122,7 +122,7 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
             (f"without {label}", "W4A4T2", {**ROTATED, "options": RotatedOptions(**{part: False})})
             for part, label in (
                 ("compensate", "the fit to the float model"),
-                ("rotate", "folded rotations (down_proj keeps its Hadamard)"),
+                ("rotate", "folded rotations (down_proj, Q and K keep their Hadamard)"),
                 ("offset", "input offsets"),
                 ("clip", "activation clip ratios"),
                 ("segment_scales", "weight scales per saliency group"),

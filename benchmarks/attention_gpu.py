@@ -7,6 +7,10 @@ than 4 times the L2 cache in all. `attention` takes float queries and the cache,
 of Q; `write` encodes the new K and V. Decoding: one query. "static" has 128 tokens in a cache for as many
 as the row says, the rest hidden by the mask. Before it is timed, every case is compared with the torch
 path. Without a GPU the exit status is 77 (skipped).
+
+A second table has the rotation of Q and K of a rotated model: encoding without it and with it (one kernel
+each), what that adds beside a bf16 linear of the same width, and the rotation in a kernel of its own, in
+front of decoding and where the attention kernels are off.
 """
 
 from __future__ import annotations
@@ -23,13 +27,16 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from snnllm.attention import SpikingLlamaAttention, spiking_attention
+from snnllm.cache import to_payload
 from snnllm.config import SpikeConfig
 from snnllm.kernels.triton_attention import TritonAttention
 from snnllm.kernels.triton_backend import TritonBackend
+from snnllm.transforms import salient_count, sorted_groups
 
 SHAPES = {"LLaMA-7B": (32, 32, 128), "SmolLM2-135M": (9, 3, 64)}
 KEYS = (128, 2048, 8192)
 PROMPTS = (2048,)
+ROTATED_TOKENS = (4096, 1)
 
 
 class Case(NamedTuple):
@@ -40,12 +47,12 @@ class Case(NamedTuple):
     used: int
 
 
-def block(heads: int, kv_heads: int, dim: int) -> SpikingLlamaAttention:
+def block(heads: int, kv_heads: int, dim: int, **spike: Any) -> SpikingLlamaAttention:
     """An attention block with 10 % salient channels of K and V, T = 2."""
     config = LlamaConfig(
         hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
     )
-    module = SpikingLlamaAttention(config, 0, SpikeConfig()).eval().cuda()
+    module = SpikingLlamaAttention(config, 0, SpikeConfig(**spike)).eval().cuda()
     generator = torch.Generator("cuda").manual_seed(0)
     draw = torch.rand(2, kv_heads * dim, generator=generator, device="cuda")
     few = draw.topk(kv_heads * dim // 10, dim=1).indices
@@ -118,6 +125,59 @@ def measure(shape: tuple[int, int, int], case: Case) -> list[str]:
     ]
 
 
+def rotated_block(shape: tuple[int, int, int]) -> SpikingLlamaAttention:
+    """The same with salient channels behind a rotation, in an order of its own for each head."""
+    _, kv_heads, dim = shape
+    module = block(*shape, rotation="groups", query_groups=True)
+    draw = torch.rand(2, kv_heads, dim, generator=torch.Generator().manual_seed(1))
+    groups = (draw.argsort(-1) < salient_count(dim, SpikeConfig().salient_ratio)).to(torch.uint8)
+    assert module.qk_rotation is not None
+    module.qk_rotation.sort(groups[0])
+    key, value = sorted_groups(groups).cuda()
+    module.set_channel_groups(key, value)
+    return module
+
+
+def measure_rotation(shape: tuple[int, int, int], tokens: int) -> list[str]:
+    """Cells of a row of the second table."""
+    from snnllm.kernels.attention_launch import encode  # these need Triton
+    from snnllm.kernels.head_rotation_triton import rotate_operand
+
+    heads, kv_heads, dim = shape
+    module = rotated_block(shape)
+    encoders, rotation = (module.q_encoder, module.k_encoder, module.v_encoder), module.qk_rotation
+    assert rotation is not None
+    rotated, plain = TritonAttention.of(*encoders, rotation), TritonAttention.of(*encoders)
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key, value, x = (
+        torch.randn(1, tokens, n, dim, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for n in (heads, kv_heads, kv_heads, heads)
+    )
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    with torch.no_grad():
+        expected = to_payload(module.k_encoder.encode(rotation(key)), module.k_encoder.layout)
+    if not torch.equal(rotated.encode(key, value)[0], expected):
+        raise AssertionError(f"{shape}: the rotated payloads of K are not those of torch")
+    operand = ((query, rotated.query_slot, rotated.query_clip, rotated.query_row[:2]),)
+    planes = rotated.query_row[2]
+    sizes = (rotated.query_capacity, rotated.shared, planes, rotated.slots if planes else 0)
+    weight = torch.randn(heads * dim, heads * dim, device="cuda", dtype=torch.bfloat16)
+    calls: dict[str, Callable[..., Any]] = {
+        "linear": partial(torch.nn.functional.linear, x.flatten(2), weight),
+        "Q": partial(encode, operand, *sizes),
+        "Q rotated": partial(encode, operand, *sizes, rotation.order, rotation.blocks),
+        "K, V": partial(plain.encode, key, value),
+        "K rotated, V": partial(rotated.encode, key, value),
+        "Q alone": partial(rotate_operand, query, rotation.order, rotation.blocks),
+    }
+    time = medians({name: graph_of([call] * 20) for name, call in calls.items()})
+    cells = [f"{time['linear']:.1f}"]
+    for before, after in (("Q", "Q rotated"), ("K, V", "K rotated, V")):
+        share = (time[after] - time[before]) / time["linear"]
+        cells.append(f"{time[before]:.1f} -> {time[after]:.1f} ({100 * share:+.1f} %)")
+    return [*cells, f"{time['Q alone']:.1f}"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -143,6 +203,15 @@ def main(argv: list[str] | None = None) -> int:
             slots = f"{case.keys}" + (" static" if case.used < case.keys else "")
             cells = measure(shape, case)
             print(f"| {name} | {case.queries} | {slots} | {' | '.join(cells)} |", flush=True)
+    print(
+        "\n| shape | tokens | bf16 linear | Q: encoded -> rotated too (of the linear) | "
+        "K and V: likewise | Q rotated alone |\n|---|---|---|---|---|---|"
+    )
+    for name, shape in SHAPES.items():
+        for tokens in ROTATED_TOKENS:
+            print(
+                f"| {name} | {tokens} | {' | '.join(measure_rotation(shape, tokens))} |", flush=True
+            )
     return 0
 
 

@@ -60,14 +60,22 @@ class HeadRotation(nn.Module):
         Raises:
             ValueError: Another shape.
         """
-        order = torch.argsort(groups.long(), dim=-1, stable=True)
-        self._check(order)
-        self.order.copy_(order)
+        if groups.shape != self.order.shape:
+            raise ValueError(
+                f"{self.name}: expected channel groups {tuple(self.order.shape)}, got "
+                f"{tuple(groups.shape)}."
+            )
+        self.order.copy_(torch.argsort(groups.long(), dim=-1, stable=True))
 
-    def _check(self, order: Tensor) -> None:
-        heads, channels = self.order.shape
+    def check_order(self) -> None:
+        """Refuse an order that kernels must not see; waits for the device.
+
+        Raises:
+            ValueError: A row does not have every channel once.
+        """
+        order, (heads, channels) = self.order, self.order.shape
         every = torch.arange(channels, device=order.device).expand(heads, channels)
-        if order.shape != every.shape or not torch.equal(order.long().sort(-1).values, every):
+        if not torch.equal(order.long().sort(-1).values, every):
             raise ValueError(
                 f"{self.name}: the order of Q and K must have every channel 0..{channels - 1} once in "
                 f"each of {heads} heads; the checkpoint is damaged, restore it or convert again."
@@ -84,7 +92,7 @@ class HeadRotation(nn.Module):
         if torch.compiler.is_compiling():
             return self.order.long()
         if known is None or known[0] is not self.order or known[1] != self.order._version:
-            self._check(self.order)
+            self.check_order()
             known = self.order, self.order._version, self.order.long()
             self._index = known
         return known[2]

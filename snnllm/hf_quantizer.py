@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from neurons import SpikeEncoder
 from snnllm.config import SpikeConfig
 from snnllm.execution import spiking_modules
+from snnllm.head_rotation import HeadRotation
 from snnllm.linear import SpikingLinear
 from snnllm.precision import restore_float32
 from snnllm.shared_input import kernels_run_on
@@ -61,6 +62,8 @@ class SpikeHfQuantizer(HfQuantizer):
                 module.invalidate()
             elif isinstance(module, SpikeEncoder):
                 module.check_groups()  # transformers assigns buffers past `load_state_dict`
+            elif isinstance(module, HeadRotation):
+                module.check_order()
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Packed buffers are ordinary tensors."""

@@ -160,9 +160,7 @@ def rotate_block(x: Tensor) -> Tensor:
     return y if p <= RADIX else y.unflatten(-1, (p // RADIX, RADIX)).mT.flatten(-2)
 
 
-def in_blocks(
-    x: Tensor, blocks: Sequence[int], transform: Callable[[Tensor], Tensor]
-) -> Tensor:
+def in_blocks(x: Tensor, blocks: Sequence[int], transform: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply a transform to the blocks of the last axis of `x [..., K]`, neighbours of one size at once.
 
     Args:

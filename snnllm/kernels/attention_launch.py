@@ -53,7 +53,9 @@ def encode(
     rows = outputs[0][..., 0].numel()
     if rows == 0:
         return outputs
-    words, mixed, starts = None, (), ()
+    words: Tensor | None = None
+    mixed: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
     if order is not None:
         words, (mixed, starts) = order.view(torch.int32), mixing_of(tuple(blocks))
     arguments = []

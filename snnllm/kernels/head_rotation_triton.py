@@ -74,6 +74,12 @@ def _pair(a, b, own, MIXED: tl.constexpr, ALL: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
+def _neighbours(x, L: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first and the second of every pair along the axis of L fours, `[L / 2, R * 4]`."""
+    return tl.split(tl.permute(tl.reshape(x, [L // 2, 2, 4 * R]), (0, 2, 1)))
+
+
+@triton.jit
 def _scaled(  # type: ignore[no-untyped-def]
     x, FIRST: tl.constexpr, BLOCKS: tl.constexpr, L: tl.constexpr, N: tl.constexpr
 ):
@@ -128,14 +134,12 @@ def rotated_halves(  # type: ignore[no-untyped-def]
     b, d = _pair(b, d, 4 * i < MIXED[1], MIXED[1], LANES)
     # From [R, L, 2, 2] on, the last axes are the channels of a four.
     x = tl.permute(tl.join(tl.join(a, c), tl.join(b, d)), (1, 0, 2, 3))
-    x = tl.reshape(x, [L, 4 * R])
+    low, high = _neighbours(x, L, R)
     pair = tl.arange(0, L // 2)
     for stage in tl.static_range(len(MIXED) - 2):
-        # A pass pairs neighbours and puts their number in the pair in front: after the last one the
-        # fours are in order again.
         if stage > 0:
-            x = tl.reshape(tl.permute(tl.join(low, high), (2, 0, 1)), [L, 4 * R])  # noqa: F821
-        low, high = tl.split(tl.permute(tl.reshape(x, [L // 2, 2, 4 * R]), (0, 2, 1)))
+            # The number in the pair comes in front: after the last pass the fours are in order again.
+            low, high = _neighbours(tl.permute(tl.join(low, high), (2, 0, 1)), L, R)
         own = (pair % (L >> (stage + 1)) * (8 << stage) < MIXED[stage + 2])[:, None]
         low, high = _pair(low, high, own, MIXED[stage + 2], LANES)
     low = _scaled(low, 0, BLOCKS, L // 2, 4 * R)

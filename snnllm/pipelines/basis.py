@@ -105,5 +105,5 @@ def rotate_source(source: Source, basis: Basis, generator: torch.Generator | Non
         torch.stack([group_rotation(head, generator) for head in layer]) for layer in basis.values
     ]
     inner = [SignedOrder.of_groups(layer, generator) for layer in basis.down]
-    heads = [pair_signs(*layer.shape, generator) for layer in basis.keys]
+    heads = [pair_signs(len(layer), layer.shape[1], generator) for layer in basis.keys]
     return RotatedSource(source, residual, values, inner, heads)

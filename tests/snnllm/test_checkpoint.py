@@ -52,7 +52,7 @@ DAMAGE = {
     "manifest_no_object": (lambda f: (f / MANIFEST).write_text("[]"), r"holds no JSON object"),
     "schema": (
         lambda f: change_json(f / MANIFEST, schema_version=99),
-        r"checkpoint schema 99, this snnllm reads schema 3",
+        r"checkpoint schema 99, this snnllm reads schema 4",
     ),
     "no_files": (lambda f: change_json(f / MANIFEST, files={}), r"lists no weight files"),
     "dense": (
@@ -75,8 +75,8 @@ def test_damage_is_named(checkpoint_copy, damage):
 def test_a_config_of_another_schema_is_refused(checkpoint_copy):
     path = checkpoint_copy / "config.json"
     spike = json.loads(path.read_text())["quantization_config"]
-    change_json(path, quantization_config={**spike, "schema_version": 2})
-    with pytest.raises(ValueError, match="spiking schema version 2; this snnllm reads version 3"):
+    change_json(path, quantization_config={**spike, "schema_version": 3})
+    with pytest.raises(ValueError, match="spiking schema version 3; this snnllm reads version 4"):
         load(checkpoint_copy)
 
 

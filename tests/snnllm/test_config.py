@@ -147,7 +147,7 @@ def test_the_dictionary_form_is_json_and_comes_back():
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, r"quant_method 'spikellm' expected, got 'gptq'"),
-        ({"schema_version": 99}, r"schema version 99; this snnllm reads version 3"),
+        ({"schema_version": 99}, r"schema version 99; this snnllm reads version 4"),
         ({"salient": 1, "Bits": 2}, r"Unknown spiking config keys: Bits, salient"),
     ],
 )

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
+from snnllm.config import SpikeConfig
+from snnllm.conversion import convert
 from snnllm.head_rotation import HeadRotation, fits_kernel
 from snnllm.kernels.triton_backend import TritonBackend
+from snnllm.modeling import load
 from snnllm.transforms import hadamard_transform, salient_count
 
 NO_TRITON = TritonBackend().available()
@@ -100,11 +103,11 @@ def test_gradients_are_those_of_the_matrix():
 def test_an_order_that_is_none_is_refused():
     rotation, x = make(2, 8), operand(2, 8, 0)
     expected = rotation(x)
-    with pytest.raises(ValueError, match=r"qk_rotation: the order .* every channel 0\.\.7 once"):
+    with pytest.raises(ValueError, match=r"expected channel groups \(2, 8\), got \(2, 4\)"):
         rotation.sort(torch.zeros(2, 4))
-    copies = deepcopy(rotation), pickle.loads(pickle.dumps(rotation))  # noqa: S301
+    copies = deepcopy(rotation), pickle.loads(pickle.dumps(rotation))
     rotation.order[1, 2] = 200
-    with pytest.raises(ValueError, match=r"restore it or convert again"):
+    with pytest.raises(ValueError, match=r"qk_rotation: the order .* every channel 0\.\.7 once"):
         rotation(x)
     rotation.order[1, 2] = rotation.order[1, 3]
     with pytest.raises(ValueError, match=r"in each of 2 heads"):
@@ -115,10 +118,28 @@ def test_an_order_that_is_none_is_refused():
         HeadRotation(1, 512, 0, "q")
 
 
+def test_a_damaged_order_is_refused_on_loading(make_llama, token_ids, tmp_path):
+    spike = SpikeConfig(salient_ratio=0.25)
+    convert(make_llama(), tmp_path / "out", spike, token_ids[:2], pipeline="rotated")
+    model = load(tmp_path / "out")
+    model.model.layers[1].self_attn.qk_rotation.order[0] = 3
+    model.save_pretrained(tmp_path / "damaged")
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.self_attn\.qk_rotation: the order of Q and K"
+    ):
+        load(tmp_path / "damaged")
+
+
 @pytest.mark.parametrize(
     ("blocks", "fits"),
-    [((64, 32, 16, 16), True), ((4, 2, 1, 1), True), ((4, 2, 2), True), ((64, 16, 8, 4, 8), False)]
-    + [((4, 2), False), ((32, 8, 2, 1), False)],
+    [
+        ((64, 32, 16, 16), True),
+        ((4, 2, 1, 1), True),
+        ((4, 2, 2), True),
+        ((64, 16, 8, 4, 8), False),
+        ((4, 2), False),
+        ((32, 8, 2, 1), False),
+    ],
 )
 def test_blocks_that_kernels_take(blocks, fits):
     assert fits_kernel(blocks) == fits

@@ -343,17 +343,18 @@ def test_double_precision_runs_equally_in_all_views(convert_tiny, token_ids, att
 
 
 @pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float64])
-def test_casts_do_not_round_rotations(make_llama, token_ids, tmp_path, cast):
+def test_casts_round_no_scales_and_keep_the_order_of_heads(make_llama, token_ids, tmp_path, cast):
     spike = SpikeConfig(salient_ratio=0.25)
     convert(make_llama(), tmp_path / "out", spike, token_ids[:2], pipeline="rotated")
     loaded = load(tmp_path / "out")
     built = SpikingLlamaForCausalLM(spiking_config(loaded.config, loaded.config.spike)).eval()
     built.load_state_dict(loaded.state_dict())
     built.to(cast)
-    kept = [n for n, _ in built.named_buffers() if n.endswith(("scale", "qk_rotation"))]
+    kept = [n for n, _ in built.named_buffers() if n.endswith(("scale", "qk_rotation.order"))]
     assert len(kept) == 2 * (7 + 1)
     for name in kept:
-        assert built.get_buffer(name).dtype == torch.float32, name
+        dtype = torch.uint8 if name.endswith("order") else torch.float32
+        assert built.get_buffer(name).dtype == dtype, name
         assert torch.equal(built.get_buffer(name), loaded.get_buffer(name)), name
     assert logits(built, token_ids).dtype == cast
 

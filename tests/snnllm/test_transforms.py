@@ -15,6 +15,7 @@ from snnllm.transforms import (
     SignedOrder,
     group_rotation,
     orthogonal,
+    pair_signs,
     power_of_two_factor,
     rotation_blocks,
     salient_count,
@@ -121,12 +122,37 @@ def test_a_rotated_model_is_the_same_function(
         SignedOrder.of_groups(random_groups(config.intermediate_size, seed), rng)
         for seed in range(config.num_hidden_layers)
     ]
-    rotated = dense_model(RotatedSource(ModelSource(model, "tiny"), residual, values, inner))
+    signs = [pair_signs(heads, dim, rng) for _ in range(config.num_hidden_layers)]
+    source = RotatedSource(ModelSource(model, "tiny"), residual, values, inner, signs)
+    rotated = dense_model(source)
     assert not rotated.config.tie_word_embeddings
     with torch.no_grad():
         expected, logits = model(token_ids).logits, rotated(token_ids).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert not torch.allclose(rotated.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_signs_of_heads_go_past_rope(make_llama: Any, token_ids: Tensor) -> None:
+    model, rng = make_llama(attention_bias=True), generator(3)
+    heads, dim = model.config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
+    signs = pair_signs(heads, dim, rng)
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(signs[:, : dim // 2], signs[:, dim // 2 :])
+    assert torch.equal(pair_signs(heads, dim, None), torch.ones(heads, dim).double())
+    residual = torch.eye(model.config.hidden_size)
+    count = model.config.num_hidden_layers
+    plain, turned = (
+        dense_model(RotatedSource(ModelSource(model, "tiny"), residual, heads=given))
+        for given in (None, [signs] * count)
+    )
+    first, second = (m.model.layers[1].self_attn for m in (plain, turned))
+    assert torch.equal(second.k_proj.weight, first.k_proj.weight * signs.view(-1, 1))
+    assert torch.equal(second.k_proj.bias, first.k_proj.bias * signs.flatten())
+    shared = signs.repeat_interleave(model.config.num_attention_heads // heads, 0)
+    assert torch.equal(second.q_proj.weight, first.q_proj.weight * shared.view(-1, 1))
+    assert torch.equal(second.v_proj.weight, first.v_proj.weight)
+    with torch.no_grad():  # products and sums of the same numbers
+        assert torch.equal(plain(token_ids).logits, turned(token_ids).logits)
 
 
 def test_stories_rotated_is_the_same_function(stories_dir: Any) -> None:
@@ -152,7 +178,8 @@ def test_smollm2_with_all_transforms_is_the_same_function(smollm2_gguf: Any) -> 
     salient = torch.arange(config.intermediate_size) % 12 == 5
     inner = [SignedOrder.of_groups(salient, rng) for _ in range(config.num_hidden_layers)]
     ids = torch.randint(3, config.vocab_size, (1, 48), generator=generator())
-    rotated = dense_model(RotatedSource(source, residual, values, inner))
+    signs = [pair_signs(heads, dim, rng) for _ in range(config.num_hidden_layers)]
+    rotated = dense_model(RotatedSource(source, residual, values, inner, signs))
     for layer in rotated.model.layers:
         down = layer.mlp.down_proj
         online = OnlineRotation((config.intermediate_size - 128, 128))
