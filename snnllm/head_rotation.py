@@ -52,6 +52,7 @@ class HeadRotation(nn.Module):
             )
         self.name = name
         self.blocks = rotation_blocks((channels - salient, salient))
+        self._fits = fits_kernel(self.blocks)
         self.register_buffer("order", torch.arange(channels).to(torch.uint8).repeat(heads, 1))
 
     def sort(self, groups: Tensor) -> None:
@@ -116,10 +117,10 @@ class HeadRotation(nn.Module):
 
     def _in_kernel(self, x: Tensor) -> bool:
         return (
-            shared_input.kernels_run_on(x.device.type)
+            self._fits
+            and shared_input.kernels_run_on(x.device.type)
             and not (x.requires_grad and torch.is_grad_enabled())
             and x.dtype in DTYPES
-            and fits_kernel(self.blocks)
         )
 
     @property

@@ -195,6 +195,18 @@ def test_the_module_runs_the_kernel_where_kernels_run(monkeypatch, dtype):
 
 
 @triton_only
+@pytest.mark.parametrize("kernels", [False, True])
+def test_it_is_one_graph_for_the_compiler(monkeypatch, kernels):
+    rotation, x = make(2, 64).to(DEVICE), operand(4, 64, 0).to(DEVICE)
+    expected = rotation(x)
+    monkeypatch.setattr("snnllm.shared_input.kernels_run_on", lambda _: kernels)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(rotation, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), expected)
+
+
+@triton_only
 def test_the_operator_keeps_its_promises():
     rotation = make(2, 64).to(DEVICE)
     x = operand(4, 64, 0).to(DEVICE)
