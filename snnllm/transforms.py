@@ -134,14 +134,14 @@ def hadamard_transform(x: Tensor) -> Tensor:
     Returns:
         float32 `[..., p]`.
     """
-    p, h = x.shape[-1], 1
-    while h < p:
-        pairs = x.unflatten(-1, (p // (2 * h), 2, h))
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
-        h *= 2
-    scaled: Tensor = x * p**-0.5
-    return scaled
+    p = x.shape[-1]
+    y = x.movedim(-1, 0).contiguous()  # whole rows are added, not neighbours
+    for _ in range(p.bit_length() - 1):
+        # A pass pairs neighbours and puts their number in the pair in front: the bits of h = 1, 2, 4, ..
+        a, b = y[0::2], y[1::2]
+        y = torch.cat((a + b, a - b))
+    scaled: Tensor = y * p**-0.5
+    return scaled.movedim(0, -1).contiguous()
 
 
 def rotate_block(x: Tensor) -> Tensor:
