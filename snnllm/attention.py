@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -57,6 +58,9 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         k_encoder: Own channel groups per KV head, `[H_kv, D]`.
         v_encoder: Likewise.
         qk_rotation: Rotates Q and K in front of their encoders, in a rotated model; else None.
+        offset_key: With `key_offset`, a constant current `-offset_key` flows into the neurons of K, float32
+            `[H_kv, D]` behind the rotation. It never comes back: the softmax does not change when all keys
+            move alike. (SageAttention, arXiv 2410.02367, takes off the mean of the keys at hand.)
     """
 
     def __init__(self, config: LlamaConfig, layer_idx: int, spike: SpikeConfig) -> None:
@@ -87,6 +91,8 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         if spike.rotation is Rotation.GROUPS:
             salient = salient_count(dim, spike.salient_ratio)
             self.qk_rotation = HeadRotation(heads, dim, salient, f"{prefix}.qk_rotation")
+        if spike.key_offset:
+            self.register_buffer("offset_key", torch.zeros(heads, dim))
         self._native: NativeAttention | object | None = _UNKNOWN
         self._kernels: TritonAttention | object | None = _UNKNOWN
 
@@ -98,6 +104,14 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         if self.q_encoder.channel_group.dim() == 2:  # Q is multiplied with K channel by channel
             shared = self.q_encoder.channel_group.shape[0] // key.shape[0]
             self.q_encoder.set_groups(key.repeat_interleave(shared, 0))
+
+    def set_key_offset(self, keys: Iterable[Tensor]) -> None:
+        """Set the offset of K to the mean of some keys behind RoPE, `[B, H_kv, S, D]` each."""
+        total, count = torch.zeros_like(self.get_buffer("offset_key"), dtype=torch.float64), 0
+        for key in keys:
+            total += self.rotate(key).double().sum((0, 2))
+            count += key.shape[0] * key.shape[2]
+        self.get_buffer("offset_key").copy_(total / max(count, 1))
 
     def check_view(self, view: View) -> None:
         """Refuse a view that the configuration cannot run."""
@@ -154,7 +168,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
                 "%s: attention runs on torch operations: %s", self.k_encoder.name, reason
             )
             return None
-        return TritonAttention.of(*encoders, self.qk_rotation)
+        return TritonAttention.of(*encoders, self.qk_rotation, self._buffers.get("offset_key"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._native = self._kernels = _UNKNOWN  # the encoders may move to another device
@@ -171,7 +185,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         if kernels is not None and kernels.takes(key) and kernels.takes(value):
             return kernels.encode(key, value)
         return (
-            self.encode_payload(self.k_encoder, self.rotate(key)),
+            self.encode_payload(self.k_encoder, self.key_current(key)),
             self.encode_payload(self.v_encoder, value),
         )
 
@@ -192,6 +206,11 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
             return x
         rotated: Tensor = self.qk_rotation(x)
         return rotated
+
+    def key_current(self, key: Tensor) -> Tensor:
+        """What the encoder of K sees of K `[B, H_kv, S, D]` behind RoPE: rotated and without the offset."""
+        offset, rotated = self._buffers.get("offset_key"), self.rotate(key)
+        return rotated if offset is None else rotated.float() - offset.unsqueeze(1)
 
     def run_encoder(self, encoder: RowEncoder, x: Tensor) -> Encoding:
         """Encode an operand in the current view; outside the collapsed view the neurons really run."""

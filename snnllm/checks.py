@@ -117,6 +117,7 @@ def check_unfilled(spike: SpikeConfig, pipeline: str) -> None:
     fields = {
         "rotation": spike.rotation is not Rotation.NONE,
         "input_offset": spike.input_offset,
+        "key_offset": spike.key_offset,
         "query_groups": spike.query_groups,
     }
     wrong = [name for name, given in fields.items() if given]

@@ -96,6 +96,8 @@ class SpikeConfig:
         rotation: Rotate channels inside the saliency groups; set by the `rotated` pipeline.
         input_offset: Linears take a fixed offset per channel from their input and add its image to the
             output; set by the `rotated` pipeline.
+        key_offset: A fixed offset per channel is taken off K in front of its encoder, which the softmax
+            does not see; set by the `rotated` pipeline.
         segment_scales: Every saliency group of the inputs has weight scales of its own.
         query_groups: Q has the channel groups and steps of K; otherwise one group and one step. Set by
             the `rotated` pipeline.
@@ -123,6 +125,7 @@ class SpikeConfig:
     weight_range: WeightRange = WeightRange.CLIP
     rotation: Rotation = Rotation.NONE
     input_offset: bool = False
+    key_offset: bool = False
     segment_scales: bool = False
     query_groups: bool = False
     activation_clip: float = 1.0

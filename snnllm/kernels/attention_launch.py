@@ -39,11 +39,12 @@ def encode(
     slots: int,
     order: Tensor | None = None,
     blocks: Sequence[int] = (),
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Payloads of one or two operands (x, slots, clip, row) of the same shape.
 
     With an order and blocks (`rotate_operand`), the first is rotated in front of its encoder: in the same
-    kernel where D is a power of two.
+    kernel where D is a power of two. Then its offset is taken off, float32 `[H, D]`, contiguous.
     """
     if order is not None and not fuses(blocks):
         (x, *first), *rest = operands
@@ -61,7 +62,8 @@ def encode(
     arguments = []
     for (x, slot, clip, row), out in zip(operands, outputs, strict=True):
         stride = channels if slot.shape[0] > 1 else 0
-        arguments.append((x, words, slot, capacity, clip, out, *x.stride()[:3], stride, *row))
+        tables = (words, offset, slot, capacity, clip)
+        arguments.append((x, *tables, out, *x.stride()[:3], stride, *row))
     per_program = 2 if interpreted() else 8 if rows >= 1024 else 2
     launch: Any = encode_rows[(triton.cdiv(rows, per_program), len(operands))]
     with on(capacity.device):
@@ -70,6 +72,7 @@ def encode(
             *(1 if order is None else heads // len(order), tokens),
             MIXED=mixed,
             BLOCKS=starts,
+            OFFSET=offset is not None,
             D=channels,
             HALF=_power(4, channels // 2),
             G=capacity.shape[0],

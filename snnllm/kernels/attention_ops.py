@@ -28,6 +28,7 @@ def encode_key_value(
     value_row: list[int],
     order: Tensor | None = None,
     blocks: list[int] | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Payloads of K and V (`snnllm.cache`), in one launch.
 
@@ -48,13 +49,14 @@ def encode_key_value(
         value_row: Likewise.
         order: With `blocks`, the rotation of K (`rotate_operand`), uint8 `[H_kv, D]`; None: none.
         blocks: Sizes of the Hadamard blocks.
+        offset: Taken off K behind the rotation, float32 `[H_kv, D]`, contiguous; None: nothing.
 
     Returns:
         uint8 `[B, H_kv, S, bytes]` of K and of V.
     """
     operands = ((key, key_slot, key_clip, key_row), (value, value_slot, value_clip, value_row))
     key_payload, value_payload = encode(
-        operands, capacity, shared, planes, slots, order, blocks or ()
+        operands, capacity, shared, planes, slots, order, blocks or (), offset
     )
     return key_payload, value_payload
 
@@ -75,6 +77,7 @@ def _(
     value_row: list[int],
     order: Tensor | None = None,
     blocks: list[int] | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return rows_of(key, key_row[0]), rows_of(value, value_row[0])
 

@@ -71,6 +71,7 @@ def counts_of(x, s, z, capacity):  # type: ignore[no-untyped-def]
 def _encode(  # type: ignore[no-untyped-def]
     x_ptr,
     order_ptr,
+    offset_ptr,
     slot_ptr,
     capacity_ptr,
     clip_ptr,
@@ -87,6 +88,7 @@ def _encode(  # type: ignore[no-untyped-def]
     tokens,
     MIXED: tl.constexpr,
     BLOCKS: tl.constexpr,
+    OFFSET: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
     G: tl.constexpr,
@@ -97,7 +99,8 @@ def _encode(  # type: ignore[no-untyped-def]
 ):
     """Payloads of R rows; x `[B, H, S, D]` with stride 1 along D, out uint8 `[B, H, S, width]`.
 
-    Rows are rotated first unless MIXED is empty (`rotated_halves`; D is a power of two then).
+    Rows are rotated first unless MIXED is empty (`rotated_halves`; D is a power of two then), and the
+    offset of the head is taken off, float32 `[H, D]`.
     """
     row = tl.program_id(0) * R + tl.arange(0, R)
     inside = (row < rows)[:, None]
@@ -111,6 +114,10 @@ def _encode(  # type: ignore[no-untyped-def]
     else:
         low = tl.load(x_at + j, mask=there, other=0.0).to(tl.float32)
         high = tl.load(x_at + j + D // 2, mask=there, other=0.0).to(tl.float32)
+    if OFFSET:
+        offset_at = offset_ptr + (head * D)[:, None] + j
+        low -= tl.load(offset_at, mask=there, other=0.0)
+        high -= tl.load(offset_at + D // 2, mask=there, other=0.0)
     slot_low = tl.full([R, HALF], -1, tl.int32)
     slot_high = slot_low
     if G == 2:
@@ -159,6 +166,7 @@ def _encode(  # type: ignore[no-untyped-def]
 def encode_rows(  # type: ignore[no-untyped-def]
     x_ptr,
     order_ptr,
+    offset_ptr,
     slot_ptr,
     capacity_ptr,
     clip_ptr,
@@ -171,6 +179,7 @@ def encode_rows(  # type: ignore[no-untyped-def]
     plane_bytes,
     x_ptr_,
     order_ptr_,
+    offset_ptr_,
     slot_ptr_,
     capacity_ptr_,
     clip_ptr_,
@@ -187,6 +196,7 @@ def encode_rows(  # type: ignore[no-untyped-def]
     tokens,
     MIXED: tl.constexpr,
     BLOCKS: tl.constexpr,
+    OFFSET: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
     G: tl.constexpr,
@@ -198,15 +208,17 @@ def encode_rows(  # type: ignore[no-untyped-def]
     """Payloads of one operand, or (`program_id(1)` 0 and 1) of two in one launch: K, rotated, and V."""
     if tl.program_id(1) == 0:
         _encode(
-            *(x_ptr, order_ptr, slot_ptr, capacity_ptr, clip_ptr, out_ptr),
+            *(x_ptr, order_ptr, offset_ptr, slot_ptr, capacity_ptr, clip_ptr, out_ptr),
             *(batch_stride, head_stride, token_stride, slot_stride, width, plane_bytes),
-            *(rows, heads, share, tokens, MIXED, BLOCKS, D, HALF, G, SHARED, PLANES, SLOTS, R),
+            *(rows, heads, share, tokens, MIXED, BLOCKS, OFFSET),
+            *(D, HALF, G, SHARED, PLANES, SLOTS, R),
         )
     else:
         _encode(
-            *(x_ptr_, order_ptr_, slot_ptr_, capacity_ptr_, clip_ptr_, out_ptr_),
+            *(x_ptr_, order_ptr_, offset_ptr_, slot_ptr_, capacity_ptr_, clip_ptr_, out_ptr_),
             *(batch_stride_, head_stride_, token_stride_, slot_stride_, width_, plane_bytes_),
-            *(rows, heads, share, tokens, (), (), D, HALF, G, SHARED, PLANES, SLOTS, R),
+            *(rows, heads, share, tokens, (), (), False),
+            *(D, HALF, G, SHARED, PLANES, SLOTS, R),
         )
 
 

@@ -48,6 +48,7 @@ class TritonAttention:
     value_row: list[int]
     order: Tensor | None
     blocks: list[int]
+    offset: Tensor | None
 
     @classmethod
     def of(
@@ -56,8 +57,9 @@ class TritonAttention:
         key: RowEncoder,
         value: RowEncoder,
         rotation: HeadRotation | None = None,
+        offset: Tensor | None = None,
     ) -> TritonAttention:
-        """Prepare the tables; waits for the device. The kernels rotate Q and K, if they are rotated."""
+        """Prepare the tables; waits for the device. The kernels rotate Q and K, and take the offset off K."""
         for encoder in (query, key, value):
             encoder.check_groups()  # the kernels index with them
         if rotation is not None:
@@ -95,6 +97,7 @@ class TritonAttention:
             value_row=value_row,
             order=None if rotation is None else rotation.order,
             blocks=[] if rotation is None else list(rotation.blocks),
+            offset=None if offset is None else offset.contiguous(),
         )
 
     @staticmethod
@@ -125,7 +128,7 @@ class TritonAttention:
         encoded: tuple[Tensor, Tensor] = encode_key_value(
             *(_channels_last(key), _channels_last(value), self.key_slot, self.value_slot),
             *(self.capacity, self.key_clip, self.value_clip, self.shared, self.planes, self.slots),
-            *(self.key_row, self.value_row, self.order, self.blocks),
+            *(self.key_row, self.value_row, self.order, self.blocks, self.offset),
         )
         return encoded
 

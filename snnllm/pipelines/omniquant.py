@@ -37,6 +37,7 @@ from snnllm.pipelines.report import (
     sqnr_db,
 )
 from snnllm.pipelines.rtn import channel_groups
+from snnllm.pipelines.stages import StagedBlock
 from snnllm.pipelines.streaming import (
     INPUT_GROUPS,
     BlockStatistics,
@@ -98,6 +99,7 @@ def omniquant_config(spike: SpikeConfig, options: OmniQuantOptions) -> SpikeConf
         and spiking
         and spike.weight_group_size is None,
         query_groups=options.query_groups and spike.encodes_attention,
+        key_offset=options.key_offset and spike.encodes_attention,
     )
 
 
@@ -180,6 +182,8 @@ def _convert(
     target.advance(dense)
     frame = load_block(job.source, index, device)
     attention = _make_frame(frame, index, statistics, job, generator)
+    if attention is not None and job.spike.key_offset:
+        attention.set_key_offset(StagedBlock(frame, stream).keys())
     modules = _empty_linears(dense, index, statistics, job, generator)
     inputs = statistics.inputs
     block = TrainableBlock(

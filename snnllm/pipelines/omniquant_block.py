@@ -48,6 +48,8 @@ class TrainableBlock(nn.Module):
         options: What is learned.
     """
 
+    key_offset: Tensor | None
+
     def __init__(
         self,
         dense: Any,
@@ -77,12 +79,14 @@ class TrainableBlock(nn.Module):
         self._counts = [len(group) for group in units]
         self.query = self.key = self.value = None
         self.rotation: HeadRotation | None = None
+        self.register_buffer("key_offset", None)
         if spiking is not None:
             learn = options.clip_activations
             self.query = Operand(spiking.q_encoder, learn)
             self.key = Operand(spiking.k_encoder, learn)
             self.value = Operand(spiking.v_encoder, learn)
             self.rotation = deepcopy(spiking.qk_rotation)
+            self.key_offset = spiking._buffers.get("offset_key")
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -260,6 +264,8 @@ class TrainableBlock(nn.Module):
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         if self.rotation is not None:
             q, k = self.rotation(q), self.rotation(k)
+        if self.key_offset is not None:
+            k = k - self.key_offset.unsqueeze(1)
         if self.query is not None and self.key is not None and self.value is not None:
             q, k, v = self.query(q), self.key(k), self.value(v)
         q = q.reshape(batch, self.kv_heads, self.repeats * tokens, self.head_dim) * self.scaling

@@ -66,6 +66,7 @@ class OmniQuantOptions:
         offset: Take a learned offset (the shift of LET) off every input of a linear.
         segment_scales: Weight scales per saliency group of the input.
         query_groups: Q has the channel groups and steps of K.
+        key_offset: Take the mean off the keys in front of their encoder.
         rotate: Start from the rotated basis of the `rotated` pipeline instead of the channels; float
             activations are not rotated.
         weight_rate: Learning rate of the weights themselves, in units of the standard deviation of
@@ -88,6 +89,7 @@ class OmniQuantOptions:
     offset: bool = True
     segment_scales: bool = True
     query_groups: bool = True
+    key_offset: bool = True
     rotate: bool = True
     weight_rate: float = 3e-3
     loss: Loss = Loss.RELATIVE
@@ -130,6 +132,7 @@ _RECIPES: Mapping[Recipe, Mapping[str, Any]] = {
         "offset": False,
         "segment_scales": False,
         "query_groups": False,
+        "key_offset": False,
         "rotate": False,
         "scale_rate": 1e-3,
         "weight_rate": 0.0,

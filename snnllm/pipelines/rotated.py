@@ -6,7 +6,8 @@
    into the weights (`RotatedSource`); keys, queries and the down_proj input are rotated online.
 3. Block by block, input by input, on what is converted already: the mean of the input becomes an
    offset, the range of each saliency group gets a clip ratio, the weights are fitted to the outputs
-   of the float model (`fitting.py`) and rounded by GPTQ with scales per saliency group.
+   of the float model (`fitting.py`) and rounded by GPTQ with scales per saliency group. K gets an
+   offset, too.
 
 No training. The salient groups have sizes with Hadamard matrices (`transforms.salient_count`).
 """
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from snnllm.attention import SpikingLlamaAttention
 from snnllm.checks import check_shared_steps
 from snnllm.config import FLOAT_BITS, MaskScope, Rotation, SpikeConfig, WeightRange
 from snnllm.execution import choose_views
@@ -64,6 +66,7 @@ class RotatedOptions:
         rotate: Random rotations inside the saliency groups. Without them channels are only sorted;
             the inputs of down_proj, Q and K keep the Hadamard transforms that run online.
         offset: Take the mean off every input. (The fit has an output offset in any case.)
+        key_offset: Take the mean off the keys.
         clip: Search the clip ratio of each input and group.
         segment_scales: Weight scales per saliency group of the input instead of per output channel.
         query_groups: Q has the channel groups and steps of K.
@@ -73,6 +76,7 @@ class RotatedOptions:
 
     rotate: bool = True
     offset: bool = True
+    key_offset: bool = True
     clip: bool = True
     segment_scales: bool = True
     query_groups: bool = True
@@ -95,6 +99,7 @@ def rotated_config(spike: SpikeConfig, options: RotatedOptions) -> SpikeConfig:
         rotation=Rotation.GROUPS,
         mask_scope=MaskScope.INPUT,
         input_offset=options.offset or options.compensate,
+        key_offset=options.key_offset and spike.encodes_attention,
         segment_scales=options.segment_scales and spike.weight_group_size is None,
         query_groups=options.query_groups,
     )
@@ -152,8 +157,10 @@ def convert_blocks(
             continue
         block = load_block(source, index, device)
         spiking, floating = StagedBlock(block, stream), StagedBlock(dense, target)
-        _spike_attention(block, index, job)
+        attention = _spike_attention(block, index, job)
         block.to(device)
+        if attention is not None and job.spike.key_offset:
+            attention.set_key_offset(spiking.keys())
         for paths, data in each_input(spiking, floating, index, spike):
             _fit_input(block, index, paths, data, job)
         round_to_storage(block, source.tensor("model.norm.weight").dtype)
@@ -172,16 +179,16 @@ def convert_blocks(
         yield block, report
 
 
-def _spike_attention(block: nn.Module, index: int, job: _Job) -> None:
-    """Replace the attention of a dense block; its linears stay dense."""
+def _spike_attention(block: nn.Module, index: int, job: _Job) -> SpikingLlamaAttention | None:
+    """Replace the attention of a dense block; its linears stay dense. None if it stays, too."""
     linears = tuple(p for paths in INPUT_GROUPS for p in paths)
     kept = (*job.spike.modules_to_not_convert, *linears)
     attention_only = dataclasses.replace(job.spike, modules_to_not_convert=kept)
     attention = make_spiking(block, index, job.source.config, attention_only)
-    if attention is None:
-        return
-    job.basis.fill(attention, index)
-    choose_views(attention)
+    if attention is not None:
+        job.basis.fill(attention, index)
+        choose_views(attention)
+    return attention
 
 
 def _fit_input(

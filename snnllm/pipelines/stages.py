@@ -6,12 +6,13 @@ the ones already converted. Running the block anew for each would repeat its att
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from snnllm.pipelines.batches import Batches
 from snnllm.pipelines.streaming import BlockStream
@@ -61,6 +62,15 @@ class StagedBlock:
 
             return self._map(mlp)
         return self._map(block.post_attention_layernorm)
+
+    def keys(self) -> Iterator[Tensor]:
+        """K behind RoPE of each batch, float32 `[b, H_kv, S, D]`, in front of the first stage."""
+        attention, (cos, sin) = self.block.self_attn, self._stream.context["position_embeddings"]
+        for hidden in self._stream.hidden:
+            with torch.no_grad():
+                x = self.block.input_layernorm(hidden.to(self._stream.device))
+                key = attention.k_proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                yield apply_rotary_pos_emb(key, key, cos, sin)[1]
 
     def write(self, path: str, inputs: Batches) -> None:
         """Add the output of the linear at `path` to the residual stream."""

@@ -40,7 +40,8 @@ def make(
 ) -> tuple[SpikingLlamaAttention, TritonAttention]:
     """A block whose heads have different numbers of salient channels, and its kernels.
 
-    With `rotation="groups"` in `spike`, the order in front of the groups is random.
+    With `rotation="groups"` in `spike`, the order in front of the groups is random; so is the offset of K
+    with `key_offset`.
     """
     config = LlamaConfig(
         hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
@@ -53,13 +54,16 @@ def make(
     module.set_channel_groups(masks[0], masks[1])
     if module.qk_rotation is not None:
         module.qk_rotation.sort(torch.rand(kv_heads, dim, generator=generator).argsort(-1))
+    if "offset_key" in module._buffers:
+        offset = torch.randn(kv_heads, dim, generator=generator)
+        module.get_buffer("offset_key").copy_(offset)
     return module, kernels_of(module)
 
 
 def kernels_of(module: SpikingLlamaAttention) -> TritonAttention:
     encoders = (module.q_encoder, module.k_encoder, module.v_encoder)
     assert TritonAttention.refusal(*encoders, module.qk_rotation) is None
-    return TritonAttention.of(*encoders, module.qk_rotation)
+    return TritonAttention.of(*encoders, module.qk_rotation, module._buffers.get("offset_key"))
 
 
 def operands(
@@ -156,21 +160,23 @@ def test_payloads_are_those_of_the_encoder(bits, steps, ratio, shared, dim, dtyp
     dim=st.sampled_from([8, 24, 64, 80, 128]),  # powers of two: rotated in the encoder's kernel
     ratio=st.sampled_from([0.0, 0.1, 0.25]),
     shared=st.booleans(),
+    rotation=st.sampled_from(["groups", "groups", "none"]),
+    offset=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     scale=st.sampled_from([0.0, 1e-7, 1.0, 1e3]),
     tokens=st.integers(0, 2),
     seed=st.integers(0, 2**16),
 )
-def test_rotated_payloads_are_those_of_the_encoder_behind_the_rotation(
-    heads, dim, ratio, shared, dtype, scale, tokens, seed
+def test_payloads_are_those_of_the_encoder_behind_rotation_and_offset(
+    heads, dim, ratio, shared, rotation, offset, dtype, scale, tokens, seed
 ):
     spike = {"salient_ratio": ratio, "value_range": "shared" if shared else "split"}
-    module, kernels = make(*heads, dim, seed, rotation="groups", **spike)
+    module, kernels = make(*heads, dim, seed, rotation=rotation, key_offset=offset, **spike)
     _, key, value = operands(module, seed, 1, 1, tokens)
     key = (key * scale).to(dtype)
     payloads = kernels.encode(key, value)
-    rotated = (module.k_encoder, module.rotate(key)), (module.v_encoder, value)
-    for ours, (encoder, x) in zip(payloads, rotated, strict=True):
+    currents = (module.k_encoder, module.key_current(key)), (module.v_encoder, value)
+    for ours, (encoder, x) in zip(payloads, currents, strict=True):
         assert torch.equal(ours, to_payload(encoder.encode(x), encoder.layout))
 
 
