@@ -29,8 +29,8 @@ from transformers import LlamaConfig
 from snnllm.attention import SpikingLlamaAttention, spiking_attention
 from snnllm.cache import to_payload
 from snnllm.config import SpikeConfig
-from snnllm.kernels.triton_attention import TritonAttention
-from snnllm.kernels.triton_backend import TritonBackend
+from snnllm.kernels.attention.backend import TritonAttention
+from snnllm.kernels.triton.backend import TritonBackend
 from snnllm.transforms import salient_count, sorted_groups
 
 SHAPES = {"LLaMA-7B": (32, 32, 128), "SmolLM2-135M": (9, 3, 64)}
@@ -140,8 +140,8 @@ def rotated_block(shape: tuple[int, int, int]) -> SpikingLlamaAttention:
 
 def measure_rotation(shape: tuple[int, int, int], tokens: int) -> list[str]:
     """Cells of a row of the second table."""
-    from snnllm.kernels.attention_launch import encode  # these need Triton
-    from snnllm.kernels.head_rotation_triton import rotate_operand
+    from snnllm.kernels.attention.launch import encode  # these need Triton
+    from snnllm.kernels.attention.rotation import rotate_operand
 
     heads, kv_heads, dim = shape
     module = rotated_block(shape)

@@ -121,8 +121,8 @@ class Contender:
 def contenders(rows: int, channels: int, seed: int) -> dict[str, Contender]:
     """Every kernel at one shape."""
     from neurons.backends.triton_encode import encode_rows
-    from snnllm.kernels.norm_triton import rms_norm_encode
-    from snnllm.kernels.swiglu_triton import silu_mul, silu_mul_encode
+    from snnllm.kernels.triton.norm import rms_norm_encode
+    from snnllm.kernels.triton.swiglu import silu_mul, silu_mul_encode
     from snnllm.norm import rms_norm
 
     one, two = Layer(channels, 0.0, seed), Layer(channels, 0.1, seed)

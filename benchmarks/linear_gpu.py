@@ -26,17 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnllm.kernels import (
-    EncoderSpec,
-    LinearSpec,
-    ReferenceBackend,
-    cuda_linear,
-    segments_of,
-    triton_backend,
-)
-from snnllm.kernels.cuda_linear import Rows, Tiles
-from snnllm.kernels.ternary_pack import CountedTernary, counted_linear, packed_linear
-from snnllm.kernels.triton_backend import TritonBackend, TritonLinear
+from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of
+from snnllm.kernels.cuda import linear as cuda_linear
+from snnllm.kernels.cuda.linear import Rows, Tiles
+from snnllm.kernels.ternary.pack import CountedTernary, counted_linear, packed_linear
+from snnllm.kernels.triton import backend as triton_backend
+from snnllm.kernels.triton.backend import TritonBackend, TritonLinear
 from snnllm.layout import LinearLayout
 from snnllm.step_allocation import GROUP_SIZE, classes_of, threshold_runs
 from snnllm.ternary import TernaryWeight
@@ -303,7 +298,7 @@ def ternary_table(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
 
 def sweep(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
     """Print the time of every candidate, best first."""
-    from snnllm.kernels import triton_ops
+    from snnllm.kernels.triton import operators as triton_ops
 
     module: Any
     candidates: Any

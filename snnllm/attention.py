@@ -30,17 +30,15 @@ from snnllm.cache import EncodeOnWrite, RowEncoder, from_payload, to_payload
 from snnllm.config import Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
 from snnllm.head_rotation import HeadRotation
-from snnllm.kernels import get_backend
-from snnllm.kernels.attention import NativeAttention
-from snnllm.kernels.exact import exact_matmul
-from snnllm.kernels.triton_attention import SWITCH, TritonAttention
+from snnllm.kernels.attention.backend import SWITCH, TritonAttention
+from snnllm.kernels.cpu.attention import NativeAttention
+from snnllm.kernels.products import integer_product
 from snnllm.precision import keeping_float32
 from snnllm.transforms import salient_count
 
 LOGGER = logging.getLogger("snnllm.attention")
 SPIKING_ATTENTION = "spiking"
 CALIBRATION_ATTENTION = "spiking_calibration"
-_INT8_MAX = 127
 _UNKNOWN: object = ...  # survives deepcopy and pickle as itself
 
 
@@ -266,23 +264,6 @@ def query_key_accumulators(
         row = integer_product(q, silent, bound_q, 1)
         total.append(summed - row * key.zero_point[..., g].unsqueeze(-2))
     return total
-
-
-def integer_product(a: Tensor, b: Tensor, bound_a: int, bound_b: int) -> Tensor:
-    """`a @ b^T` of integer tensors `[B, H, M, D]` and `[B, H, N, D]`, exact int32 `[B, H, M, N]`.
-
-    Args:
-        a: Integers with `|a| <= bound_a`.
-        b: Integers with `|b| <= bound_b`.
-        bound_a: Known before the values are, so that nothing has to be read back from a device.
-        bound_b: Likewise.
-    """
-    batch, heads, rows, dim = a.shape
-    if max(bound_a, bound_b) <= _INT8_MAX and not torch.compiler.is_compiling():
-        left, right = (t.to(torch.int8).reshape(batch * heads, -1, dim) for t in (a, b))
-        product = get_backend("auto", a.device).int_bmm(left, right)
-        return product.view(batch, heads, rows, b.shape[-2])
-    return exact_matmul(a, b.mT, bound_a * bound_b * dim)  # 9-bit operands do not fit int8
 
 
 def spiking_attention(

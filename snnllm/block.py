@@ -48,7 +48,7 @@ class SpikingRMSNorm(LlamaRMSNorm):
         """Normalise `[..., K]`."""
         if not _in_kernels(self, hidden_states) or self.weight.dtype != hidden_states.dtype:
             return cast(Tensor, super().forward(hidden_states))
-        from snnllm.kernels.norm_triton import rms_norm  # needs Triton
+        from snnllm.kernels.triton.norm import rms_norm  # needs Triton
 
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         return rms_norm(rows, self.weight, self.variance_epsilon)[0].view(hidden_states.shape)
@@ -66,7 +66,7 @@ class SpikingLlamaMLP(LlamaMLP):
             return cast(Tensor, super().forward(x))
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        from snnllm.kernels.swiglu_triton import silu_mul  # needs Triton
+        from snnllm.kernels.triton.swiglu import silu_mul  # needs Triton
 
         down = self.down()
         if down is not None:
@@ -131,7 +131,7 @@ class ProjectedAttention(LlamaAttention):
         position: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the new tokens, keys and values of all, `[B, H, S, D]`."""
-        from snnllm.kernels.rotary_triton import rotate_and_store, rotate_heads  # needs Triton
+        from snnllm.kernels.triton.rotary import rotate_and_store, rotate_heads  # needs Triton
 
         assert position_embeddings is not None  # transformers' model always gives them
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads

@@ -119,7 +119,7 @@ class RowLayout:
 
     @cached_property
     def words(self) -> Tensor:
-        """The `Row` of kernels/cpu_attention.h, int64, with pointers to the tables of this layout."""
+        """The `Row` of kernels/cpu/attention.h, int64, with pointers to the tables of this layout."""
         tables = (self.byte, self.bit, self.member)
         return torch.tensor(
             (

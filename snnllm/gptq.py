@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from snnllm.kernels.gptq_triton import round_block, triton_available
+from snnllm.kernels.triton.gptq import round_block, triton_available
 from snnllm.weights import QuantizedWeight, expand_groups, weight_parameters
 
 _log = logging.getLogger(__name__)

@@ -106,7 +106,7 @@ class HeadRotation(nn.Module):
         """Rotate Q or K behind RoPE, `[B, H, S, D]`, H a multiple of H_kv; float32 out."""
         index = self.index
         if self._in_kernel(x):
-            from snnllm.kernels.head_rotation_triton import rotate_operand  # needs Triton
+            from snnllm.kernels.attention.rotation import rotate_operand  # needs Triton
 
             return rotate_operand(x.detach(), self.order, self.blocks)
         batch, heads, tokens, channels = x.shape

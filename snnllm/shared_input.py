@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from snnllm.execution import View
 from snnllm.kernels import get_backend
 from snnllm.kernels.spec import concatenate
-from snnllm.kernels.triton_backend import TritonBackend, TritonLinear, multiply
+from snnllm.kernels.triton.backend import TritonBackend, TritonLinear, multiply
 from snnllm.linear import SpikingLinear
 from snnllm.transforms import OnlineRotation
 
@@ -58,7 +58,7 @@ class SharedInput:
             residual: As x; or None.
         """
         from neurons.backends.triton_encode import EncodedRows  # needs Triton
-        from snnllm.kernels.norm_triton import rms_norm_encode
+        from snnllm.kernels.triton.norm import rms_norm_encode
 
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(rows.shape)
@@ -73,7 +73,7 @@ class SharedInput:
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """The outputs for `silu(gate) * up`, both `[..., K]`."""
-        from snnllm.kernels.swiglu_triton import silu_mul_encode  # needs Triton
+        from snnllm.kernels.triton.swiglu import silu_mul_encode  # needs Triton
 
         plan = self.layer.plan
         encoded = silu_mul_encode(

@@ -20,8 +20,8 @@ from torch import Tensor
 from neurons.functional import signed_events, signed_gif_count
 from snnllm.column_sweep import CPU_LAZY_COLUMNS, LAZY_COLUMNS, BlockCoder, column_sweep
 from snnllm.gptq import DAMPING, ROWS, inverse_factor
-from snnllm.kernels.gptq_triton import triton_available
-from snnllm.kernels.ternary_triton import fire_block, refine_block
+from snnllm.kernels.triton.gptq import triton_available
+from snnllm.kernels.triton.ternary_gptq import fire_block, refine_block
 from snnllm.step_allocation import GROUP_SIZE, StepClass, classes_of, column_steps, threshold_runs
 
 _log = logging.getLogger(__name__)

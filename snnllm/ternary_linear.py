@@ -15,7 +15,7 @@ from snnllm.kernels import TritonBackend, get_backend
 from snnllm.kernels.epilogue import centre, scale_and_sum
 from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.spec import LinearSpec, Segment, segments_of
-from snnllm.kernels.ternary_pack import (
+from snnllm.kernels.ternary.pack import (
     CountedTernary,
     PackedTernary,
     count_with,
@@ -51,7 +51,7 @@ class TernaryLinear(SpikingLinear):
     Float inputs (`activation_bits=16`) are taken as integers on a grid of a power of two per token
     (`additive.fixed_point`) in the first two views; the collapsed view sums them in float32, which is the
     same up to its rounding. On a GPU the weight stays packed in memory, two bits a spike
-    (`kernels.ternary_pack`); elsewhere its float32 form is kept once it is needed, until `invalidate`.
+    (`kernels.ternary.pack`); elsewhere its float32 form is kept once it is needed, until `invalidate`.
 
     Arguments as those of `SpikingLinear`; `layout.classes` says how many columns have how many steps.
 

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 from neurons.backends.device import interpreted
-from snnllm.kernels.native import NativeBackend
+from snnllm.kernels.cpu.backend import NativeBackend
 from snnllm.kernels.reference import ReferenceBackend
 from snnllm.kernels.spec import (
     Backend,
@@ -26,7 +26,7 @@ from snnllm.kernels.spec import (
     Segment,
     segments_of,
 )
-from snnllm.kernels.triton_backend import TritonBackend
+from snnllm.kernels.triton.backend import TritonBackend
 
 __all__ = [
     "BACKENDS",

@@ -17,7 +17,7 @@ from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.execution import View
 from snnllm.kernels import NativeBackend, get_backend
-from snnllm.kernels.attention import NativeAttention
+from snnllm.kernels.cpu.attention import NativeAttention
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
 from snnllm.sources import SourceError, dense_model, open_source

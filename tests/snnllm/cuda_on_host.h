@@ -1,4 +1,4 @@
-// CUDA C++ on the CPU: the primitives of snnllm.kernels.cuda_primitives, imitated.
+// CUDA C++ on the CPU: the primitives of snnllm.kernels.cuda.primitives, imitated.
 //
 // One block of threads at a time, one fiber a thread, so that a run is deterministic. What is asynchronous on
 // the device happens as late as its waits allow: copies (cp.async) and products (wgmma) at the wait that needs

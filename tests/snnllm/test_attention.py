@@ -19,7 +19,6 @@ from snnllm.attention import (
     SPIKING_ATTENTION,
     SpikingLlamaAttention,
     calibration_attention,
-    integer_product,
     query_key_accumulators,
     register_attention,
     spiking_attention,
@@ -29,6 +28,7 @@ from snnllm.cache import EncodeOnWrite, from_payload, to_payload
 from snnllm.config import SpikeConfig
 from snnllm.execution import View, use_view
 from snnllm.kernels import get_backend
+from snnllm.kernels.products import integer_product
 from snnllm.modeling import load
 
 

@@ -21,12 +21,13 @@ from snnllm.cache import RowEncoder, from_payload, to_payload
 from snnllm.config import SpikeConfig
 from snnllm.execution import View, use_view
 from snnllm.head_rotation import HeadRotation
-from snnllm.kernels.triton_attention import SWITCH, TritonAttention
-from snnllm.kernels.triton_backend import TritonBackend
+from snnllm.kernels.attention.backend import SWITCH, TritonAttention
+from snnllm.kernels.triton.backend import TritonBackend
 from snnllm.modeling import load
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-from snnllm.kernels import attention_launch, attention_ops
+from snnllm.kernels.attention import launch as attention_launch
+from snnllm.kernels.attention import operators as attention_ops
 
 REASON = TritonBackend().available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton kernels: {REASON}")

@@ -16,8 +16,8 @@ from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.execution import View, set_view, use_view
 from snnllm.gptq import gptq
+from snnllm.kernels.attention.backend import SWITCH
 from snnllm.kernels.exact import exact_matmul
-from snnllm.kernels.triton_attention import SWITCH
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
 from snnllm.weights import dequantize

@@ -17,10 +17,13 @@ from torch import Tensor
 from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-from snnllm.kernels import cuda_driver, cuda_linear, cuda_rows_source, cuda_tiles_source
-from snnllm.kernels.cuda_linear import Rows, Tiles, choose_shape, unsuitable
-from snnllm.kernels.cuda_primitives import OUTPUTS
-from snnllm.kernels.triton_backend import TritonBackend
+from snnllm.kernels.cuda import driver as cuda_driver
+from snnllm.kernels.cuda import linear as cuda_linear
+from snnllm.kernels.cuda import rows_source as cuda_rows_source
+from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
+from snnllm.kernels.cuda.linear import Rows, Tiles, choose_shape, unsuitable
+from snnllm.kernels.cuda.primitives import OUTPUTS
+from snnllm.kernels.triton.backend import TritonBackend
 
 CPU = torch.device("cpu")
 
@@ -75,7 +78,7 @@ def test_a_missing_compiler_is_said_once(
         raise ImportError("no module")
 
     monkeypatch.setattr(cuda_driver, "_driver", lambda: None)
-    monkeypatch.setattr("snnllm.kernels.cuda_driver.importlib.import_module", refuse)
+    monkeypatch.setattr("snnllm.kernels.cuda.driver.importlib.import_module", refuse)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     device = torch.device("cuda", 7)
     with caplog.at_level(logging.WARNING):

@@ -16,9 +16,10 @@ from torch import Tensor
 from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-from snnllm.kernels import cuda_rows_source, cuda_tiles_source
-from snnllm.kernels.cuda_primitives import OUTPUTS, PREAMBLE, SHARED
-from snnllm.kernels.triton_backend import TritonBackend, TritonLinear, encode_plan
+from snnllm.kernels.cuda import rows_source as cuda_rows_source
+from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
+from snnllm.kernels.cuda.primitives import OUTPUTS, PREAMBLE, SHARED
+from snnllm.kernels.triton.backend import TritonBackend, TritonLinear, encode_plan
 
 FLAGS = ("-std=c++17", "-O2", "-w", "-ffp-contract=off", "-shared", "-fPIC")
 COMPILER = shutil.which("g++") or shutil.which("clang++")

@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.head_rotation import HeadRotation, fits_kernel
-from snnllm.kernels.triton_backend import TritonBackend
+from snnllm.kernels.triton.backend import TritonBackend
 from snnllm.modeling import load
 from snnllm.transforms import hadamard_transform, salient_count
 
@@ -162,7 +162,7 @@ triton_only = pytest.mark.skipif(NO_TRITON is not None, reason=f"triton kernels:
     seed=st.integers(0, 2**16),
 )
 def test_the_kernel_has_the_bits_of_torch(channels, ratio, heads, dtype, tokens, scale, seed):
-    from snnllm.kernels.head_rotation_triton import rotate_operand
+    from snnllm.kernels.attention.rotation import rotate_operand
 
     rotation = make(heads[1], channels, ratio, seed).to(DEVICE)
     if not fits_kernel(rotation.blocks):
@@ -176,7 +176,7 @@ def test_the_kernel_has_the_bits_of_torch(channels, ratio, heads, dtype, tokens,
 @triton_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_module_runs_the_kernel_where_kernels_run(monkeypatch, dtype):
-    from snnllm.kernels import head_rotation_triton
+    from snnllm.kernels.attention import rotation as head_rotation_triton
 
     rotation, calls = make(2, 64), []
     x = operand(4, 64, 0).to(dtype)

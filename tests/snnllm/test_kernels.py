@@ -25,11 +25,11 @@ from snnllm.kernels import (
     ReferenceBackend,
     Segment,
     TritonBackend,
-    compiler,
     get_backend,
     segments_of,
 )
-from snnllm.kernels import native as native_module
+from snnllm.kernels.cpu import backend as native_module
+from snnllm.kernels.cpu import compiler
 from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.reference import OperandKind, int_mm
 from snnllm.kernels.spec import MAX_GROUPS

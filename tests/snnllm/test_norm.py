@@ -78,7 +78,7 @@ class TestTriton:
         seed=st.integers(0, 2**16),
     )
     def test_the_kernel_gives_the_bits_of_torch(self, channels, dtype, residual, gain, scale, seed):
-        from snnllm.kernels.norm_triton import rms_norm as kernel
+        from snnllm.kernels.triton.norm import rms_norm as kernel
 
         x = rows(2, channels, dtype, seed, scale)
         added = rows(2, channels, dtype, seed + 1, scale) if residual else None
@@ -113,7 +113,7 @@ class TestTriton:
         from neurons import SpikeEncoder
         from neurons.backends.triton_encode import encode_rows, stable_layout
         from neurons.backends.triton_encode_tiles import runs_of
-        from snnllm.kernels.norm_triton import rms_norm_encode
+        from snnllm.kernels.triton.norm import rms_norm_encode
 
         generator = torch.Generator().manual_seed(seed)
         x = rows(count, channels, dtype, seed)
@@ -147,7 +147,7 @@ class TestTriton:
         assert torch.equal(got.zero_point, encoding.zero_point)
 
     def test_opcheck_and_compilation(self):
-        from snnllm.kernels import norm_triton
+        from snnllm.kernels.triton import norm as norm_triton
 
         x, residual = rows(2, 70, torch.float32, 0), rows(2, 70, torch.float32, 1)
         segments = torch.tensor([[0, 128, 0]], dtype=torch.int32, device=DEVICE)
@@ -170,13 +170,13 @@ class TestTriton:
             assert torch.equal(ours, theirs)
 
     def test_no_rows(self):
-        from snnllm.kernels.norm_triton import rms_norm as kernel
+        from snnllm.kernels.triton.norm import rms_norm as kernel
 
         row, stream = kernel(rows(2, 8, torch.float32, 0)[:0], None, 1e-5)
         assert row.shape == stream.shape == (0, 8)
 
     def test_a_residual_of_another_kind_is_refused(self):
-        from snnllm.kernels.norm_triton import rms_norm as kernel
+        from snnllm.kernels.triton.norm import rms_norm as kernel
 
         x = rows(2, 8, torch.float32, 0)
         with pytest.raises(ValueError, match="residual must be"):

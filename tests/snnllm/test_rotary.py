@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 pytest.importorskip("triton", reason="needs triton (pip install triton)")
 
-from snnllm.kernels.rotary_triton import rotate_and_store, rotate_heads
+from snnllm.kernels.triton.rotary import rotate_and_store, rotate_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

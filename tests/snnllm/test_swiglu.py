@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs triton (pip install triton)")
 
 from neurons.backends.triton_encode import encode_rows, stable_layout
 from neurons.backends.triton_encode_tiles import runs_of
-from snnllm.kernels.swiglu_triton import rotate, silu_mul, silu_mul_encode
+from snnllm.kernels.triton.swiglu import rotate, silu_mul, silu_mul_encode
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

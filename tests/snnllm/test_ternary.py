@@ -15,7 +15,7 @@ from torch import Tensor
 from neurons import SignedGIFNode
 from snnllm.column_sweep import LAZY_COLUMNS, column_sweep
 from snnllm.gptq import gptq, inverse_factor
-from snnllm.kernels.gptq_triton import triton_available
+from snnllm.kernels.triton.gptq import triton_available
 from snnllm.packing import digit_word, digits_width, pack_digits, unpack_digits
 from snnllm.step_allocation import (
     DISTORTION,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from snnllm.execution import View, use_view
 from snnllm.kernels import ReferenceBackend, TritonBackend
-from snnllm.kernels.ternary_pack import (
+from snnllm.kernels.ternary.pack import (
     BLOCKS,
     STRIDE,
     CountedTernary,
@@ -140,7 +140,7 @@ def test_a_spike_takes_two_bits() -> None:
 @pytest.fixture(params=CONFIGS, ids=str)
 def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="the package triton is not installed")
-    monkeypatch.setattr("snnllm.kernels.ternary_ops.choose_config", lambda *_: request.param)
+    monkeypatch.setattr("snnllm.kernels.ternary.operators.choose_config", lambda *_: request.param)
 
 
 @needs_triton

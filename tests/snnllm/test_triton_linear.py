@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of
-from snnllm.kernels.triton_backend import BLOCK, TritonBackend, TritonLinear, pack_blocks
+from snnllm.kernels.triton.backend import BLOCK, TritonBackend, TritonLinear, pack_blocks
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
-from snnllm.kernels import triton_linear  # noqa: E402
+from snnllm.kernels.triton import linear as triton_linear  # noqa: E402
 
 REASON = TritonBackend().available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton kernels: {REASON}")
@@ -80,7 +80,7 @@ def check(spec: LinearSpec, x: Tensor) -> None:
 @pytest.fixture(params=CONFIGS, ids=["dp4a", "16x32", "32x16"])
 def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...]:
     chosen: tuple[int, ...] = request.param
-    monkeypatch.setattr("snnllm.kernels.triton_ops.choose_config", lambda *_: chosen)
+    monkeypatch.setattr("snnllm.kernels.triton.operators.choose_config", lambda *_: chosen)
     return chosen
 
 

@@ -1,0 +1,183 @@
+"""The collapsed linear in CUDA C++ on Hopper (compute capability 9.0): which kernel, and its launch.
+
+The layout of the weights, the algebra and the outputs are those of `snnllm.kernels.triton.linear`,
+whose kernels run wherever these cannot: other devices, other widths of weights, no compiler. They run
+by request, `SNNLLM_CUDA_CPP=1`, until this version of them has been measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from snnllm.kernels.cuda import rows_source as cuda_rows_source
+from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
+from snnllm.kernels.cuda.driver import Kernel, load, missing, tensor_map
+from snnllm.kernels.cuda.primitives import OUTPUTS
+
+_LOG = logging.getLogger(__name__)
+SWITCH = "SNNLLM_CUDA_CPP"
+"""Environment variable: 1 asks for these kernels."""
+_FEW_ROWS = 32
+
+
+class Rows(NamedTuple):
+    """Shape of the kernel for few rows (`rows_source`).
+
+    Attributes:
+        strips: sixteens of outputs of a block of threads.
+        stages: of the rings.
+        resident: blocks of threads of a multiprocessor.
+    """
+
+    strips: int
+    stages: int
+    resident: int
+
+
+class Tiles(NamedTuple):
+    """Shape of the kernel for many rows (`tiles_source`).
+
+    Attributes:
+        bm: rows of a tile.
+        bn: outputs of a tile.
+        workers: warpgroups that multiply.
+        stages: of the ring.
+        kept: sums of the second segment that a thread keeps in registers.
+    """
+
+    bm: int
+    bn: int
+    workers: int
+    stages: int
+    kept: int
+
+
+def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> str | None:
+    """Return None where the kernels serve a linear, else the reason why not.
+
+    Args:
+        device: Of the operands.
+        columns: N.
+        bits: Of a packed code.
+        segments: S.
+    """
+    if bits != 4 or segments > 2 or columns % 8:
+        return (
+            "4-bit weights, one or two segments and outputs in eights only, "
+            f"not {bits} bits, {segments} segments, {columns} outputs"
+        )
+    return _without(device)
+
+
+@cache
+def _without(device: torch.device) -> str | None:
+    """Why a device cannot run the kernels at all, said once; or None."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return f"{device} is not of compute capability 9.0"
+    if os.environ.get(SWITCH) != "1":
+        return f"{SWITCH} is not 1"
+    reason = missing()
+    if reason is not None:
+        _LOG.warning("collapsed linears run on the slower Triton kernels: %s", reason)
+    return reason
+
+
+def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
+    """Kernel and tile sizes for M rows and N columns on so many multiprocessors; measured on an H100."""
+    if rows <= _FEW_ROWS:
+        if columns <= 32 * processors:  # a block of threads has a multiprocessor of its own
+            return Rows(2, 6 if rows <= 8 else 4, 1)
+        return Rows(2, 3, 2) if rows <= 8 else Rows(2, 2, 3 if rows <= 16 else 2)
+    if rows <= 512:
+        # Few tiles: small ones, or what fills the multiprocessors once.
+        once = -(-rows // 128) * -(-columns // 192)
+        if processors // 2 < once <= processors:
+            return Tiles(128, 192, 3, 4, 0)
+        return Tiles(64, 128, 2, 8, 32)
+    return Tiles(128, 256, 2, 4, 56)
+
+
+def launch(
+    count: Tensor,
+    weight: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    out: Tensor,
+    groups: int,
+    weight_groups: int,
+    early: bool,
+) -> None:
+    """Launch on the current device.
+
+    Args:
+        count: As `triton.operators.encoded_linear` has it.
+        weight: Likewise.
+        parameters: Threshold, zero point, sum of counts, segments, scale, zero of weights, row sums, shift
+            and bias; the last two may be None.
+        out: `[M, N]`, or int32 `[S, M, N]` for the accumulators.
+        groups: G.
+        weight_groups: J.
+        early: May start before the kernel in front ends.
+    """
+    (rows, width), columns = count.shape, len(weight)
+    *_, row_sum, shift, bias = parameters
+    assert row_sum is not None
+    segments = row_sum.shape[1]
+    processors = _processors(count.device)
+    shape = choose_shape(rows, columns, processors)
+    macros = {
+        "SEGMENTS": segments,
+        "SHIFT": int(shift is not None),
+        "BIAS": int(bias is not None),
+        "OUT": OUTPUTS[out.dtype],
+    }
+    sizes = (rows, columns, width, groups, weight_groups)
+    if isinstance(shape, Rows):
+        kernel = _rows_kernel(shape, rows, tuple(macros.items()), count.device)
+        kernel(-(-columns // (16 * shape.strips)), (count, weight, *parameters, out, *sizes), early)
+        return
+    kernel = _tiles_kernel(shape, tuple(macros.items()), count.device)
+    maps = (tensor_map(count, shape.bm, 128), tensor_map(weight, shape.bn, 64))
+    tiles = -(-rows // shape.bm) * -(-columns // shape.bn)
+    kernel(min(tiles, processors), (*maps, *parameters, out, *sizes, 2048 // shape.bm), early)
+
+
+def _rows_kernel(
+    shape: Rows, rows: int, macros: tuple[tuple[str, int], ...], device: torch.device
+) -> Kernel:
+    eights = 1 << (-(-rows // 8) - 1).bit_length()
+    own = ("ROWS8", eights), *_macros(shape)
+    segments = dict(macros)["SEGMENTS"]
+    shared = cuda_rows_source.shared_bytes(eights, shape.strips, shape.stages, segments)
+    return load(
+        *(cuda_rows_source.SOURCE, macros + own, "linear_rows"),
+        *(cuda_rows_source.ROW_THREADS, shared, device),
+    )
+
+
+def _macros(shape: Rows | Tiles) -> tuple[tuple[str, int], ...]:
+    return tuple((name.upper(), int(value)) for name, value in shape._asdict().items())
+
+
+@cache
+def _tiles_kernel(
+    shape: Tiles, macros: tuple[tuple[str, int], ...], device: torch.device
+) -> Kernel:
+    segments = dict(macros)["SEGMENTS"]
+    shared = cuda_tiles_source.shared_bytes(
+        shape.bm, shape.bn, shape.stages, shape.kept * shape.workers, segments
+    )
+    return load(
+        *(cuda_tiles_source.SOURCE, macros + _macros(shape), "linear_tiles"),
+        *(128 + 128 * shape.workers, shared, device),
+    )
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,182 @@
+"""CUDA C++ of the collapsed linear of few rows: limited by the memory of the weights.
+
+A block of threads owns 16 STRIPS outputs over the whole of K; each of its eight warps takes every eighth block of
+128 positions, keeps a ring of STAGES of them in shared memory filled by asynchronous copies of its own,
+and multiplies on the tensor cores (m16n8k32). The integers of the warps are added at the end, in shared
+memory. The weights of all stages are on their way before the counts are there (programmatic dependent
+launch).
+
+A lane takes 16 packed bytes of a weight row, the positions `16 t ..` and `64 + 16 t ..` of the block,
+where the product has other ones: the order of the positions within a sum is free.
+
+Macros: ROWS8 (rows / 8, up), STRIPS, SEGMENTS (1 or 2), SHIFT, BIAS, STAGES, RESIDENT (blocks of threads of a
+multiprocessor, for which registers are set aside), OUT (`primitives.OUTPUTS`).
+"""
+
+from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
+
+__all__ = ["BODY", "ROW_THREADS", "SOURCE", "shared_bytes"]
+
+ROW_THREADS = 256
+"""Eight warps."""
+
+
+def shared_bytes(rows8: int, strips: int, stages: int, segments: int) -> int:
+    """Shared memory of a block: the rings, where the partial sums lie after them; tables."""
+    rings = 8 * stages * (strips * 1024 + rows8 * 1024)
+    sums = 8 * segments * rows8 * 8 * (16 * strips + 4) * 4
+    tables = 4 * (16 * strips + segments * (4 * 16 * strips + 3 * rows8 * 8))
+    return max(rings, sums) + tables
+
+
+BODY = r"""
+INLINE unsigned word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
+    const unsigned char* count, const unsigned char* weight, const float* threshold,
+    const int* zero_point, const int* count_sum, const int* segments, const float* scale,
+    const int* weight_zero, const int* row_sum, const int* shift, const float* bias, void* out,
+    int rows, int columns, int width, int groups, int weight_groups) {
+  constexpr int OUTPUTS = 16 * STRIPS, ROWS = 8 * ROWS8;
+  constexpr int WEIGHT_BYTES = OUTPUTS * 64, STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
+  constexpr int PITCH = OUTPUTS + 4, SLAB = ROWS * PITCH;  // 4 words against bank conflicts
+  constexpr int RINGS = 8 * STAGES * STAGE_BYTES, SUMS = 8 * SEGMENTS * SLAB * 4;
+  extern __shared__ __align__(128) unsigned char memory[];
+  launch_dependents();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int n0 = blockIdx.x * OUTPUTS, pitch = width / 2;
+  const int blocks = width / 128, mine = (blocks - warp + 7) / 8;
+  const unsigned ring = warp * STAGES * STAGE_BYTES;
+  const unsigned base = shared_address(memory) + ring;
+  float* bias_table = (float*)(memory + (RINGS > SUMS ? RINGS : SUMS));
+  int* column_table = (int*)bias_table + OUTPUTS;          // [SEGMENTS][4][OUTPUTS]: sw, zu, row sum, shift
+  int* row_table = column_table + SEGMENTS * 4 * OUTPUTS;  // [SEGMENTS][3][ROWS]: s, z, sum of counts
+
+  auto copy_weights = [&](int i, int stage) {
+#pragma unroll
+    for (int e = 0; e < 2 * STRIPS; e++) {  // 8 rows of 64 bytes; the last ones again beyond the end
+      const int n = min(n0 + 8 * e, columns - 8) + lane / 4;
+      copy_16(base + stage * STAGE_BYTES + 512 * e + 16 * lane,
+              weight + (i64)n * pitch + (8 * i + warp) * 64 + lane % 4 * 16);
+    }
+  };
+  auto copy_counts = [&](int i, int stage) {
+#pragma unroll
+    for (int e = 0; e < 2 * ROWS8; e++) {  // 4 rows of 128 bytes; odd ones with swapped halves: banks
+      const int m = 4 * e + lane / 8;
+      if (m < rows)
+        copy_16(base + stage * STAGE_BYTES + WEIGHT_BYTES + m * 128 + (lane % 8 ^ m % 2 * 4) * 16,
+                count + (i64)m * width + (8 * i + warp) * 128 + lane % 8 * 16);
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < STAGES; i++)
+    if (i < mine) copy_weights(i, i);
+  if (threadIdx.x < SEGMENTS * OUTPUTS) {
+    const int of = threadIdx.x / OUTPUTS, i = threadIdx.x % OUTPUTS;
+    const int n = min(n0 + i, columns - 1), j = n * weight_groups + segments[4 * of + 3];
+    const unsigned to = shared_address(column_table + of * 4 * OUTPUTS + i);
+    copy_4(to, scale + j);
+    copy_4(to + 4 * OUTPUTS, weight_zero + j);
+    copy_4(to + 8 * OUTPUTS, row_sum + n * SEGMENTS + of);
+    if (SHIFT) copy_4(to + 12 * OUTPUTS, shift + n * SEGMENTS + of);
+    if (BIAS && of == 0) copy_4(shared_address(bias_table + i), bias + n);
+  }
+  const int second = SEGMENTS == 2 ? segments[4] / 128 : blocks;
+  wait_for_kernel_in_front();
+  if (threadIdx.x < SEGMENTS * rows) {
+    const int of = threadIdx.x / rows, m = threadIdx.x % rows, group = segments[4 * of + 2];
+    const unsigned to = shared_address(row_table + of * 3 * ROWS + m);
+    copy_4(to, threshold + m * groups + group);
+    copy_4(to + 4 * ROWS, zero_point + m * groups + group);
+    copy_4(to + 8 * ROWS, count_sum + m * SEGMENTS + of);
+  }
+#pragma unroll
+  for (int i = 0; i < STAGES; i++) {
+    if (i < mine) copy_counts(i, i);
+    commit_copies();
+  }
+
+  const int g = lane / 4, t = lane % 4;
+  int acc[SEGMENTS][STRIPS][ROWS8][4] = {};
+  int stage = 0;
+  for (int i = 0; i < mine; i++) {
+    finish_copies<STAGES - 1>();
+    __syncwarp();
+    const unsigned char* here = memory + ring + stage * STAGE_BYTES;
+    auto multiply = [&](int (&sums)[STRIPS][ROWS8][4]) {
+      uint4 low[ROWS8], high[ROWS8];
+#pragma unroll
+      for (int e = 0; e < ROWS8; e++) {
+        const unsigned char* at = here + WEIGHT_BYTES + (8 * e + g) * 128 + t * 16;
+        low[e] = *(const uint4*)(at + g % 2 * 64);
+        high[e] = *(const uint4*)(at + (1 - g % 2) * 64);
+      }
+#pragma unroll
+      for (int strip = 0; strip < STRIPS; strip++) {
+        const uint4 top = *(const uint4*)(here + strip * 1024 + lane * 16);
+        const uint4 bottom = *(const uint4*)(here + strip * 1024 + 512 + lane * 16);
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+          const unsigned a = word(top, q), b = word(bottom, q);
+#pragma unroll
+          for (int e = 0; e < ROWS8; e++)
+            multiply_16x8(sums[strip][e], a & NIBBLES, b & NIBBLES, a >> 4 & NIBBLES,
+                          b >> 4 & NIBBLES, word(low[e], q), word(high[e], q));
+        }
+      }
+    };
+    if (8 * i + warp < second) multiply(acc[0]);
+    else multiply(acc[SEGMENTS - 1]);
+    __syncwarp();
+    if (i + STAGES < mine) {
+      copy_weights(i + STAGES, stage);
+      copy_counts(i + STAGES, stage);
+    }
+    commit_copies();
+    if (++stage == STAGES) stage = 0;
+  }
+
+  // The sums go where the rings were.
+  finish_copies<0>();
+  __syncthreads();
+  int* sums = (int*)memory;
+#pragma unroll
+  for (int s = 0; s < SEGMENTS; s++)
+#pragma unroll
+    for (int strip = 0; strip < STRIPS; strip++)
+#pragma unroll
+      for (int i = 0; i < ROWS8; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          sums[(warp * SEGMENTS + s) * SLAB + (8 * i + 2 * t + e % 2) * PITCH + 16 * strip +
+               8 * (e / 2) + g] = acc[s][strip][i][e];
+  __syncthreads();
+#pragma unroll
+  for (int i = threadIdx.x; i < ROWS * OUTPUTS; i += 256) {
+    const int m = i / OUTPUTS, c = i % OUTPUTS, n = n0 + c;
+    if (m >= rows || n >= columns) continue;
+    float total = 0.0f;
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; s++) {
+      int a = 0;
+#pragma unroll
+      for (int from = 0; from < 8; from++) a += sums[(from * SEGMENTS + s) * SLAB + m * PITCH + c];
+      const int *column = column_table + s * 4 * OUTPUTS + c, *row = row_table + s * 3 * ROWS + m;
+      a = a - row[ROWS] * column[2 * OUTPUTS] - column[OUTPUTS] * row[2 * ROWS] +
+          (SHIFT ? column[3 * OUTPUTS] : 0);
+      if (OUT == INTEGERS) {
+        ((int*)out)[((i64)s * rows + m) * columns + n] = a;
+        continue;
+      }
+      const float part = scaled(__int_as_float(row[0]), a, __int_as_float(column[0]));
+      total = s == 0 ? part : __fadd_rn(total, part);
+    }
+    if (OUT == INTEGERS) continue;
+    if (BIAS) total = __fadd_rn(total, bias_table[c]);
+    store(out, (i64)m * columns + n, total);
+  }
+}
+"""
+
+SOURCE = PREAMBLE + PRIMITIVES + SHARED + BODY

@@ -1,0 +1,1 @@
+"""Kernels in Triton of linears with ternary weights."""
