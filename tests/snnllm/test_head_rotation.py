@@ -170,7 +170,8 @@ def test_the_kernel_has_the_bits_of_torch(channels, ratio, heads, dtype, tokens,
     x = (operand(heads[0], channels, seed, tokens) * scale).to(dtype)
     got = rotate_operand(x.to(DEVICE), rotation.order, rotation.blocks)
     assert got.is_contiguous()
-    assert torch.equal(got.cpu(), rotation.cpu()(x))
+    # A half that overflowed is infinite here, and NaN where two of them meet.
+    torch.testing.assert_close(got.cpu(), rotation.cpu()(x), rtol=0, atol=0, equal_nan=True)
 
 
 @triton_only

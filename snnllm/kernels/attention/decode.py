@@ -17,7 +17,8 @@ import triton.language as tl
 
 from neurons.backends.triton_encode_row import rounded
 from snnllm.kernels.attention.mask import float_product, masked_scores, shows
-from snnllm.kernels.attention.rows import _slots, counts_of, encode_halves, spread
+from snnllm.kernels.attention.rows import counts_of, encode_halves, spread
+from snnllm.kernels.attention.unpack import salient_bits
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -241,7 +242,9 @@ def decode(  # type: ignore[no-untyped-def]
             high_query, _codes(packed, 4, _HIGH_CODES, UNPACK), product, out_dtype=tl.int32
         )
         if KEY_PLANES > 0:
-            bits = _slots(key_at[:, None], i, key_plane, inside[:, None], ZERO + G, KEY_PLANES)
+            bits = salient_bits(
+                key_at[:, None], i, key_plane, inside[:, None], ZERO + G, KEY_PLANES
+            )
             own = tl.dot(own_query, tl.trans(bits.to(tl.int8)), out_dtype=tl.int32)
             product += 16 * own
         zero = tl.load(key_at[None, :] + ZERO + group * (G - 1)).to(tl.int32)
@@ -277,7 +280,7 @@ def decode(  # type: ignore[no-untyped-def]
         numbers = _numbers(packed, 4, _HIGH_NUMBERS, UNPACK)
         high_out = float_product(weight, numbers, high_out * decay[:, None], "tf32")
         if VALUE_PLANES > 0:
-            bits = _slots(
+            bits = salient_bits(
                 value_at[:, None], i, value_plane, inside[:, None], ZERO + G, VALUE_PLANES
             )
             bits = bits.to(tl.float32).to(tl.bfloat16)

@@ -15,7 +15,8 @@ from snnllm.kernels.attention.decode import combine, decode
 from snnllm.kernels.attention.mask import classify
 from snnllm.kernels.attention.prefill import prefill
 from snnllm.kernels.attention.rotation import fuses, mixing_of, rotate_operand
-from snnllm.kernels.attention.rows import encode_rows, unpack_codes, unpack_values
+from snnllm.kernels.attention.rows import encode_rows
+from snnllm.kernels.attention.unpack import unpack_codes, unpack_values
 
 _PROGRAMS_PER_UNIT = 3  # of `decode` that a multiprocessor has registers for
 _MOST_SPLITS = 128

@@ -117,7 +117,7 @@ def prefill(  # type: ignore[no-untyped-def]
     """One tile of BM queries of one head.
 
     Operands:
-        query_ptr: int8 `[B, H, query_padded, WIDTH + SLOTS]` (`rows.unpack_codes`).
+        query_ptr: int8 `[B, H, query_padded, WIDTH + SLOTS]` (`unpack.unpack_codes`).
         query_threshold_ptr: float32 `[B, H, G_q, query_padded]`.
         code_ptr: int8 `[B, H_kv, padded, WIDTH + SLOTS]`.
         threshold_ptr: float32 `[B, H_kv, G, padded]`.
