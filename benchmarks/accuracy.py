@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from snnllm.config import SpikeConfig
+from snnllm.modeling import LINEARS
 from snnllm.paper.jobs import jobs_of
 from snnllm.paper.lines import perplexity_lines
 from snnllm.paper.measures import Settings, standard_measures
@@ -34,6 +35,7 @@ SCORES = ("first_order", "abs", "gauss_newton", "max_abs", "random")
 FLOAT = {"attention": "float"}
 MINMAX = {"weight_range": "minmax"}
 ROTATED = {"pipeline": "rotated"}
+ATTENTION = {**ROTATED, "modules_to_not_convert": tuple(n.rpartition(".")[2] for n in LINEARS)}
 EPOCHS = 10
 """Of the rows that train, unless the command line says otherwise."""
 
@@ -131,6 +133,14 @@ ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
             )
         ),
         ("attention operands float", "W4A4T2", {**ROTATED, **FLOAT}),
+    ],
+    "attention": [
+        ("Q, K and V only", "W4A4T2", ATTENTION),
+        (
+            "Q, K and V only, without the offset of K",
+            "W4A4T2",
+            {**ATTENTION, "options": RotatedOptions(key_offset=False)},
+        ),
     ],
     "ridge": [
         (f"ridge {ridge}", "W4A4T2", {**ROTATED, "options": RotatedOptions(ridge=ridge)})

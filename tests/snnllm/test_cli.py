@@ -113,7 +113,8 @@ def test_convert_reports_and_writes_a_card(stories_dir, text_file, tmp_path, cap
 # Fields of SpikeConfig that no option of their own sets, and where they come from.
 NO_OPTION = {
     *("weight_bits", "activation_bits", "group_steps"),
-    *("rotation", "input_offset", "segment_scales", "query_groups"),  # set by a pipeline
+    *("rotation", "input_offset", "key_offset"),  # set by a pipeline, as are the next
+    *("segment_scales", "query_groups"),
     "weight_columns",
     "mean_steps",  # has one, for presets with ternary or without weights: tested below
 }
