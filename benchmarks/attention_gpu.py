@@ -16,6 +16,7 @@ front of decoding and where the attention kernels are off.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,7 @@ from transformers import LlamaConfig
 from snnllm.attention import SpikingLlamaAttention, spiking_attention
 from snnllm.cache import to_payload
 from snnllm.config import SpikeConfig
+from snnllm.head_rotation import HeadRotation
 from snnllm.kernels.attention.backend import TritonAttention
 from snnllm.kernels.triton.backend import TritonBackend
 from snnllm.transforms import salient_count, sorted_groups
@@ -126,16 +128,23 @@ def measure(shape: tuple[int, int, int], case: Case) -> list[str]:
 
 
 def rotated_block(shape: tuple[int, int, int]) -> SpikingLlamaAttention:
-    """The same with salient channels behind a rotation, in an order of its own for each head."""
+    """The same behind a rotation, in an order of its own for each head, and with an offset of K."""
     _, kv_heads, dim = shape
-    module = block(*shape, rotation="groups", query_groups=True)
+    module = block(*shape, rotation="groups", query_groups=True, key_offset=True)
     draw = torch.rand(2, kv_heads, dim, generator=torch.Generator().manual_seed(1))
     groups = (draw.argsort(-1) < salient_count(dim, SpikeConfig().salient_ratio)).to(torch.uint8)
     assert module.qk_rotation is not None
     module.qk_rotation.sort(groups[0])
     key, value = sorted_groups(groups).cuda()
     module.set_channel_groups(key, value)
+    module.get_buffer("offset_key").copy_(draw[0])
     return module
+
+
+def in_torch(rotation: HeadRotation, x: Tensor) -> Tensor:
+    """What torch rotates, on the CPU: on a GPU the module runs the kernel."""
+    rotated: Tensor = copy.deepcopy(rotation).cpu()(x.cpu())
+    return rotated.to(x.device)
 
 
 def measure_rotation(shape: tuple[int, int, int], tokens: int) -> list[str]:
@@ -147,17 +156,14 @@ def measure_rotation(shape: tuple[int, int, int], tokens: int) -> list[str]:
     module = rotated_block(shape)
     encoders, rotation = (module.q_encoder, module.k_encoder, module.v_encoder), module.qk_rotation
     assert rotation is not None
-    rotated, plain = TritonAttention.of(*encoders, rotation), TritonAttention.of(*encoders)
+    offset = module.get_buffer("offset_key")
+    rotated, plain = TritonAttention.of(*encoders, rotation, offset), TritonAttention.of(*encoders)
     generator = torch.Generator("cuda").manual_seed(0)
     query, key, value, x = (
         torch.randn(1, tokens, n, dim, generator=generator, device="cuda", dtype=torch.bfloat16)
         for n in (heads, kv_heads, kv_heads, heads)
     )
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    with torch.no_grad():
-        expected = to_payload(module.k_encoder.encode(rotation(key)), module.k_encoder.layout)
-    if not torch.equal(rotated.encode(key, value)[0], expected):
-        raise AssertionError(f"{shape}: the rotated payloads of K are not those of torch")
     operand = ((query, rotated.query_slot, rotated.query_clip, rotated.query_row[:2]),)
     planes = rotated.query_row[2]
     sizes = (rotated.query_capacity, rotated.shared, planes, rotated.slots if planes else 0)
@@ -170,6 +176,20 @@ def measure_rotation(shape: tuple[int, int, int], tokens: int) -> list[str]:
         "K rotated, V": partial(rotated.encode, key, value),
         "Q alone": partial(rotate_operand, query, rotation.order, rotation.blocks),
     }
+    with torch.no_grad():
+        turned = in_torch(rotation, query)
+        currents = (
+            (module.q_encoder, turned),
+            (module.k_encoder, in_torch(rotation, key) - offset[:, None]),
+        )
+        expected = [to_payload(e.encode(current), e.layout) for e, current in currents]
+    for ours, theirs in (
+        (calls["Q rotated"]()[0], expected[0]),
+        (calls["K rotated, V"]()[0], expected[1]),
+        (calls["Q alone"](), turned),
+    ):
+        if not torch.equal(ours, theirs):
+            raise AssertionError(f"{shape}: what the kernels rotate is not what torch rotates")
     time = medians({name: graph_of([call] * 20) for name, call in calls.items()})
     cells = [f"{time['linear']:.1f}"]
     for before, after in (("Q", "Q rotated"), ("K, V", "K rotated, V")):

@@ -18,7 +18,7 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from snnllm.modeling import load
@@ -48,8 +48,7 @@ def first_difference(
     tokens: tuple[Tensor, Tensor], logits: tuple[Tensor, Tensor]
 ) -> Difference | None:
     """Compare new tokens `[n]` with logits `[n, V]` of two devices."""
-    length = min(len(tokens[0]), len(tokens[1]))  # one may have ended before
-    differs = (tokens[0][:length] != tokens[1][:length]).nonzero()
+    differs = (tokens[0] != tokens[1]).nonzero()
     if not len(differs):
         return None
     step = int(differs[0])
@@ -59,10 +58,12 @@ def first_difference(
 
 
 def continuation(model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor, float]:
-    """New tokens, their logits, and tokens a second of a second run, greedy, on the model's device."""
+    """New tokens, their logits, and tokens a second of a second run, greedy, on the model's device.
+
+    Behind the end of the text its last token is repeated, and logits are 0.
+    """
     arguments = {
         "do_sample": False,
-        "min_new_tokens": tokens,
         "max_new_tokens": tokens,
         "cache_implementation": "static",
     }
@@ -70,11 +71,13 @@ def continuation(model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tenso
     out = model.generate(prompt, **arguments, return_dict_in_generate=True, output_logits=True)
     start = time.perf_counter()
     again = model.generate(prompt, **arguments).cpu()  # recorded steps, where there are any
-    rate = tokens / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
     new = out.sequences[0, prompt.shape[1] :].cpu()
     if not torch.equal(again[0, prompt.shape[1] :], new):
         raise SystemExit("Two runs on one device give different tokens.")
-    return new, torch.cat(out.logits).float().cpu(), rate
+    missing = tokens - len(new)
+    logits = nn.functional.pad(torch.cat(out.logits).float().cpu(), (0, 0, 0, missing))
+    return nn.functional.pad(new, (0, missing), value=int(new[-1])), logits, len(new) / seconds
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from snnllm.config import Rotation, SpikeConfig
 from snnllm.evaluate import trained_context
+from snnllm.head_rotation import MAX_CHANNELS
 from snnllm.pipelines.streaming import INPUT_GROUPS
 from snnllm.sources import Source
 
@@ -66,6 +67,21 @@ def check_shared_steps(source: Source, spike: SpikeConfig) -> None:
                     f"group_steps differ between {', '.join(names)}, which read one input; the "
                     f"rotated pipeline encodes it once. Give them the same steps, got {steps}."
                 )
+
+
+def check_rotates(source: Source, spike: SpikeConfig) -> None:
+    """Refuse heads whose queries and keys cannot be rotated.
+
+    Raises:
+        ValueError: They are too wide.
+    """
+    config = source.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if spike.encodes_attention and width > MAX_CHANNELS:
+        raise ValueError(
+            f"{source.name} has heads of {width} channels; Q and K are rotated up to {MAX_CHANNELS}. Use "
+            "a pipeline that does not rotate (rtn), or leave the attention operands in float."
+        )
 
 
 def check_windows(windows: Tensor, source: Source) -> None:

@@ -93,14 +93,14 @@ class SpikeConfig:
         mask_scope: One mask per linear or per shared input.
         attention: Encode Q, K and V, or leave the attention operands in float.
         weight_range: Weight ranges from min/max or from a clip search.
-        rotation: Rotate channels inside the saliency groups; set by the `rotated` pipeline.
+        rotation: Rotate channels inside the saliency groups. This and the next four are set by the pipelines
+            `rotated` and `omniquant`.
         input_offset: Linears take a fixed offset per channel from their input and add its image to the
-            output; set by the `rotated` pipeline.
+            output.
         key_offset: A fixed offset per channel is taken off K in front of its encoder, which the softmax
-            does not see; set by the `rotated` pipeline.
+            does not see.
         segment_scales: Every saliency group of the inputs has weight scales of its own.
-        query_groups: Q has the channel groups and steps of K; otherwise one group and one step. Set by
-            the `rotated` pipeline.
+        query_groups: Q has the channel groups and steps of K; otherwise one group and one step.
         activation_clip: Factor on the range of a token in (0, 1]; below 1 the largest values saturate.
         weight_group_size: Input channels that share one weight scale; None for one scale per output channel.
             Of ternary weights: columns with the same number of steps that share a threshold.

@@ -139,6 +139,7 @@ def convert(
         provenance["options"] = dataclasses.asdict(options)
     run = Run(windows, seed, torch.device(device))
     work = WorkFolder(target, make_job(source, spike, run, provenance, allocation or {}), restart)
+    provenance["job_sha256"] = work.job_sha256
     spill = plan(source, spike, windows.shape, pipeline, max_memory_mib).spills
     run = dataclasses.replace(run, spill=work.folder if spill else None, saved=work.load)
     reports: list[BlockReport] = []

@@ -90,7 +90,7 @@ def _available() -> bool:
 
 @torch.compiler.assume_constant_result
 def kernels_run_on(device_type: str) -> bool:
-    """Whether norms, gates and rotary embeddings run in Triton on a device, in every view."""
+    """Whether norms, gates, rotary embeddings and head rotations run in Triton on a device, in every view."""
     return device_type == "cuda" and _available()
 
 

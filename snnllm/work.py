@@ -43,6 +43,7 @@ class WorkFolder:
 
     Attributes:
         folder: The work folder.
+        job_sha256: `job_digest` of the job.
 
     Raises:
         ValueError: An earlier run of another job has left its blocks there.
@@ -51,7 +52,7 @@ class WorkFolder:
     """
 
     def __init__(self, output: Path, job: Mapping[str, Any], restart: bool = False) -> None:
-        self.folder = output.parent / f"{output.name}.work"
+        self.folder, self.job_sha256 = output.parent / f"{output.name}.work", job_digest(job)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = locked(
             self.folder, f"{self.folder} is in use: another process converts into the same output."
@@ -166,21 +167,23 @@ def check_output(output: Path) -> None:
 
 
 def _discard_published(output: Path) -> None:
-    """Remove the work folder of a finished checkpoint, unless it is in use or of another conversion."""
+    """Remove the work folder that a finished checkpoint was made in; any other one stays."""
     folder = output.parent / f"{output.name}.work"
-    if not (folder / _JOB).is_file() or not (output / checkpoint.MANIFEST).is_file():
-        return
-    job = json.loads((folder / _JOB).read_text())
-    provenance = checkpoint.read_manifest(output)["provenance"]
-    if any(job.get(name) != value for name, value in provenance.items()):
-        return
     try:
-        lock = locked(folder, "")
-    except BlockingIOError:
-        return
-    with lock:
-        shutil.rmtree(folder)
+        job = json.loads((folder / _JOB).read_text())
+        manifest = json.loads((output / checkpoint.MANIFEST).read_text())
+        if manifest["provenance"]["job_sha256"] != job_digest(job):
+            return
+        with locked(folder, ""):
+            shutil.rmtree(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # in use, or nothing that a finished run leaves
     _log.warning("%s was left by a run that had finished %s; removed", folder, output)
+
+
+def job_digest(job: Mapping[str, Any]) -> str:
+    """SHA-256 of the description of a conversion: equal ones give equal blocks."""
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
 
 def locked(folder: Path, message: str) -> IO[str]:

@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -52,8 +51,8 @@ class Workers:
                 ready = wait(list(busy))
                 for worker in [w for channel, w in busy.items() if channel in ready]:
                     job, result = worker.job, worker.result()
-                    if waiting and isinstance(result, dict):
-                        worker.give(waiting.pop())
+                    if isinstance(result, dict) and waiting and worker.give(waiting[-1]):
+                        waiting.pop()
                     else:
                         worker.end()
                         del busy[worker.channel]
@@ -92,10 +91,14 @@ class _Worker:
     channel: Connection
     job: Job
 
-    def give(self, job: Job) -> None:
-        self.job = job
-        with suppress(OSError):  # it has just died, which `result` tells
+    def give(self, job: Job) -> bool:
+        """Start a job; False if the worker has died since its last one."""
+        try:
             self.channel.send(job.row.name)
+        except OSError:
+            return False
+        self.job = job
+        return True
 
     def result(self) -> dict[str, Any] | str:
         """The record of its job, or what ended the process; it writes no more then."""

@@ -82,6 +82,7 @@ class Runner:
 
     Raises:
         ValueError: The folder holds results of another run, or a text is unusable.
+        NotADirectoryError: The folder is a file.
         BlockingIOError: Another process works in the folder.
     """
 
@@ -98,6 +99,8 @@ class Runner:
         look: bool = False,
         at_once: int = 1,
     ) -> None:
+        if output.exists() and not output.is_dir():
+            raise NotADirectoryError(f"{output} is a file; choose another output folder.")
         self.source, self.output, self.device = source, output, device
         self._settings, self._measures = settings, measures
         self._reporter, self._keep, self._at_once = reporter, keep, at_once
@@ -206,7 +209,7 @@ class Runner:
                 self.records[name] = json.loads(written.read_text())
             record = self.records.setdefault(name, self.record(job.row))
             record["title"], record["kind"] = job.row.title, job.kind
-            record["errors"] = {"worker": result}
+            record["errors"] = {**record["errors"], "worker": result}
             self._save(name)
         else:
             self.records[name] = result

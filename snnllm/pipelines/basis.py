@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from snnllm.attention import SpikingLlamaAttention
+from snnllm.checks import check_rotates
 from snnllm.config import Score, SpikeConfig
 from snnllm.pipelines.streaming import BlockStatistics, BlockStream, Run, load_block
 from snnllm.saliency import first_channels, linear_score
@@ -63,6 +64,7 @@ def find_basis(source: Source, spike: SpikeConfig, run: Run) -> Basis:
     the linears behind (Gauss-Newton), averaged over all norms; K, V and the down_proj input use the
     configured score. Variances, because the mean is taken off as an offset.
     """
+    check_rotates(source, spike)
     stream, device = BlockStream(source, run), run.device
     residual = torch.zeros(source.config.hidden_size, device=device)
     keys, values, down = [], [], []

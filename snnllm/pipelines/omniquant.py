@@ -181,9 +181,7 @@ def _convert(
                 pass
     target.advance(dense)
     frame = load_block(job.source, index, device)
-    attention = _make_frame(frame, index, statistics, job, generator)
-    if attention is not None and job.spike.key_offset:
-        attention.set_key_offset(StagedBlock(frame, stream).keys())
+    attention = _make_frame(frame, index, statistics, stream, job, generator)
     modules = _empty_linears(dense, index, statistics, job, generator)
     inputs = statistics.inputs
     block = TrainableBlock(
@@ -211,7 +209,12 @@ def _convert(
 
 
 def _make_frame(
-    frame: Any, index: int, statistics: BlockStatistics, job: _Job, generator: torch.Generator
+    frame: Any,
+    index: int,
+    statistics: BlockStatistics,
+    stream: BlockStream,
+    job: _Job,
+    generator: torch.Generator,
 ) -> SpikingLlamaAttention | None:
     """Make the attention of a block spiking, its linears stay; the attention, if it is encoded."""
     linears = tuple(p for paths in INPUT_GROUPS for p in paths)
@@ -227,6 +230,8 @@ def _make_frame(
         ratio, groups = job.spike.salient_ratio, len(job.spike.kv_steps)
         attention.set_channel_groups(allocate(key, ratio, groups), allocate(value, ratio, groups))
     attention.to(job.run.device)
+    if job.spike.key_offset:
+        attention.set_key_offset(StagedBlock(frame, stream).keys())
     return attention
 
 

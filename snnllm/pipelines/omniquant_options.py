@@ -66,7 +66,7 @@ class OmniQuantOptions:
         offset: Take a learned offset (the shift of LET) off every input of a linear.
         segment_scales: Weight scales per saliency group of the input.
         query_groups: Q has the channel groups and steps of K.
-        key_offset: Take the mean off the keys in front of their encoder.
+        key_offset: Take the mean of the keys before training off, in front of their encoder.
         rotate: Start from the rotated basis of the `rotated` pipeline instead of the channels; float
             activations are not rotated.
         weight_rate: Learning rate of the weights themselves, in units of the standard deviation of

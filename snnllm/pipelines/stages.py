@@ -70,7 +70,8 @@ class StagedBlock:
             with torch.no_grad():
                 x = self.block.input_layernorm(hidden.to(self._stream.device))
                 key = attention.k_proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-                yield apply_rotary_pos_emb(key, key, cos, sin)[1]
+                turned: Tensor = apply_rotary_pos_emb(key, key, cos, sin)[1]
+            yield turned
 
     def write(self, path: str, inputs: Batches) -> None:
         """Add the output of the linear at `path` to the residual stream."""

@@ -195,7 +195,7 @@ def round_to_storage(block: nn.Module, dtype: torch.dtype) -> None:
 
 
 def stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Norms and biases in the model's dtype; integers, scales, offsets and rotations as they are."""
+    """Norms and biases in the model's dtype; integers, scales and offsets as they are."""
     if not tensor.is_floating_point() or name.rpartition(".")[2].startswith(FLOAT32_BUFFERS):
         return tensor
     return tensor.to(dtype)

@@ -108,7 +108,7 @@ def test_tokens_of_two_devices(
     arguments = [str(checkpoint), "--devices", "cpu", "cpu", "--tokens", "8"]
     assert module.main([*arguments, "--prompt", "Once upon a time"]) == 0
     assert "| Once upon a time | 8 of 8 | - | - |" in capsys.readouterr().out
-    a, b = torch.tensor([1, 2, 0]), torch.tensor([1, 0])
-    logits = torch.tensor([[0.0, 1.0, 0.5], [0.25, 0.0, 1.0]])
+    a, b = torch.tensor([1, 2, 0]), torch.tensor([1, 0, 0])
+    logits = torch.tensor([[0.0, 1.0, 0.5], [0.25, 0.0, 1.0], [1.0, 0.0, 0.0]])
     assert module.first_difference((a, b), (logits, logits)) == (1, (0.75, -0.75))
     assert module.first_difference((a, a), (logits, logits)) is None

@@ -217,10 +217,11 @@ def test_unpacked_counts_are_those_of_the_encoder(query_groups, steps):
     query_groups=st.booleans(),
     shared=st.booleans(),
     rotation=st.sampled_from(["none", "groups"]),
+    offset=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_outputs_are_those_of_the_torch_path(
-    tolerance, heads, dim, lengths, kind, ratio, steps, query_groups, shared, rotation, seed
+    tolerance, heads, dim, lengths, kind, ratio, steps, query_groups, shared, rotation, offset, seed
 ):
     module, kernels = make(
         *(*heads, dim, seed),
@@ -229,6 +230,7 @@ def test_outputs_are_those_of_the_torch_path(
         query_groups=query_groups and ratio > 0,
         value_range="shared" if shared else "split",
         rotation=rotation,
+        key_offset=offset,
     )
     batch = 2 if "pad" in kind else 1  # the first entry is padded
     x = operands(module, seed, batch, *lengths)
@@ -279,7 +281,7 @@ def test_no_rows_and_no_keys():
 @pytest.mark.parametrize("q_len", [1, 12])
 @pytest.mark.parametrize("rotation", ["none", "groups"])
 def test_the_operators_keep_their_promises(q_len, rotation):
-    module, kernels = make(query_groups=True, rotation=rotation)
+    module, kernels = make(query_groups=True, rotation=rotation, key_offset=True)
     query, key, value = operands(module, 0, 1, q_len, 16)
     calls: list[tuple[Any, tuple[Any, ...]]] = []
     with pytest.MonkeyPatch.context() as patch:

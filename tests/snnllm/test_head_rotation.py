@@ -118,6 +118,16 @@ def test_an_order_that_is_none_is_refused():
         HeadRotation(1, 512, 0, "q")
 
 
+def test_an_order_on_meta_is_not_checked():
+    make(2, 8).to("meta").check_order()  # as transformers has offloaded buffers
+
+
+def test_wide_heads_are_refused_before_any_work(make_llama, token_ids, tmp_path):
+    model = make_llama(head_dim=512)
+    with pytest.raises(ValueError, match="heads of 512 channels; Q and K are rotated up to 256"):
+        convert(model, tmp_path / "out", SpikeConfig(), token_ids, pipeline="rotated")
+
+
 def test_a_damaged_order_is_refused_on_loading(make_llama, token_ids, tmp_path):
     spike = SpikeConfig(salient_ratio=0.25)
     convert(make_llama(), tmp_path / "out", spike, token_ids[:2], pipeline="rotated")

@@ -350,8 +350,9 @@ def test_casts_round_no_scales_and_keep_the_order_of_heads(make_llama, token_ids
     built = SpikingLlamaForCausalLM(spiking_config(loaded.config, loaded.config.spike)).eval()
     built.load_state_dict(loaded.state_dict())
     built.to(cast)
-    kept = [n for n, _ in built.named_buffers() if n.endswith(("scale", "qk_rotation.order"))]
-    assert len(kept) == 2 * (7 + 1)
+    ends = ("scale", "offset_key", "offset_input", "qk_rotation.order")
+    kept = [n for n, _ in built.named_buffers() if n.endswith(ends)]
+    assert len(kept) == 2 * (7 + 1 + 7 + 1)
     for name in kept:
         dtype = torch.uint8 if name.endswith("order") else torch.float32
         assert built.get_buffer(name).dtype == dtype, name

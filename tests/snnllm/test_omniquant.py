@@ -46,7 +46,7 @@ class Bench:
         job = omniquant._Job(self.source, self.spike, self.run, wanted, None, {})
         generator = self.run.generator(0)
         self.frame = load_block(self.source, 0, torch.device("cpu"))
-        attention = omniquant._make_frame(self.frame, 0, statistics, job, generator)
+        attention = omniquant._make_frame(*(self.frame, 0, statistics, self.stream, job, generator))
         self.modules = omniquant._empty_linears(self.dense, 0, statistics, job, generator)
         clips = self.spike.weight_range is WeightRange.CLIP
         self.block = TrainableBlock(
@@ -97,8 +97,11 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("preset", "fields", "wanted"), SETTINGS)
 def test_what_is_frozen_is_what_was_trained(make_llama, token_ids, preset, fields, wanted):
-    spike = SpikeConfig.preset(preset, **fields)
-    bench = Bench(make_llama(**BIASES), token_ids, spike, options(**wanted))
+    spike, model = SpikeConfig.preset(preset, **fields), make_llama(**BIASES)
+    model.model.layers[0].self_attn.k_proj.bias.data += 3.0  # so that the offset of K matters
+    bench = Bench(model, token_ids, spike, options(**wanted))
+    if bench.spike.key_offset:
+        assert bench.frame.self_attn.offset_key.abs().max() > 1.0
     samples = omniquant.Samples(
         bench.stream.hidden, bench.target, None, bench.context, torch.device("cpu")
     )

@@ -259,6 +259,15 @@ def kill_after_first_row(arguments: list[str], output: Path) -> int:
     return process.pid
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_an_output_that_is_a_file_is_refused(command, tmp_path, capsys, more):
+    output = tmp_path / "file"
+    output.write_text("mine")
+    assert main(command(output, *more)) != 0
+    assert f"{output} is a file; choose another output folder" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+
+
 def test_a_killed_run_continues(command, tmp_path):
     """What it measured stays, and the end is that of a whole run."""
     rows = ("--rows", "float", "rtn")

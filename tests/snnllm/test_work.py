@@ -274,20 +274,26 @@ def test_killed_after_publication_the_work_folder_goes(
     assert "removed" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["other job", "in use", "no checkpoint"])
+@pytest.mark.parametrize(
+    "kind", ["other model", "in use", "no checkpoint", "old checkpoint", "torn"]
+)
 def test_other_work_folders_stay_beside_an_output(
     make_llama, token_ids, tmp_path, monkeypatch, kind
 ):
     output, folder = tmp_path / "out", tmp_path / "out.work"
     killed_after_publication(make_llama(), output, token_ids, monkeypatch)
     holder = None
-    if kind == "other job":
-        job = json.loads((folder / "job.json").read_text())
-        (folder / "job.json").write_text(json.dumps({**job, "seed": 1}))
+    job, manifest = folder / "job.json", output / "spikellm_manifest.json"
+    if kind == "other model":  # of the same name, with the same options
+        job.write_text(json.dumps({**json.loads(job.read_text()), "model": "0"}))
     elif kind == "in use":
         holder = work.locked(folder, "")
+    elif kind == "no checkpoint":
+        manifest.unlink()
+    elif kind == "old checkpoint":  # without provenance
+        manifest.write_text(json.dumps({"schema_version": 1, "provenance": {}}))
     else:
-        (output / "spikellm_manifest.json").unlink()
+        job.write_text(job.read_text()[:10])
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         convert(make_llama(), output, SpikeConfig(), token_ids, pipeline="rtn")
     assert (folder / "block-00000.safetensors").is_file()
