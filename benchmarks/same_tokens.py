@@ -68,7 +68,13 @@ def continuation(model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tenso
         "cache_implementation": "static",
     }
     prompt = prompt.to(model.device)
-    out = model.generate(prompt, **arguments, return_dict_in_generate=True, output_logits=True)
+    out = model.generate(
+        prompt,
+        **arguments,
+        return_dict_in_generate=True,
+        output_logits=True,
+        disable_compile=True,  # transformers' own loop, which keeps the logits
+    )
     start = time.perf_counter()
     again = model.generate(prompt, **arguments).cpu()  # recorded steps, where there are any
     seconds = time.perf_counter() - start

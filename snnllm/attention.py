@@ -168,6 +168,10 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
             return None
         return TritonAttention.of(*encoders, self.qk_rotation, self._buffers.get("offset_key"))
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._native = self._kernels = _UNKNOWN
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._native = self._kernels = _UNKNOWN  # the encoders may move to another device
         with keeping_float32(self):

@@ -220,10 +220,12 @@ def test_any_linear(
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("served")
-@pytest.mark.parametrize("rows", [1, 16, 32, 256, 2048])
+@pytest.mark.parametrize(
+    ("columns", "rows"), [*((4096, m) for m in (1, 16, 32, 256, 2048)), (11008, 256)]
+)
 @pytest.mark.parametrize("sizes", [(4096,), (3686, 410)], ids=["one", "two"])
-def test_linears_of_a_7b_model(sizes: tuple[int, ...], rows: int) -> None:
-    spec = spec_of(rows, 4096, sizes, (15, 30)[: len(sizes)], bias=False)
+def test_linears_of_a_7b_model(sizes: tuple[int, ...], columns: int, rows: int) -> None:
+    spec = spec_of(rows, columns, sizes, (15, 30)[: len(sizes)], bias=False)
     check(spec, input_of(rows, rows, 4096, torch.bfloat16))
 
 

@@ -154,6 +154,11 @@ def unpack_values(  # type: ignore[no-untyped-def]
     if HAS_KINDS:
         kinds = kind_ptr + (pair // heads).to(tl.int64) * tiles * blocks + tl.program_id(0)
         if _is_hidden(kinds, blocks, tiles, 64):
+            # A hole between visible blocks is read, with probability 0: it must hold numbers.
+            token = tl.program_id(0) * T + tl.arange(0, T)
+            at = out_ptr + (pair.to(tl.int64) * padded + token)[:, None] * WIDTH
+            zero = tl.zeros([T, WIDTH], out_ptr.dtype.element_ty)
+            tl.store(at + tl.arange(0, WIDTH)[None, :], zero)
             return
     token, inside, row_at = _rows(
         row_ptr, pair, heads, tokens, batch_stride, head_stride, token_stride, T
