@@ -47,7 +47,8 @@ class Layer:
         """Draw everything on the GPU."""
         from neurons.backends.triton_encode import stable_layout
         from neurons.backends.triton_encode_tiles import runs_of
-        from snnllm.transforms import OnlineRotation, salient_count
+        from snnllm.hadamard import OnlineRotation
+        from snnllm.transforms import salient_count
 
         generator = torch.Generator().manual_seed(self.seed)
         many = round(self.salient * self.channels)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from neurons.backends.spec import DTYPES
 from snnllm import shared_input
-from snnllm.transforms import butterfly_operations, hadamard_transform, in_blocks, rotation_blocks
+from snnllm.hadamard import butterfly_operations, hadamard_transform, in_blocks, rotation_blocks
+from snnllm.kernels.cpu.rotation import rotate_rows, rotates
 
 MAX_CHANNELS = 256
 """Of a head: the order is kept in bytes."""
@@ -22,7 +23,7 @@ class HeadRotation(nn.Module):
 
         x' = x[order of the KV head] blockdiag(H_p / sqrt(p), ..)
 
-    The groups are cut into powers of two as those of `snnllm.transforms.OnlineRotation` are. Q and K have
+    The groups are cut into powers of two as those of `snnllm.hadamard.OnlineRotation` are. Q and K have
     the same order and blocks, so `Q K^T` stays the same number. The operations run in a defined order
     (`hadamard_transform`), in kernels too: the same bits everywhere.
 
@@ -112,6 +113,9 @@ class HeadRotation(nn.Module):
 
             return rotate_operand(x.detach(), self.order, self.blocks)
         batch, heads, tokens, channels = x.shape
+        if rotates(x, self.blocks):
+            share = heads // len(index) * tokens
+            return rotate_rows(x, self.blocks, False, self.order.contiguous(), max(share, 1))
         grouped = x.float().reshape(batch, len(index), heads // len(index) * tokens, channels)
         grouped = grouped.gather(-1, index[:, None].expand_as(grouped))
         rotated = in_blocks(grouped, self.blocks, hadamard_transform)

@@ -12,6 +12,7 @@ from neurons import Encoding, SpikeEncoder
 from neurons.functional import spikes_to_events
 from snnllm.config import FLOAT_BITS, Capacity
 from snnllm.execution import SpikingModule, View
+from snnllm.hadamard import OnlineRotation
 from snnllm.kernels import NativeBackend, TritonBackend, get_backend
 from snnllm.kernels.epilogue import centre, scale_and_sum
 from snnllm.kernels.exact import exact_matmul
@@ -26,7 +27,7 @@ from snnllm.kernels.spec import (
 from snnllm.layout import LinearLayout
 from snnllm.packing import pack, packed_width, unpack
 from snnllm.precision import keeping_float32
-from snnllm.transforms import OnlineRotation, salient_count
+from snnllm.transforms import salient_count
 from snnllm.weights import QuantizedWeight, expand_groups, run_sizes
 
 _COLLAPSED_CAPACITY = 255

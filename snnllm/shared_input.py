@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from snnllm.execution import View
+from snnllm.hadamard import OnlineRotation
 from snnllm.kernels import get_backend
 from snnllm.kernels.spec import concatenate
 from snnllm.kernels.triton.backend import TritonBackend, TritonLinear, multiply
 from snnllm.linear import SpikingLinear
-from snnllm.transforms import OnlineRotation
 
 _CAPTURE = "transformers.utils.output_capturing"
 

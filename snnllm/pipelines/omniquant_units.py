@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from neurons import SpikeEncoder
 from neurons.straight_through import levels_parameters, levels_through, spikes_through
 from snnllm.config import FLOAT_BITS
+from snnllm.hadamard import OnlineRotation
 from snnllm.layout import LinearLayout
 from snnllm.linear import SpikingLinear
-from snnllm.transforms import OnlineRotation
 from snnllm.weights import QuantizedWeight, expand_groups, run_sizes, weight_parameters
 
 INITIAL_LOGIT = 4.0

@@ -15,10 +15,11 @@ from transformers.models.llama import modeling_llama
 
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
+from snnllm.hadamard import hadamard_transform
 from snnllm.head_rotation import HeadRotation, fits_kernel
 from snnllm.kernels.triton.backend import TritonBackend
 from snnllm.modeling import load
-from snnllm.transforms import hadamard_transform, salient_count
+from snnllm.transforms import salient_count
 
 NO_TRITON = TritonBackend().available()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,7 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 from neurons import SpikeEncoder
-from snnllm.transforms import OnlineRotation, hadamard_transform, rotate_block
+from snnllm.hadamard import OnlineRotation, hadamard_transform, rotate_block
 
 pytest.importorskip("triton", reason="needs triton (pip install triton)")
 

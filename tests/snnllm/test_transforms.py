@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from snnllm.hadamard import OnlineRotation, rotation_blocks
+from snnllm.head_rotation import HeadRotation
 from snnllm.sources import ModelSource, dense_model, open_source
 from snnllm.transforms import (
-    OnlineRotation,
     RotatedSource,
     SignedOrder,
     group_rotation,
     orthogonal,
     pair_signs,
     power_of_two_factor,
-    rotation_blocks,
     salient_count,
     sorted_groups,
 )
@@ -188,3 +188,21 @@ def test_smollm2_with_all_transforms_is_the_same_function(smollm2_gguf: Any) -> 
     with torch.no_grad():
         logits, expected = rotated(ids).logits, dense_model(source)(ids).logits
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("sizes", [(512, 64), (57, 7), (7,), (1, 1), (300, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_online_rotations_in_c_have_the_bits_of_torch(monkeypatch, sizes, dtype):
+    rotation, heads = OnlineRotation(sizes), HeadRotation(2, 64, sizes[-1] % 64, "heads")
+    generator = torch.Generator().manual_seed(sum(sizes))
+    heads.sort(torch.rand(2, 64, generator=generator).argsort(-1))
+    x = torch.randn(3, 5, sum(sizes), generator=generator).to(dtype)
+    key = torch.randn(2, 5, 4, 64, generator=generator).to(dtype).transpose(1, 2)
+    ours = rotation(x), rotation(x[:0]), heads(key), heads(key[:, :, :0])
+    assert rotation(x.float().requires_grad_()).requires_grad
+    for module in ("hadamard", "head_rotation"):
+        monkeypatch.setattr(f"snnllm.{module}.rotates", lambda *_: False)
+    theirs = rotation(x), rotation(x[:0]), heads(key), heads(key[:, :, :0])
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert torch.equal(a, b)

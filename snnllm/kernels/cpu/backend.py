@@ -235,6 +235,8 @@ def library(definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib.snn_attention_scores.argtypes = [pointer] * 6 + [size, ctypes.c_float, pointer, number]
     lib.snn_decode_heads.argtypes = [pointer] + [size] * 3 + [pointer] * 3 + [number]
     lib.snn_decode_heads.restype = None
+    lib.snn_rotate.argtypes = [pointer] * 3 + [size] * 4 + [pointer] * 2 + [size, number, number]
+    lib.snn_rotate.restype = None
     return lib
 
 

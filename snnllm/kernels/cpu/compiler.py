@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 LOGGER = logging.getLogger("snnllm.kernels")
-SOURCES = ("kernels.c", "attention.h", "encode.h", "tile.h")
+SOURCES = ("kernels.c", "attention.h", "encode.h", "rotation.h", "tile.h")
 CACHE_VARIABLE = "SNNLLM_CACHE_DIR"
 _COMPILERS = ("cc", "gcc", "clang")
 # -ffp-contract=off: a fused multiply-add rounds differently from the reference.

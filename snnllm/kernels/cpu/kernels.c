@@ -24,6 +24,7 @@
  */
 #include "attention.h"
 #include "encode.h"
+#include "rotation.h"
 #include "tile.h"
 
 /* ---------------------------------------------------------------- epilogue */
@@ -352,4 +353,15 @@ int snn_int_bmm(const int8_t *a, const int8_t *b, int32_t *out, int64_t batch, i
     }
     free(wide);
     return OK;
+}
+
+/* x [rows][k] -> out [rows][k], rotated (rotation.h). Row r has the order (r / share) % heads, if any. */
+void snn_rotate(const float *x, const uint8_t *order, float *out, int64_t rows, int64_t k,
+                int64_t share, int64_t heads, const int64_t *blocks, const float *roots,
+                int64_t count, int turned, int threads) {
+    if (rows * k < PARALLEL_WORK) threads = 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        rotate_row(x + row * k, order ? order + row / share % heads * k : 0, out + row * k, blocks,
+                   roots, count, turned);
 }

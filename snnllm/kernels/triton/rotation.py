@@ -1,9 +1,9 @@
-"""Hadamard blocks in Triton, as :class:`snnllm.transforms.OnlineRotation` has them.
+"""Hadamard blocks in Triton, as :class:`snnllm.hadamard.OnlineRotation` has them.
 
 A thread loads 16 neighbours and mixes them in registers; one exchange through shared memory brings
 those together that are 16 apart in a block, and a second pass of butterflies ends the block of 256.
 From then on every thread has neighbours again, in the order of
-:func:`snnllm.transforms.rotate_block`: range, counts and stores need no other exchange.
+:func:`snnllm.hadamard.rotate_block`: range, counts and stores need no other exchange.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """SiLU * up (+ online rotation) + encode in one Triton kernel: what runs before down_proj.
 
 A program keeps its row in registers: gate and up are read once and the counts written once. The
-rotation (:class:`snnllm.transforms.OnlineRotation`) is butterflies in registers, with one exchange
+rotation (:class:`snnllm.hadamard.OnlineRotation`) is butterflies in registers, with one exchange
 through shared memory. A layout that the kernel does not know (`runs`), or whose groups do not end
 where blocks of the rotation end, goes through memory: product and rotation in one kernel, the
 encoder in another.
@@ -34,13 +34,13 @@ from neurons.backends.triton_encode import (
     padded,
 )
 from neurons.backends.triton_encode_tiles import MOST_POSITIONS, registers, tiles_of
+from snnllm.hadamard import RADIX, rotation_blocks
 from snnllm.kernels.triton.rotation import rotate_kernel
 from snnllm.kernels.triton.swiglu_rows import (
     rotate_and_encode_kernel,
     silu_mul_encode_kernel,
     silu_mul_kernel,
 )
-from snnllm.transforms import RADIX, rotation_blocks
 
 __all__ = ["rotate", "silu_mul", "silu_mul_encode"]
 
@@ -75,7 +75,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Rotate rows: the bits of :meth:`snnllm.transforms.OnlineRotation.forward`, without gradients.
+    """Rotate rows: the bits of :meth:`snnllm.hadamard.OnlineRotation.forward`, without gradients.
 
     Args:
         x: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
@@ -115,7 +115,7 @@ def silu_mul_encode(
     Args:
         gate: ``[M, K]``, float32, bfloat16 or float16, stride 1 along K.
         up: as gate.
-        rotation: sizes of the groups of an :class:`snnllm.transforms.OnlineRotation`; None: none.
+        rotation: sizes of the groups of an :class:`snnllm.hadamard.OnlineRotation`; None: none.
         order: channel, after the rotation, of every encoded position, int32 ``[P]``, -1 at padding.
             None: the channels as they are.
         segments: ``(start, stop, group)`` of runs of encoded positions, int32 ``[S, 3]``.
