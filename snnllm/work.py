@@ -52,7 +52,7 @@ class WorkFolder:
     """
 
     def __init__(self, output: Path, job: Mapping[str, Any], restart: bool = False) -> None:
-        self.folder, self.job_sha256 = output.parent / f"{output.name}.work", job_digest(job)
+        self.folder, self.job_sha256 = _folder_beside(output), job_digest(job)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = locked(
             self.folder, f"{self.folder} is in use: another process converts into the same output."
@@ -150,6 +150,10 @@ class WorkFolder:
         self._lock.close()
 
 
+def _folder_beside(output: Path) -> Path:
+    return output.parent / f"{output.name}.work"
+
+
 def check_output(output: Path) -> None:
     """Refuse an output folder that cannot be made; tidy up beside one that is finished.
 
@@ -168,7 +172,7 @@ def check_output(output: Path) -> None:
 
 def _discard_published(output: Path) -> None:
     """Remove the work folder that a finished checkpoint was made in; any other one stays."""
-    folder = output.parent / f"{output.name}.work"
+    folder = _folder_beside(output)
     try:
         job = json.loads((folder / _JOB).read_text())
         manifest = json.loads((output / checkpoint.MANIFEST).read_text())

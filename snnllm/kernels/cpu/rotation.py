@@ -9,10 +9,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from snnllm.kernels.cpu import compiler
+from snnllm.kernels import get_backend
 from snnllm.kernels.cpu.backend import library
 
 LONGEST_BLOCK = 256
+"""What the C function has room for."""
 
 
 def rotates(x: Tensor, blocks: Sequence[int]) -> bool:
@@ -22,7 +23,7 @@ def rotates(x: Tensor, blocks: Sequence[int]) -> bool:
         and max(blocks, default=0) <= LONGEST_BLOCK
         and not torch.compiler.is_compiling()
         and not (x.requires_grad and torch.is_grad_enabled())
-        and _library() is not None
+        and get_backend("auto", "cpu").name == "native"
     )
 
 
@@ -38,33 +39,23 @@ def rotate_rows(
     Args:
         x: float `[..., K]` on the CPU.
         blocks: Sizes of the Hadamard blocks, powers of two, K channels together.
-        turned: In the order of `transforms.rotate_block` instead of `transforms.hadamard_transform`.
+        turned: In the order of `hadamard.rotate_block` instead of `hadamard.hadamard_transform`.
         order: Channels to gather first, uint8 `[heads, K]`, checked; None: as they are.
         share: Rows, one behind the other, that have the same order.
 
     Returns:
         float32, contiguous.
     """
-    lib = _library()
-    assert lib is not None  # `rotates` has said so
     rows = x.detach().float().contiguous()
     out = torch.empty_like(rows)
     sizes, roots = _tables(blocks)
     channels = rows.shape[-1]
-    lib.snn_rotate(
+    library().snn_rotate(
         *(rows.data_ptr(), None if order is None else order.data_ptr(), out.data_ptr()),
         *(rows.numel() // max(channels, 1), channels, share, 1 if order is None else len(order)),
         *(sizes, roots, len(blocks), int(turned), torch.get_num_threads()),
     )
     return out
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    try:
-        return library()
-    except compiler.CompilerError:
-        return None  # which the linears have said
 
 
 @cache
