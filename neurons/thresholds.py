@@ -23,6 +23,8 @@ class ValueRange(StrEnum):
 
 def mode_of(kind: type[M], value: str) -> M:
     """The member of an enum by its value; ValueError names the values there are."""
+    if isinstance(value, kind):
+        return value
     for mode in kind:
         if mode == value:
             return mode

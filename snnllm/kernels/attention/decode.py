@@ -345,17 +345,17 @@ def combine(  # type: ignore[no-untyped-def]
         slot = tl.load(slot_ptr + head * D + c, mask=inside, other=-1)
     out = tl.zeros([BLOCK, LANES], tl.float32)
     for first in range(0, splits, BLOCK):
-        split = first + tl.arange(0, BLOCK)
-        most = tl.load(state_ptr + split * 2 * ROWS, mask=split < splits, other=float("-inf"))
+        chunk = first + tl.arange(0, BLOCK)
+        highest = tl.load(state_ptr + chunk * 2 * ROWS, mask=chunk < splits, other=float("-inf"))
         # Chunks without a visible key hold nothing.
-        there = (most > float("-inf"))[:, None]
-        part_at = part_ptr + (split * ROWS * (D + SLOTS))[:, None]
+        there = (highest > float("-inf"))[:, None]
+        part_at = part_ptr + (chunk * ROWS * (D + SLOTS))[:, None]
         part = tl.load(part_at + c[None, :], mask=there & inside[None, :], other=0.0)
         if PLANES > 0:
             part += tl.load(
                 part_at + D + slot[None, :], mask=there & (slot >= 0)[None, :], other=0.0
             )
-        out += part * tl.exp2((most - base) * LOG2E)[:, None]
+        out += part * tl.exp2((highest - base) * LOG2E)[:, None]
     row = tl.sum(out, 0) / tl.where(total == 0.0, 1.0, total)
     # Queries that see no key: zeros.
     row_number = ((batch * tokens + query % tokens) * kv_heads + head).to(
