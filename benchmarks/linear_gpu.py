@@ -2,7 +2,6 @@
 
     python benchmarks/linear_gpu.py                       # the table
     python benchmarks/linear_gpu.py --sweep --rows 1 16   # kernel shapes, best first
-    SNNLLM_CUDA_CPP=1 python benchmarks/linear_gpu.py     # with the kernels in CUDA C++
 
 Every contender is a CUDA graph that walks through copies of its weights, more than 4 times the L2
 cache in all; the graphs are replayed in turn, medians count. Our time includes the encoding, that of

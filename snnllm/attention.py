@@ -13,7 +13,6 @@ equal bit for bit.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -30,7 +29,7 @@ from snnllm.cache import EncodeOnWrite, RowEncoder, from_payload, to_payload
 from snnllm.config import Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
 from snnllm.head_rotation import HeadRotation
-from snnllm.kernels.attention.backend import SWITCH, TritonAttention
+from snnllm.kernels.attention.backend import TritonAttention
 from snnllm.kernels.cpu.attention import NativeAttention
 from snnllm.kernels.products import integer_product
 from snnllm.precision import keeping_float32
@@ -138,7 +137,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         return cast("NativeAttention | None", self._native)
 
     def kernels(self) -> TritonAttention | None:
-        """The Triton operators, in the collapsed view on a GPU where somebody asked for them."""
+        """The Triton operators, in the collapsed view on a GPU."""
         encoders = (self.q_encoder, self.k_encoder, self.v_encoder)
         if self.view is not View.COLLAPSED:
             return None
@@ -158,7 +157,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
 
     def _prepare_kernels(self) -> TritonAttention | None:
         encoders = (self.q_encoder, self.k_encoder, self.v_encoder)
-        if self.k_encoder.channel_group.device.type != "cuda" or os.environ.get(SWITCH) != "1":
+        if self.k_encoder.channel_group.device.type != "cuda":
             return None
         reason = TritonAttention.refusal(*encoders, self.qk_rotation)
         if reason is not None:

@@ -1,6 +1,6 @@
 // CUDA C++ on the CPU: the primitives of snnllm.kernels.cuda.primitives, imitated.
 //
-// One block of threads at a time, one fiber a thread, so that a run is deterministic. What is asynchronous on
+// One cluster of blocks of threads at a time, one fiber a thread, so that a run is deterministic. What is asynchronous on
 // the device happens as late as its waits allow: copies (cp.async) and products (wgmma) at the wait that needs
 // them, from the memory of that moment. A wait for something that nobody brings ends the program.
 #include <cmath>
@@ -18,6 +18,7 @@
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 
 struct int4 { int x, y, z, w; };
 struct __align__(16) uint4 { unsigned x, y, z, w; };
@@ -25,15 +26,19 @@ struct __align__(16) float4 { float x, y, z, w; };
 static int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static int min(int a, int b) { return a < b ? a : b; }
+static unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 static int __float_as_int(float f) { int i; memcpy(&i, &f, 4); return i; }
 static float __int_as_float(int i) { float f; memcpy(&f, &i, 4); return f; }
 static float __int2float_rn(int i) { return (float)i; }
 static float __fmul_rn(float a, float b) { volatile float c = a * b; return c; }
 static float __fadd_rn(float a, float b) { volatile float c = a + b; return c; }
+static float __fdiv_rn(float a, float b) { volatile float c = a / b; return c; }
 
 struct Index { int x; };
 static Index threadIdx, blockIdx, gridDim;
-alignas(1024) unsigned char SHARED_MEMORY[256 * 1024];
+static int cluster = 1;  // blocks
+alignas(1024) unsigned char shared_memories[8][256 * 1024];
+#define SHARED_MEMORY (shared_memories[blockIdx.x % cluster])
 
 struct Copy { unsigned to; const void* from; int bytes; };
 struct Product { int* d; int columns; unsigned a[4]; u64 counts; int add; };
@@ -49,11 +54,11 @@ struct Fiber {
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
 static int current;
+static Fiber& me() { return fibers[current]; }
 static long idle;  // switches since something happened
 
 static void yield() {
-  const int me = current;
-  swapcontext(&fibers[me].context, &scheduler);
+  swapcontext(&me().context, &scheduler);
 }
 template <typename Condition> static void wait_until(Condition condition) {
   while (!condition()) {
@@ -73,9 +78,10 @@ static void meet(int name, int threads) {
   if (++m.arrived == threads) m.arrived = 0, m.turn++, idle = 0;
   else wait_until([&] { return m.turn != turn; });
 }
-static void __syncthreads() { meet(-1, fibers.size()); }
-static void __syncwarp() { meet(threadIdx.x / 32, 32); }
-static Fiber& lane_of_warp(int lane) { return fibers[threadIdx.x / 32 * 32 + lane]; }
+static void __syncthreads() { meet(-1 - blockIdx.x % cluster, fibers.size() / cluster); }
+static void __syncwarp() { meet(current / 32, 32); }
+static void cluster_meets() { meet(-100, fibers.size()); }
+static Fiber& lane_of_warp(int lane) { return fibers[current / 32 * 32 + lane]; }
 
 static unsigned char* shared_at(unsigned at) { return SHARED_MEMORY + at; }
 static unsigned shared_address(const void* p) { return (unsigned)((const unsigned char*)p - SHARED_MEMORY); }
@@ -107,14 +113,14 @@ static void barrier_wait(unsigned at, int parity) {
 
 static void copy_16(unsigned to, const void* from) {
   if (to % 16 || (u64)from % 16) { fprintf(stderr, "misaligned copy\n"); exit(5); }
-  fibers[threadIdx.x].copies.back().push_back({to, from, 16});
+  me().copies.back().push_back({to, from, 16});
 }
 static void copy_4(unsigned to, const void* from) {
-  fibers[threadIdx.x].copies.back().push_back({to, from, 4});
+  me().copies.back().push_back({to, from, 4});
 }
-static void commit_copies() { fibers[threadIdx.x].copies.emplace_back(); }
+static void commit_copies() { me().copies.emplace_back(); }
 template <int LEFT> static void finish_copies() {
-  auto& groups = fibers[threadIdx.x].copies;
+  auto& groups = me().copies;
   if (LEFT == 0) groups.emplace_back();
   while (groups.size() > LEFT + 1) {
     for (const Copy& c : groups.front()) memcpy(shared_at(c.to), c.from, c.bytes);
@@ -139,7 +145,7 @@ static void box_copy(unsigned to, const Map* map, int column, int row, unsigned 
 
 static void load_matrices(unsigned (&a)[4], unsigned at) {
   const int lane = threadIdx.x % 32;
-  fibers[threadIdx.x].address = at;
+  me().address = at;
   __syncwarp();
   for (int i = 0; i < 4; i++)
     memcpy(&a[i], shared_at(lane_of_warp(8 * i + lane / 4).address + lane % 4 * 4), 4);
@@ -147,7 +153,7 @@ static void load_matrices(unsigned (&a)[4], unsigned at) {
 }
 static void store_transposed(unsigned at, const unsigned (&a)[4]) {
   const int lane = threadIdx.x % 32;
-  fibers[threadIdx.x].address = at;
+  me().address = at;
   __syncwarp();
   for (int i = 0; i < 4; i++)
     for (int e = 0; e < 2; e++) {
@@ -156,7 +162,33 @@ static void store_transposed(unsigned at, const unsigned (&a)[4]) {
     }
   __syncwarp();
 }
+template <typename T> static T of_lane(T x, int lane) {
+  memcpy(me().exchange, &x, sizeof x);
+  __syncwarp();
+  memcpy(&x, lane_of_warp(lane).exchange, sizeof x);
+  __syncwarp();
+  return x;
+}
+template <typename T> static T of_partner(T x, int step) { return of_lane(x, threadIdx.x % 32 ^ step); }
+template <typename T, typename Join> static T of_warp(T x, Join join) {
+  for (int step = 16; step > 0; step /= 2) x = join(x, of_partner(x, step));
+  return x;
+}
+static bool any_of_warp(bool x) { return of_warp((int)x, [](int a, int b) { return a | b; }); }
+static unsigned maximum_of_warp(unsigned x) { return of_warp(x, max); }
+static int sum_of_warp(int x) { return of_warp(x, [](int a, int b) { return a + b; }); }
+static float of_block(const float* mine, int rank) {
+  const unsigned at = shared_address(mine);
+  float v;
+  memcpy(&v, shared_memories[rank] + at, 4);
+  return v;
+}
+static float half_to_float(unsigned short bits) { return (float)*(_Float16*)&bits; }
 static int byte_of(unsigned word, int i) { return (signed char)(word >> 8 * i); }
+static int dot_4(unsigned a, unsigned b, int add) {
+  for (int i = 0; i < 4; i++) add += byte_of(a, i) * byte_of(b, i);
+  return add;
+}
 // Element [row][k] of a 16 x 32 operand that lies in the registers of a warp.
 static int left(int row, int k) {
   return byte_of(lane_of_warp(row % 8 * 4 + k % 16 / 4).exchange[k / 16 * 2 + row / 8], k % 4);
@@ -165,7 +197,7 @@ static void multiply_16x8(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, un
                           unsigned b1) {
   const int lane = threadIdx.x % 32;
   const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
-  memcpy(fibers[threadIdx.x].exchange, mine, sizeof mine);
+  memcpy(me().exchange, mine, sizeof mine);
   __syncwarp();
   for (int e = 0; e < 4; e++)
     for (int k = 0; k < 32; k++) {
@@ -175,14 +207,14 @@ static void multiply_16x8(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, un
   __syncwarp();
 }
 static void fence() {}
-static void commit() { fibers[threadIdx.x].products.emplace_back(); }
+static void commit() { me().products.emplace_back(); }
 template <int SIZE> static void multiply(int (&d)[SIZE], const unsigned* a, u64 counts, int add) {
-  fibers[threadIdx.x].products.back().push_back(
+  me().products.back().push_back(
       {d, 2 * SIZE, {a[0], a[1], a[2], a[3]}, counts, add});
 }
 static void run_product(int index) {
   const int lane = threadIdx.x % 32;
-  const Product& mine = fibers[threadIdx.x].products.front()[index];
+  const Product& mine = me().products.front()[index];
   for (int v = 0; v < mine.columns / 2; v++) {
     const int row = lane / 4 + v % 4 / 2 * 8, n = v / 4 * 8 + lane % 4 * 2 + v % 2;
     int sum = mine.add ? mine.d[v] : 0;
@@ -196,7 +228,7 @@ static void run_product(int index) {
   }
 }
 template <int LEFT> static void finish() {
-  auto& groups = fibers[threadIdx.x].products;
+  auto& groups = me().products;
   while (groups.size() > LEFT + 1) {
     __syncwarp();
     for (size_t i = 0; i < groups.front().size(); i++) run_product(i);
@@ -216,18 +248,19 @@ static unsigned pair(float low, float high) {  // bfloat16, to nearest even
 static std::function<void()> body;
 static void enter() {
   body();
-  fibers[current].done = true;
+  me().done = true;
   idle = 0;
 }
-static void run(int blocks, int threads, std::function<void()> kernel) {
+static void run(int blocks, int threads, std::function<void()> kernel, int together = 1) {
   body = kernel;
   gridDim.x = blocks;
-  for (int block = 0; block < blocks; block++) {
-    memset(SHARED_MEMORY, 0xA5, sizeof SHARED_MEMORY);
+  cluster = together;
+  for (int block = 0; block < blocks; block += cluster) {
+    memset(shared_memories, 0xA5, cluster * sizeof *shared_memories);
     meetings.clear();
     barriers.clear();
     idle = 0;
-    fibers = std::vector<Fiber>(threads);
+    fibers = std::vector<Fiber>(cluster * threads);
     for (Fiber& f : fibers) {
       f.stack.resize(64 * 1024);
       f.copies.resize(1);
@@ -238,13 +271,13 @@ static void run(int blocks, int threads, std::function<void()> kernel) {
       f.context.uc_link = &scheduler;
       makecontext(&f.context, enter, 0);
     }
-    for (int left_over = threads; left_over > 0;) {
+    for (int left_over = 1; left_over > 0;) {
       left_over = 0;
-      for (current = 0; current < threads; current++) {
-        if (fibers[current].done) continue;
+      for (current = 0; current < cluster * threads; current++) {
+        if (me().done) continue;
         left_over++;
-        threadIdx.x = current;
-        blockIdx.x = block;
+        threadIdx.x = current % threads;
+        blockIdx.x = block + current / threads;
         swapcontext(&scheduler, &fibers[current].context);
       }
     }

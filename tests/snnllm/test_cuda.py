@@ -16,7 +16,6 @@ from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.execution import View, set_view, use_view
 from snnllm.gptq import gptq
-from snnllm.kernels.attention.backend import SWITCH
 from snnllm.kernels.exact import exact_matmul
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
@@ -105,9 +104,7 @@ def test_attention_kernels_at_the_sizes_of_models(
     shape: tuple[int, int, int],
     lengths: tuple[int, int],
     steps: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(SWITCH, "1")
     (heads, kv_heads, dim), (tokens, keys) = shape, lengths
     config = LlamaConfig(
         hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads

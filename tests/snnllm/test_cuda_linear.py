@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,6 @@ from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_o
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 from snnllm.kernels.cuda import driver as cuda_driver
-from snnllm.kernels.cuda import linear as cuda_linear
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
 from snnllm.kernels.cuda.linear import Rows, Tiles, choose_shape, unsuitable
@@ -26,15 +24,6 @@ from snnllm.kernels.cuda.primitives import OUTPUTS
 from snnllm.kernels.triton.backend import TritonBackend
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def requested(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernels are asked for."""
-    monkeypatch.setenv(cuda_linear.SWITCH, "1")
-    cuda_linear._without.cache_clear()
-    yield
-    cuda_linear._without.cache_clear()
 
 
 MOST_SHARED = 227 * 1024
@@ -65,12 +54,6 @@ def test_other_devices_run_on_triton() -> None:
     assert "compute capability" in str(unsuitable(CPU, 64, 4, 2))
 
 
-def test_kernels_that_nobody_asked_for_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(cuda_linear.SWITCH)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
-    assert unsuitable(torch.device("cuda"), 64, 4, 2) == f"{cuda_linear.SWITCH} is not 1"
-
-
 def test_a_missing_compiler_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -78,6 +61,7 @@ def test_a_missing_compiler_is_said_once(
         raise ImportError("no module")
 
     monkeypatch.setattr(cuda_driver, "_driver", lambda: None)
+    cuda_driver.without.cache_clear()
     monkeypatch.setattr("snnllm.kernels.cuda.driver.importlib.import_module", refuse)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     device = torch.device("cuda", 7)

@@ -12,10 +12,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of
 
 pytest.importorskip("triton", reason="the package triton is not installed")
+from snnllm.attention import SpikingLlamaAttention, spiking_attention
+from snnllm.config import SpikeConfig
+from snnllm.kernels.attention.backend import TritonAttention
+from snnllm.kernels.cuda import attention as cuda_attention
+from snnllm.kernels.cuda import attention_source as cuda_attention_source
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
 from snnllm.kernels.cuda.primitives import OUTPUTS, PREAMBLE, SHARED
@@ -50,9 +56,23 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n) {
   });
 }
 """,
+    "attention": r"""
+extern "C" void launch(int blocks, int threads, void** p, const int* n, const float* f) {
+  auto kernel = [&] {
+    attend_one(p[0], (const unsigned char*)p[1], (const unsigned char*)p[2], (const int*)p[3],
+               (const int*)p[4], (const float*)p[5], (const float*)p[6], p[7], p[8], n[0], n[1], n[2],
+               n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], f[0], f[1]);
+  };
+  run(blocks, threads, kernel, CLUSTER);
 }
-BODIES = {"rows": cuda_rows_source.BODY, "tiles": cuda_tiles_source.BODY}
-MEMORY = {"rows": "memory", "tiles": "unaligned"}
+""",
+}
+BODIES = {
+    "rows": cuda_rows_source.BODY,
+    "tiles": cuda_tiles_source.BODY,
+    "attention": cuda_attention_source.BODY,
+}
+MEMORY = {"rows": "memory", "tiles": "unaligned", "attention": "memory"}
 """Shared memory as the kernels call it."""
 
 
@@ -177,3 +197,104 @@ def test_kernels_have_the_integers_and_outputs_of_the_reference(
         else reference.linear(x, prepared).to(dtype)
     )
     assert torch.equal(run(build, name, shape, x, spec, dtype), expected)
+
+
+def attend(
+    build: Any,
+    module: SpikingLlamaAttention,
+    operands: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    multiprocessors: int,
+) -> Tensor:
+    """What the kernel makes of float queries `[B, H, 1, D]` and payloads of K and V."""
+    query, key, value = operands
+    encoders = (module.q_encoder, module.k_encoder, module.v_encoder)
+    tables = TritonAttention.of(*encoders)
+    batch, heads, _, channels = query.shape
+    strides = (0, 0)
+    if mask is not None:
+        mask = mask.expand(batch, *mask.shape[1:])
+        strides = mask.stride(0), mask.stride(3)
+    sizes = (tables.groups, tables.shared, tables.planes)
+    sizes = (*sizes, tables.key_row[1], tables.value_row[1], channels**-0.5)
+    slots = (tables.key_slot, tables.value_slot)
+    out = torch.full((batch, 1, heads, channels), 77.0, dtype=dtype)
+    launch = cuda_attention.arguments(
+        *(query, key, value, (mask, *strides)),
+        *((*slots, tables.query_capacity, tables.query_clip), sizes, out, multiprocessors),
+    )
+    tensors = [x for x in launch.arguments if x is None or isinstance(x, Tensor)]
+    integers = [x for x in launch.arguments if isinstance(x, int)]
+    floats = [x for x in launch.arguments if isinstance(x, float)]
+    build("attention", launch.macros)(
+        launch.blocks,
+        cuda_attention_source.THREADS,
+        (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors)),
+        (ctypes.c_int * len(integers))(*integers),
+        (ctypes.c_float * len(floats))(*floats),
+    )
+    return out
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "keys", "mask", "spike"),
+    [
+        (2, 2, 128, 70, "float", {}),
+        (6, 2, 64, 600, "empty", {"kv_salient_steps": 4, "query_groups": True}),
+        (8, 1, 32, 33, "bool", {"value_range": "shared", "query_groups": True}),
+        (2, 1, 64, 300, "none", {"kv_salient_steps": 1}),
+        (1, 1, 128, 1, "blind", {"query_groups": True}),
+    ],
+    ids=["float", "empty", "bool", "none", "blind"],
+)
+@torch.no_grad()
+def test_attention_of_one_token_is_that_of_torch(
+    build: Any,
+    tolerance: Any,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    keys: int,
+    mask: str,
+    spike: dict[str, Any],
+) -> None:
+    config = LlamaConfig(
+        hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
+    )
+    module = SpikingLlamaAttention(config, 0, SpikeConfig(**{"salient_ratio": 0.1, **spike})).eval()
+    generator = torch.Generator().manual_seed(keys)
+    masks = torch.rand(2, kv_heads, dim, generator=generator) < 0.1
+    masks &= len(module.k_encoder.steps) > 1
+    module.set_channel_groups(*masks.to(torch.uint8))
+    batch, bound = 2, tolerance.two_terms
+    shapes = ((heads, 1), (kv_heads, keys), (kv_heads, keys))
+    query, key, value = (torch.randn(batch, *s, dim, generator=generator) for s in shapes)
+    key[..., 0] *= 20
+    payloads = module._encode_key_value(key, value)
+    seen = torch.ones(batch, 1, 1, keys, dtype=torch.bool)
+    seen[0, ..., : keys // 3] = False
+    if mask == "empty":
+        seen[..., keys // 2 :] = False
+    if mask == "blind":
+        seen[1] = False
+    hides: Tensor | None = seen
+    dtype = torch.float32
+    if mask == "none":
+        hides = None
+    elif mask != "bool":
+        dtype = torch.bfloat16
+        query = query.to(dtype)
+        hides = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        bound = tolerance.half_precision
+    if mask == "float":
+        assert hides is not None
+        hides[..., -1] = 0.5  # a bias
+    out = attend(build, module, (query, *payloads), hides, dtype, 4 * kv_heads)
+    expected = spiking_attention(module, query, *payloads, hides, dim**-0.5)[0]
+    if mask == "blind":
+        assert not out[1].any()
+        out, expected = out[:1], expected[:1]
+    torch.testing.assert_close(
+        out.float(), expected.float(), rtol=0, atol=bound * float(value.abs().max())
+    )

@@ -1,7 +1,4 @@
-"""Spiking attention on a GPU: what the Triton operators need of the encoders, prepared once.
-
-They run by request, `SNNLLM_ATTENTION_KERNELS=1`, until they have been measured on a GPU.
-"""
+"""Spiking attention on a GPU: what the Triton operators need of the encoders, prepared once."""
 
 from __future__ import annotations
 
@@ -15,8 +12,6 @@ from snnllm.cache import RowEncoder, RowLayout
 from snnllm.head_rotation import HeadRotation, fits_kernel
 from snnllm.kernels.triton.backend import TritonBackend
 
-SWITCH = "SNNLLM_ATTENTION_KERNELS"
-"""Environment variable: 1 asks for these kernels."""
 _LEAST_SLOTS = 32  # what an int8 product sums over at least
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_CHANNELS = 128

@@ -10,13 +10,14 @@ import torch
 import triton
 from torch import Tensor
 
-from neurons.backends.device import interpreted, on
+from neurons.backends.device import early_launch, interpreted, on
 from snnllm.kernels.attention.decode import combine, decode
 from snnllm.kernels.attention.mask import classify
 from snnllm.kernels.attention.prefill import prefill
 from snnllm.kernels.attention.rotation import fuses, mixing_of, rotate_operand
 from snnllm.kernels.attention.rows import encode_rows
 from snnllm.kernels.attention.unpack import unpack_codes, unpack_values
+from snnllm.kernels.cuda import attention as cuda_attention
 
 _PROGRAMS_PER_UNIT = 3  # of `decode` that a multiprocessor has registers for
 _MOST_SPLITS = 128
@@ -129,6 +130,18 @@ def run_decode(
     (batch, heads, tokens, channels), (_, kv_heads, keys, _) = query.shape, key.shape
     groups, shared, planes, key_plane, value_plane, scaling = sizes
     key_slot, value_slot, member, capacity, clip = tables
+    if cuda_attention.unsuitable(query, key, value, (key_plane, value_plane)) is None:
+        strides = (0, 0)
+        if mask is not None:
+            mask = mask.expand(batch, *mask.shape[1:])
+            strides = mask.stride(0), mask.stride(3)
+        with on(query.device):
+            cuda_attention.launch(
+                *(query, key, value, (mask, *strides), (key_slot, value_slot, capacity, clip)),
+                *(sizes, out),
+                early=early_launch(query.device),
+            )
+        return
     share = heads // kv_heads
     rows = max(_power(1, share * tokens), 8 // groups)
     block = 16 if interpreted() else 32

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LOG = logging.getLogger(__name__)
 SWIZZLES = {64: 2, 128: 3}
 """Bytes of a row of a box to the number of its swizzle (`CUtensorMapSwizzle`)."""
 _SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -68,7 +70,7 @@ class Kernel:
 
         Args:
             blocks: Of the grid.
-            arguments: Tensors, ints (32 bits), None (a null pointer) and tensor maps, in order.
+            arguments: Tensors, ints and floats (32 bits), None (a null pointer) and tensor maps, in order.
             early: May start before the kernel in front ends (it waits itself).
         """
         attribute = _Attribute()
@@ -85,6 +87,23 @@ class Kernel:
         )
         function = ctypes.c_void_p(self.function)  # of an int, ctypes passes 32 bits
         _check(_driver().cuLaunchKernelEx(ctypes.byref(launch), function, pointers, None))
+
+
+@cache
+def without(device: torch.device) -> str | None:
+    """Return None when the kernels run on a device, else the reason why not; said once where it is a surprise."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return f"{device} is not of compute capability 9.0"
+    reason = missing()
+    if reason is not None:
+        _LOG.warning("kernels in CUDA C++ are off, slower ones in Triton run: %s", reason)
+    return reason
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def missing() -> str | None:
@@ -190,6 +209,8 @@ def _value(argument: Any) -> Any:
         return argument
     if isinstance(argument, int):
         return ctypes.c_int(argument)
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
     return ctypes.c_void_p(None if argument is None else argument.data_ptr())
 
 

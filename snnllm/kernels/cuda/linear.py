@@ -1,14 +1,11 @@
 """The collapsed linear in CUDA C++ on Hopper (compute capability 9.0): which kernel, and its launch.
 
 The layout of the weights, the algebra and the outputs are those of `snnllm.kernels.triton.linear`,
-whose kernels run wherever these cannot: other devices, other widths of weights, no compiler. They run
-by request, `SNNLLM_CUDA_CPP=1`, until this version of them has been measured on a GPU.
+whose kernels run wherever these cannot: other devices, other widths of weights, no compiler.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from functools import cache
 from typing import NamedTuple
 
@@ -17,12 +14,9 @@ from torch import Tensor
 
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
-from snnllm.kernels.cuda.driver import Kernel, load, missing, tensor_map
+from snnllm.kernels.cuda.driver import Kernel, load, processors, tensor_map, without
 from snnllm.kernels.cuda.primitives import OUTPUTS
 
-_LOG = logging.getLogger(__name__)
-SWITCH = "SNNLLM_CUDA_CPP"
-"""Environment variable: 1 asks for these kernels."""
 _FEW_ROWS = 32
 
 
@@ -72,20 +66,7 @@ def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> 
             "4-bit weights, one or two segments and outputs in eights only, "
             f"not {bits} bits, {segments} segments, {columns} outputs"
         )
-    return _without(device)
-
-
-@cache
-def _without(device: torch.device) -> str | None:
-    """Why a device cannot run the kernels at all, said once; or None."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return f"{device} is not of compute capability 9.0"
-    if os.environ.get(SWITCH) != "1":
-        return f"{SWITCH} is not 1"
-    reason = missing()
-    if reason is not None:
-        _LOG.warning("collapsed linears run on the slower Triton kernels: %s", reason)
-    return reason
+    return without(device)
 
 
 def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
@@ -128,8 +109,8 @@ def launch(
     *_, row_sum, shift, bias = parameters
     assert row_sum is not None
     segments = row_sum.shape[1]
-    processors = _processors(count.device)
-    shape = choose_shape(rows, columns, processors)
+    multiprocessors = processors(count.device)
+    shape = choose_shape(rows, columns, multiprocessors)
     macros = {
         "SEGMENTS": segments,
         "SHIFT": int(shift is not None),
@@ -144,7 +125,7 @@ def launch(
     kernel = _tiles_kernel(shape, tuple(macros.items()), count.device)
     maps = (tensor_map(count, shape.bm, 128), tensor_map(weight, shape.bn, 64))
     tiles = -(-rows // shape.bm) * -(-columns // shape.bn)
-    kernel(min(tiles, processors), (*maps, *parameters, out, *sizes, 2048 // shape.bm), early)
+    kernel(min(tiles, multiprocessors), (*maps, *parameters, out, *sizes, 2048 // shape.bm), early)
 
 
 def _rows_kernel(
@@ -176,8 +157,3 @@ def _tiles_kernel(
         *(cuda_tiles_source.SOURCE, macros + _macros(shape), "linear_tiles"),
         *(128 + 128 * shape.workers, shared, device),
     )
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -105,6 +105,29 @@ template <int LEFT> INLINE void finish() {
 // The compiler may not read a sum before the wait above.
 INLINE void finished(int& sum) { asm volatile("" : "+r"(sum)::"memory"); }
 
+#define EVERY_LANE 0xffffffffu
+template <typename T> INLINE T of_lane(T x, int lane) { return __shfl_sync(EVERY_LANE, x, lane); }
+template <typename T> INLINE T of_partner(T x, int step) { return __shfl_xor_sync(EVERY_LANE, x, step); }
+INLINE bool any_of_warp(bool x) { return __any_sync(EVERY_LANE, x); }
+INLINE unsigned maximum_of_warp(unsigned x) { return __reduce_max_sync(EVERY_LANE, x); }
+INLINE int sum_of_warp(int x) { return __reduce_add_sync(EVERY_LANE, x); }
+INLINE int dot_4(unsigned a, unsigned b, int add) { return __dp4a((int)a, (int)b, add); }  // signed bytes
+INLINE float half_to_float(unsigned short bits) {
+  float v;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
+  return v;
+}
+INLINE void cluster_meets() {  // what they wrote before is there for all of them
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+INLINE float of_block(const float* mine, int rank) {  // from the shared memory of a block of the cluster
+  unsigned at;
+  float v;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(mine)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
+  return v;
+}
+
 INLINE unsigned pair(float low, float high) {  // two 16-bit floats
   unsigned v;
 #if OUT == 2
@@ -120,6 +143,16 @@ INLINE unsigned pair(float low, float high) {  // two 16-bit floats
 )
 
 SHARED = r"""
+INLINE float maximum(float x) {  // of a warp
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, of_partner(x, step));
+  return x;
+}
+INLINE float sum(float x) {  // of a warp
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += of_partner(x, step);
+  return x;
+}
 // (s A) sw, the operations of snnllm.kernels.epilogue.
 INLINE float scaled(float threshold, int a, float scale) {
   return __fmul_rn(__fmul_rn(threshold, __int2float_rn(a)), scale);

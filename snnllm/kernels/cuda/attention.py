@@ -1,0 +1,137 @@
+"""Attention of one query token over the encoded cache in CUDA C++ on Hopper: where it serves, its launch.
+
+The integers are those of `snnllm.kernels.attention.decode`, which runs wherever this cannot; the float sums
+differ by their order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from snnllm.kernels.cuda import attention_source
+from snnllm.kernels.cuda.driver import load, processors, without
+from snnllm.kernels.cuda.primitives import OUTPUTS
+
+_CHANNELS = (32, 64, 128)
+_MOST_ROWS = 8
+_MOST_PLANE_BYTES = 4
+_MOST_CLUSTER = 8
+_KEYS_AT_ONCE = 32 * attention_source.THREADS // 32
+_NO_MASK, _BOOL_MASK = -1, 4
+_INT_MAX = 2**31 - 1
+
+
+class Launch(NamedTuple):
+    """What one launch needs.
+
+    Attributes:
+        macros: Of the source.
+        blocks: Of the grid.
+        shared: Bytes of shared memory of a block.
+        arguments: Of the kernel.
+    """
+
+    macros: dict[str, int]
+    blocks: int
+    shared: int
+    arguments: tuple[Any, ...]
+
+
+def unsuitable(query: Tensor, key: Tensor, value: Tensor, planes: tuple[int, int]) -> str | None:
+    """Return None where the kernel serves, else the reason why not.
+
+    Args:
+        query: `[B, H, S_q, D]`.
+        key: Payloads `[B, H_kv, S_k, bytes]`.
+        value: Likewise.
+        planes: Bytes of one high bit of a row of K and of V.
+    """
+    (_, heads, tokens, channels), kv_heads = query.shape, key.shape[1]
+    if tokens != 1 or heads // kv_heads > _MOST_ROWS or channels not in _CHANNELS:
+        return "one query token, up to 8 heads for a KV head and 32, 64 or 128 channels only"
+    if max(planes) > _MOST_PLANE_BYTES:
+        return "up to 32 salient channels a head only"
+    for rows in (key, value):
+        if rows.data_ptr() % 16 or any(stride % 16 for stride in rows.stride()[:3]):
+            return "rows at multiples of 16 bytes only"
+    if any(max(x.stride()) > _INT_MAX for x in (query, key, value)):
+        return "strides below 2**31 only"
+    return without(query.device)
+
+
+def arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: tuple[Tensor | None, int, int],
+    tables: tuple[Tensor, ...],
+    sizes: tuple[Any, ...],
+    out: Tensor,
+    multiprocessors: int,
+) -> Launch:
+    """The launch for operands of which `unsuitable` says nothing.
+
+    Args:
+        query: As in `unsuitable`, stride 1 along D.
+        key: Likewise.
+        value: Likewise.
+        mask: Bool or float `[B, 1, 1, S_k]` or None, and its strides of a batch entry and a key.
+        tables: Slots of K and V, int32 `[H_kv, D]`, capacities and clip factors of Q, float32 `[G_q]`.
+        sizes: Groups, one range for Q, planes, bytes of a plane of K and of V, scaling.
+        out: `[B, 1, H, D]`, contiguous.
+        multiprocessors: Of the device.
+    """
+    (batch, heads, _, channels), (_, kv_heads, keys, width) = query.shape, key.shape
+    groups, one_range, planes, key_plane, value_plane, scaling = sizes
+    share, pairs = heads // kv_heads, batch * kv_heads
+    cluster = 1
+    while cluster < _MOST_CLUSTER and cluster * _KEYS_AT_ONCE < keys:
+        if 2 * cluster * pairs > 4 * multiprocessors:
+            break
+        cluster *= 2
+    hides, batch_stride, key_stride = mask
+    kind, lowest = _NO_MASK, 0.0
+    if hides is not None and hides.dtype in OUTPUTS:
+        kind, lowest = OUTPUTS[hides.dtype], torch.finfo(hides.dtype).min
+    elif hides is not None:
+        kind = _BOOL_MASK
+    macros = {
+        "D": channels,
+        "G": groups,
+        "QUERY_GROUPS": len(tables[2]),
+        "ONE_RANGE": int(one_range),
+        "ROWS": share,
+        "KEY_BYTES": width,
+        "VALUE_BYTES": value.shape[3],
+        "PLANES": planes,
+        "KEY_PLANE": key_plane,
+        "VALUE_PLANE": value_plane,
+        "CLUSTER": cluster,
+        "QUERY": OUTPUTS[query.dtype],
+        "MASK": kind,
+        "OUT": OUTPUTS[out.dtype],
+    }
+    strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
+    return Launch(
+        macros,
+        cluster * pairs,
+        attention_source.shared_bytes(share, channels, groups),
+        (
+            *(query, key, value, *tables, hides, out, *strides, batch_stride, key_stride),
+            *(kv_heads, keys, float(scaling), lowest),
+        ),
+    )
+
+
+def launch(*operands: Any, early: bool) -> None:
+    """Launch on the current device; operands as `arguments`, without the last."""
+    device = operands[0].device
+    planned = arguments(*operands, processors(device))
+    kernel = load(
+        *(attention_source.SOURCE, tuple(planned.macros.items()), "attend_one"),
+        *(attention_source.THREADS, planned.shared, device),
+    )
+    kernel(planned.blocks, planned.arguments, early)

@@ -1,0 +1,337 @@
+"""CUDA C++ of attention of one query token over the encoded cache: limited by the memory of the payloads.
+
+    P = softmax(scaling * sum_g s_qg s_kg A_g + mask),   out = P (s_v (q_v - z_v))
+
+A cluster of CLUSTER blocks of threads has a KV head and all ROWS queries that share it; its warps take
+blocks of 32 keys in turn. For the scores a lane has a key: its payload is in registers, and A_g, an exact
+integer, is a sum of dp4a with the centred counts of Q, which every block encodes for itself. Scores are
+combined in the order of `snnllm.attention.spiking_scores`. For the product with V a lane has eight channels
+(a word of packed counts), and P times the threshold comes from the lane of the key. High bits of salient
+channels and zero points are taken in separately:
+
+    sum_n P_n s_n (16 high_n + low_n - z_n) = 16 P' high + P' low - sum_n P'_n z_n
+
+Warps are put together in shared memory, the blocks of a cluster through the shared memory of each other.
+
+Macros: D (32, 64 or 128), G, QUERY_GROUPS, ONE_RANGE (of all groups of Q), ROWS, KEY_BYTES and VALUE_BYTES (of
+a payload), PLANES (high bits of a salient count), KEY_PLANE and VALUE_PLANE (bytes of one of them, at most 4;
+0 without), CLUSTER, QUERY, MASK and OUT (dtypes as `primitives.OUTPUTS`; MASK -1: none, 4: bool).
+"""
+
+from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
+
+__all__ = ["BODY", "SOURCE", "THREADS", "shared_bytes"]
+
+THREADS = 256
+"""Eight warps."""
+_OWN = 32  # the most salient channels of a head
+
+
+def shared_bytes(rows: int, channels: int, groups: int) -> int:
+    """Shared memory of a block: encoded queries; sums of the warps, and of the block."""
+    query = rows * (groups * channels + _OWN + 16)
+    return query + 4 * rows * ((THREADS // 32) * (channels + _OWN + 2) + channels + 2)
+
+
+BODY = r"""
+#define WARPS 8
+#define LOG2E 1.4426950408889634f
+#define NOTHING __int_as_float(0xff800000)  // minus infinity
+
+INLINE float number(const void* x, i64 at, int dtype) {
+  if (dtype == 0) return ((const float*)x)[at];
+  const unsigned short bits = ((const unsigned short*)x)[at];
+  return dtype == 1 ? __int_as_float((int)bits << 16) : half_to_float(bits);
+}
+INLINE unsigned bits_above(float x) {  // of x where it is positive or NaN, as `range_bits`
+  return x > 0.0f || x != x ? (unsigned)__float_as_int(x) & 0x7fffffffu : 0u;
+}
+template <int WORDS> INLINE unsigned byte_at(const unsigned (&row)[WORDS], int i) {
+  return row[i / 4] >> 8 * (i % 4) & 255u;
+}
+// Some 16 bytes of a payload.
+template <int WORDS> INLINE void load_row(unsigned (&row)[WORDS], const unsigned char* at) {
+#pragma unroll
+  for (int i = 0; i < WORDS / 4; i++) {
+    const uint4 v = ((const uint4*)at)[i];
+    row[4 * i] = v.x, row[4 * i + 1] = v.y, row[4 * i + 2] = v.z, row[4 * i + 3] = v.w;
+  }
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256) attend_one(
+    const void* query, const unsigned char* key, const unsigned char* value, const int* key_slot,
+    const int* value_slot, const float* capacity, const float* clip, const void* mask, void* out,
+    int query_batch_stride, int query_head_stride, int key_batch_stride, int key_head_stride,
+    int key_token_stride, int value_batch_stride, int value_head_stride, int value_token_stride,
+    int mask_batch_stride, int mask_key_stride, int kv_heads, int keys, float scaling, float lowest) {
+  constexpr int W = D / 8, TOGETHER = 32 / W, PER_LANE = D / 32;
+  constexpr int OWN = 32, SLAB = D + OWN + 2, TAIL = (VALUE_BYTES - D / 2) / 4;
+  constexpr int ZERO = D / 2 + 4 * G, HIGH = ZERO + G;  // bytes of a payload
+  constexpr int OWN_PER_LANE = VALUE_PLANE ? (8 * VALUE_PLANE + W - 1) / W : 1;
+  extern __shared__ __align__(128) unsigned char memory[];
+  unsigned char* codes = memory;                    // [ROWS][G][D], then [ROWS][OWN] of salient channels
+  unsigned char* own_codes = codes + ROWS * G * D;
+  float* scales = (float*)(own_codes + ROWS * OWN);  // [ROWS][2]
+  int* code_sums = (int*)(scales + 2 * ROWS);        // [ROWS][2]
+  float* slabs = (float*)(code_sums + 2 * ROWS);     // [WARPS][ROWS][SLAB]: sums, those of high bits, max, sum of P
+  float* mine = slabs + WARPS * ROWS * SLAB;         // [ROWS][D + 2], of the block
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int rank = blockIdx.x % CLUSTER, head_pair = blockIdx.x / CLUSTER;
+  const int batch = head_pair / kv_heads, head = head_pair % kv_heads;
+  launch_dependents();
+  key += (i64)batch * key_batch_stride + (i64)head * key_head_stride;
+  value += (i64)batch * value_batch_stride + (i64)head * value_head_stride;
+
+  unsigned salient_value = 0;  // of the eight channels of this lane
+  const int word = lane % W;
+  if (G == 2)
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (value_slot[head * D + i / 4 * (D / 2) + 4 * word + i % 4] >= 0) salient_value |= 1u << i;
+  wait_for_kernel_in_front();
+
+  // Queries: a warp encodes one, a lane has neighbouring channels.
+  for (int r = warp; r < ROWS; r += WARPS) {
+    const i64 at = (i64)batch * query_batch_stride + (i64)(head * ROWS + r) * query_head_stride;
+    float x[PER_LANE];
+    int slot[PER_LANE];
+    own_codes[r * OWN + lane] = 0;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+      x[i] = number(query, at + PER_LANE * lane + i, QUERY);
+      slot[i] = G == 2 ? key_slot[head * D + PER_LANE * lane + i] : -1;
+    }
+    float s[2], z[2], top[2];
+#pragma unroll
+    for (int g = 0; g < QUERY_GROUPS; g++) {
+      unsigned below = 0, above = 0;
+#pragma unroll
+      for (int i = 0; i < PER_LANE; i++)
+        if (QUERY_GROUPS == 1 || ONE_RANGE || (slot[i] >= 0) == (g == 1)) {
+          below = max(below, bits_above(-x[i]));
+          above = max(above, bits_above(x[i]));
+        }
+      const float low = -__int_as_float(maximum_of_warp(below)) * clip[g];
+      const float high = __int_as_float(maximum_of_warp(above)) * clip[g];
+      const float step = __fdiv_rn(high - low, capacity[g]);
+      top[g] = capacity[g];
+      s[g] = step < 1e-5f ? 1e-5f : step;  // NaN stays
+      z[g] = fminf(fmaxf(__fdiv_rn(-low, s[g]) + 12582912.0f - 12582912.0f, 0.0f), top[g]);
+    }
+    if (QUERY_GROUPS == 1) s[1] = s[0], z[1] = z[0], top[1] = top[0];
+    __syncwarp();
+    int sum[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+      const int group = slot[i] >= 0, c = PER_LANE * lane + i;
+      const float charged = __fdiv_rn(x[i], group ? s[1] : s[0]) + ((group ? z[1] : z[0]) + 0.5f);
+      const int code = (int)fminf(fmaxf(charged, 0.0f), group ? top[1] : top[0]) - (int)(group ? z[1] : z[0]);
+      codes[(r * G) * D + c] = group ? 0 : code;
+      if (G == 2) codes[(r * G + G - 1) * D + c] = group ? code : 0;
+      if (group) own_codes[r * OWN + slot[i]] = code, sum[1] += code;
+      else sum[0] += code;
+    }
+    sum[0] = sum_of_warp(sum[0]), sum[1] = sum_of_warp(sum[1]);
+    if (lane < 2) {
+      scales[2 * r + lane] = lane ? s[1] : s[0];
+      code_sums[2 * r + lane] = lane ? sum[1] : sum[0];
+    }
+  }
+  __syncthreads();
+
+  float most[ROWS], total[ROWS], offset[ROWS][G], sums[ROWS][8], own[ROWS][OWN_PER_LANE];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    most[r] = NOTHING, total[r] = 0.0f;
+#pragma unroll
+    for (int g = 0; g < G; g++) offset[r][g] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) sums[r][i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < OWN_PER_LANE; i++) own[r][i] = 0.0f;
+  }
+  // What the mask adds to the score of a key; minus infinity where it hides or there is none.
+  auto bias_of = [&](int n) {
+    if (n >= keys) return NOTHING;
+    if (MASK < 0) return 0.0f;
+    const i64 at = (i64)batch * mask_batch_stride + (i64)n * mask_key_stride;
+    if (MASK == 4) return ((const unsigned char*)mask)[at] ? 0.0f : NOTHING;
+    const float bias = number(mask, at, MASK);
+    return bias > lowest ? bias : NOTHING;
+  };
+  const int blocks = (keys + 31) / 32;
+  constexpr int NEXT = CLUSTER * WARPS;
+  for (int first = rank + CLUSTER * warp; first < blocks; first += 4 * NEXT) {
+    float biases[4];  // at once: each would cost the latency of the memory
+#pragma unroll
+    for (int i = 0; i < 4; i++) biases[i] = bias_of(32 * (first + i * NEXT) + lane);
+#pragma unroll 1
+    for (int i = 0; i < 4; i++) {
+      const float bias = i == 0 ? biases[0] : i == 1 ? biases[1] : i == 2 ? biases[2] : biases[3];
+      if (!any_of_warp(bias > NOTHING)) continue;
+      const int n0 = 32 * (first + i * NEXT), n = min(n0 + lane, keys - 1);
+      unsigned row[KEY_BYTES / 4], tail[TAIL], words[W];
+      load_row(row, key + (i64)n * key_token_stride);
+      load_row(tail, value + (i64)n * value_token_stride + D / 2);
+#pragma unroll
+      for (int e = 0; e < W; e++) {
+        const int of = min(n0 + TOGETHER * e + lane / W, keys - 1);
+        words[e] = *(const unsigned*)(value + (i64)of * value_token_stride + 4 * word);
+      }
+      unsigned bits = 0, upper = 0;  // high bits of the salient channels of V of this lane's key
+#pragma unroll
+      for (int e = 0; e < VALUE_PLANE; e++) {
+        bits |= byte_at(tail, HIGH - D / 2 + e) << 8 * e;
+        if (PLANES == 2) upper |= byte_at(tail, HIGH - D / 2 + VALUE_PLANE + e) << 8 * e;
+      }
+      float weight[ROWS][G];
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        int dot[G];
+#pragma unroll
+        for (int g = 0; g < G; g++) {
+          const uint4* code = (const uint4*)(codes + (r * G + g) * D);
+          dot[g] = 0;
+#pragma unroll
+          for (int e = 0; e < W / 4; e++) {
+            const uint4 low = code[e], high = code[W / 4 + e];
+            dot[g] = dot_4(low.x, row[4 * e] & NIBBLES, dot[g]);
+            dot[g] = dot_4(low.y, row[4 * e + 1] & NIBBLES, dot[g]);
+            dot[g] = dot_4(low.z, row[4 * e + 2] & NIBBLES, dot[g]);
+            dot[g] = dot_4(low.w, row[4 * e + 3] & NIBBLES, dot[g]);
+            dot[g] = dot_4(high.x, row[4 * e] >> 4 & NIBBLES, dot[g]);
+            dot[g] = dot_4(high.y, row[4 * e + 1] >> 4 & NIBBLES, dot[g]);
+            dot[g] = dot_4(high.z, row[4 * e + 2] >> 4 & NIBBLES, dot[g]);
+            dot[g] = dot_4(high.w, row[4 * e + 3] >> 4 & NIBBLES, dot[g]);
+          }
+        }
+        if (KEY_PLANE) {
+          const unsigned* code = (const unsigned*)(own_codes + r * OWN);
+#pragma unroll
+          for (int p = 0; p < PLANES; p++) {
+            int of_plane = 0;
+#pragma unroll
+            for (int e = 0; e < KEY_PLANE; e++) {  // four bits to four bytes
+              const unsigned eight = byte_at(row, HIGH + p * KEY_PLANE + e);
+              of_plane = dot_4(code[2 * e], (eight & 15u) * 0x00204081u & 0x01010101u, of_plane);
+              of_plane = dot_4(code[2 * e + 1], (eight >> 4) * 0x00204081u & 0x01010101u, of_plane);
+            }
+            dot[G - 1] += of_plane << (4 + p);
+          }
+        }
+        float score = 0.0f;
+#pragma unroll
+        for (int g = 0; g < G; g++) {
+          const int a = dot[g] - code_sums[2 * r + g] * (int)byte_at(row, ZERO + g);
+          const float part = scaled(scales[2 * r + g], a, __int_as_float(row[D / 8 + g]));
+          score = g == 0 ? part : __fadd_rn(score, part);
+        }
+        score = __fmul_rn(score, scaling) + bias;
+        const float higher = fmaxf(most[r], maximum(score));
+        const float decay = exp2f((most[r] - higher) * LOG2E);  // 0 at first: the maximum is finite now
+        const float p = exp2f((score - higher) * LOG2E);
+        most[r] = higher;
+        total[r] = total[r] * decay + p;
+#pragma unroll
+        for (int g = 0; g < G; g++) {
+          weight[r][g] = p * __int_as_float(tail[g]);
+          offset[r][g] = offset[r][g] * decay + weight[r][g] * (float)byte_at(tail, 4 * G + g);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e++) sums[r][e] *= decay;
+#pragma unroll
+        for (int e = 0; e < OWN_PER_LANE; e++) own[r][e] *= decay;
+      }
+#pragma unroll
+      for (int e = 0; e < W; e++) {
+        const int from = TOGETHER * e + lane / W;
+        const unsigned low = words[e] & NIBBLES, high = words[e] >> 4 & NIBBLES;
+        unsigned high_bits[OWN_PER_LANE];
+        if (VALUE_PLANE) {
+          const unsigned first_plane = of_lane(bits, from);
+          const unsigned second_plane = PLANES == 2 ? of_lane(upper, from) : 0u;
+#pragma unroll
+          for (int k = 0; k < OWN_PER_LANE; k++)
+            high_bits[k] = (first_plane >> (word + W * k) & 1u) + 2 * (second_plane >> (word + W * k) & 1u);
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+          const float ordinary = of_lane(weight[r][0], from);
+          const float salient = G == 2 ? of_lane(weight[r][G - 1], from) : ordinary;
+#pragma unroll
+          for (int k = 0; k < 8; k++) {
+            const unsigned count = (k < 4 ? low : high) >> 8 * (k % 4) & 255u;
+            const float w = G == 2 && salient_value >> k & 1u ? salient : ordinary;
+            sums[r][k] = fmaf(w, (float)count, sums[r][k]);
+          }
+          if (VALUE_PLANE)
+#pragma unroll
+            for (int k = 0; k < OWN_PER_LANE; k++)
+              own[r][k] = fmaf(salient, (float)high_bits[k], own[r][k]);
+        }
+      }
+    }
+  }
+
+  // Lanes of the same channels, then warps, then the blocks of the cluster.
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    float* slab = slabs + (warp * ROWS + r) * SLAB;
+    total[r] = sum(total[r]);
+#pragma unroll
+    for (int g = 0; g < G; g++) offset[r][g] = sum(offset[r][g]);
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+#pragma unroll
+      for (int step = W; step < 32; step *= 2) sums[r][k] += of_partner(sums[r][k], step);
+      const float off = G == 2 && salient_value >> k & 1u ? offset[r][G - 1] : offset[r][0];
+      if (lane < W) slab[k / 4 * (D / 2) + 4 * word + k % 4] = sums[r][k] - off;
+    }
+#pragma unroll
+    for (int k = 0; k < OWN_PER_LANE; k++) {
+#pragma unroll
+      for (int step = W; step < 32; step *= 2) own[r][k] += of_partner(own[r][k], step);
+      if (lane < W && word + W * k < OWN) slab[D + word + W * k] = own[r][k];
+    }
+    if (lane == 0) slab[D + OWN] = most[r], slab[D + OWN + 1] = total[r];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < ROWS * D; i += 256) {
+    const int r = i / D, c = i % D;
+    const float* slab = slabs + r * SLAB;
+    const int slot = VALUE_PLANE ? value_slot[head * D + c] : -1;
+    float top = NOTHING, x = 0.0f, all = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) top = fmaxf(top, slab[w * ROWS * SLAB + D + OWN]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++, slab += ROWS * SLAB) {
+      if (slab[D + OWN] == NOTHING) continue;
+      const float share = exp2f((slab[D + OWN] - top) * LOG2E);
+      all += share * slab[D + OWN + 1];
+      x += share * (slab[c] + (slot >= 0 ? 16.0f * slab[D + slot] : 0.0f));
+    }
+    mine[r * (D + 2) + c] = x;
+    if (c == 0) mine[r * (D + 2) + D] = top, mine[r * (D + 2) + D + 1] = all;
+  }
+  cluster_meets();
+  for (int i = rank * 256 + threadIdx.x; i < ROWS * D; i += CLUSTER * 256) {
+    const int r = i / D, c = i % D;
+    const float* row = mine + r * (D + 2);
+    float top = NOTHING, x = 0.0f, all = 0.0f;
+#pragma unroll
+    for (int of = 0; of < CLUSTER; of++) top = fmaxf(top, of_block(row + D, of));
+#pragma unroll
+    for (int of = 0; of < CLUSTER; of++) {
+      const float highest = of_block(row + D, of);
+      const float share = highest == NOTHING ? 0.0f : exp2f((highest - top) * LOG2E);
+      all += share * of_block(row + D + 1, of);
+      x += share * of_block(row + c, of);
+    }
+    // A query that sees no key: zeros.
+    store(out, ((i64)head_pair * ROWS + r) * D + c, __fdiv_rn(x, all == 0.0f ? 1.0f : all));
+  }
+  cluster_meets();  // the others read this block's sums
+}
+"""
+
+SOURCE = PREAMBLE + PRIMITIVES + SHARED + BODY
