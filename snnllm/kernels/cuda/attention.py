@@ -126,10 +126,19 @@ def arguments(
     )
 
 
-def launch(*operands: Any, early: bool) -> None:
-    """Launch on the current device; operands as `arguments`, without the last."""
-    device = operands[0].device
-    planned = arguments(*operands, processors(device))
+def launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: tuple[Tensor | None, int, int],
+    tables: tuple[Tensor, ...],
+    sizes: tuple[Any, ...],
+    out: Tensor,
+    early: bool,
+) -> None:
+    """Launch on the current device; operands as in `arguments`, `early` as in `driver.Kernel`."""
+    device = query.device
+    planned = arguments(query, key, value, mask, tables, sizes, out, processors(device))
     kernel = load(
         *(attention_source.SOURCE, tuple(planned.macros.items()), "attend_one"),
         *(attention_source.THREADS, planned.shared, device),

@@ -9,7 +9,10 @@ are the right operand, in shared memory. While a product runs, the next operand 
 Of two segments the second (few salient channels) comes first; its scaled sums wait in registers and
 in shared memory (KEPT of them in registers). A float sum of two does not depend on the order.
 
-Macros: BM, BN, WORKERS, STAGES, KEPT, SEGMENTS (1 or 2), SHIFT, BIAS, OUT (`primitives.OUTPUTS`).
+Each warpgroup starts about LAG blocks of 128 positions behind the one before, so that the tensor cores have
+work of one while another scales its sums. Nothing depends on it.
+
+Macros: BM, BN, WORKERS, STAGES, KEPT, LAG, SEGMENTS (1 or 2), SHIFT, BIAS, OUT (`primitives.OUTPUTS`).
 """
 
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
@@ -29,6 +32,7 @@ BODY = r"""
 constexpr int OWN = BN / WORKERS, PIECES = OWN / 64, VALUES = BM / 2, WAITING = PIECES * VALUES - KEPT;
 constexpr int COUNT_BYTES = BM * 128, STAGE_BYTES = COUNT_BYTES + BN * 64, WARPS = 4 * WORKERS;
 constexpr int GROUPS = 2 * PIECES;
+constexpr int BLOCK_CYCLES = BM * BN / 32;  // at the peak of the tensor cores, 4096 products a cycle
 
 struct Tile { int m, n; };
 // Rasters of `height` tiles along the rows: what runs at a time shares operands in the L2 cache.
@@ -186,6 +190,10 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
         for (int v = 0; v < VALUES; v++) finished(acc[p][v]);
       release();
     };
+    if (LAG > 0 && worker > 0) {
+      barrier_wait(full, 0);
+      pause(LAG * worker * BLOCK_CYCLES);
+    }
     for (int index = blockIdx.x; index < tiles; index += gridDim.x, table_parity ^= 1) {
       const Tile tile = tile_at(index, tiles_m, tiles_n, height);
 #pragma unroll
