@@ -57,22 +57,25 @@ class SpikingRMSNorm(LlamaRMSNorm):
 class SpikingLlamaMLP(LlamaMLP):
     """LLaMA's MLP; its gate runs in one kernel with the encoder of down_proj."""
 
-    def forward(self, x: Tensor | Projected) -> Tensor:
-        """Apply the MLP to its input, or to the outputs of gate and up."""
+    def forward(self, x: Tensor | Projected, residual: Tensor | None = None) -> Tensor:
+        """Apply the MLP to its input, or to the outputs of gate and up; add a residual, if one is given.
+
+        The product of down_proj adds it, where it can, with the bits of an addition behind it.
+        """
         if isinstance(x, Projected):
             sizes = (self.gate_proj.out_features, self.up_proj.out_features)
             gate, up = x.outputs.split(sizes, dim=-1)
         elif not _in_kernels(self, x) or self.config.hidden_act != "silu":
-            return cast(Tensor, super().forward(x))
+            return _added(residual, super().forward(x))
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         from snnllm.kernels.triton.swiglu import silu_mul  # needs Triton
 
         down = self.down()
         if down is not None:
-            return down.gated(gate, up)
+            return down.gated(gate, up, residual)
         product = silu_mul(gate.flatten(0, -2), up.flatten(0, -2))
-        return cast(Tensor, self.down_proj(product.view(gate.shape)))
+        return _added(residual, self.down_proj(product.view(gate.shape)))
 
     def __getstate__(self) -> dict[str, Any]:
         """State without what is packed for a device, for deepcopy and pickle."""
@@ -169,7 +172,7 @@ class SpikingLlamaDecoderLayer(LlamaDecoderLayer):
             residual: Tensor = hidden_states + attended
             return residual + cast(Tensor, self.mlp(norms[1](residual)))
         x, residual = gates.normed(norms[1], attended, hidden_states)
-        return residual + cast(Tensor, self.mlp(x))
+        return cast(Tensor, self.mlp(x, residual))  # nobody hooks it: `gates`
 
     def projections(self) -> SharedInput | None:
         """q, k and v as one linear behind the norm; None if they run one by one."""
@@ -256,6 +259,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
     elif dataclasses.is_dataclass(value):
         yield from _tensors(list(vars(value).values()))
+
+
+def _added(residual: Tensor | None, y: Tensor) -> Tensor:
+    return y if residual is None else residual + y
 
 
 def _in_kernels(module: nn.Module, x: Tensor) -> bool:

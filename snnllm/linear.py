@@ -23,6 +23,7 @@ from snnllm.kernels.spec import (
     PreparedLinear,
     Segment,
     segments_of,
+    without_offset,
 )
 from snnllm.layout import LinearLayout
 from snnllm.packing import pack, packed_width, unpack
@@ -307,24 +308,25 @@ class SpikingLinear(SpikingModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the linear in the current view."""
-        return self._forward(self.encoder_input(x)).to(x.dtype)
+        rotated = x if self.rotation is None else self.rotation(x)
+        return self._forward(rotated, self._buffers.get("offset_input")).to(x.dtype)
 
     def encoder_input(self, x: Tensor) -> Tensor:
         """What the encoder sees of an input `[..., K]`: rotated and without the offset."""
         rotated = x if self.rotation is None else self.rotation(x)
-        offset = self._buffers.get("offset_input")
-        return rotated if offset is None else rotated.float() - offset
+        return without_offset(rotated, self._buffers.get("offset_input"))
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, offset: Tensor | None) -> Tensor:
         if self.layout.activation_bits == FLOAT_BITS or self.layout.weight_bits == FLOAT_BITS:
-            return self._forward_float(x)
+            return self._forward_float(without_offset(x, offset))
         self.check_view(self.view)
         backend, prepared = self.prepared()
         if self.view is View.COLLAPSED:
-            return backend.linear(x, prepared)
-        accumulators, threshold = self._run_neurons(x.reshape(-1, self.in_features))
+            return backend.linear(x, prepared, offset)
+        rows = without_offset(x, offset).reshape(-1, self.in_features)
+        accumulators, threshold = self._run_neurons(rows)
         y = scale_and_sum(accumulators, threshold, self.spec())
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def accumulators(self, x: Tensor) -> Tensor:
         """Centred integer sums of the current view, int32 `[segments, tokens, N]`.

@@ -71,8 +71,8 @@ class SharedInput:
         y = multiply(EncodedRows(*encoded[:4]), self.layer, x.dtype)
         return Projected(y.view(*x.shape[:-1], -1)), encoded.residual.view(x.shape)
 
-    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The outputs for `silu(gate) * up`, both `[..., K]`."""
+    def gated(self, gate: Tensor, up: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The outputs for `silu(gate) * up`, both `[..., K]`, plus a residual `[..., N]` if one is given."""
         from snnllm.kernels.triton.swiglu import silu_mul_encode  # needs Triton
 
         plan = self.layer.plan
@@ -80,7 +80,8 @@ class SharedInput:
             *(gate.flatten(0, -2), up.flatten(0, -2), self.rotation, plan.order, plan.segments),
             *(plan.capacities, plan.clip, plan.spec.shared, self.offset, plan.runs),
         )
-        return multiply(encoded, self.layer, gate.dtype).view(*gate.shape[:-1], -1)
+        added = None if residual is None else residual.flatten(0, -2).contiguous()
+        return multiply(encoded, self.layer, gate.dtype, added).view(*gate.shape[:-1], -1)
 
 
 @cache

@@ -14,7 +14,7 @@ from snnllm.execution import View
 from snnllm.kernels import TritonBackend, get_backend
 from snnllm.kernels.epilogue import centre, scale_and_sum
 from snnllm.kernels.exact import exact_matmul
-from snnllm.kernels.spec import LinearSpec, Segment, segments_of
+from snnllm.kernels.spec import LinearSpec, Segment, segments_of, without_offset
 from snnllm.kernels.ternary.pack import (
     CountedTernary,
     PackedTernary,
@@ -238,14 +238,14 @@ class TernaryLinear(SpikingLinear):
         run = torch.repeat_interleave(torch.arange(len(runs)), runs)[self._by_group.cpu()]
         return segments_of(self.group_sizes, run)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, offset: Tensor | None) -> Tensor:
         if self.view is not View.COLLAPSED or self.layout.activation_bits == FLOAT_BITS:
-            return super()._forward(x)
+            return super()._forward(x, offset)
         self.check_view(self.view)
         weight = self.packed_weight()
         if not isinstance(weight, CountedTernary):
-            return super()._forward(x)
-        return counted_linear(x, weight, self.total_bias(), x.dtype)
+            return super()._forward(x, offset)
+        return counted_linear(without_offset(x, offset), weight, self.total_bias(), x.dtype)
 
     def _forward_float(self, x: Tensor) -> Tensor:
         """Float inputs."""

@@ -30,6 +30,7 @@ from snnllm.kernels.spec import (
     check_counts,
     check_input,
     non_finite_error,
+    without_offset,
 )
 
 _INT_MM_ROWS = 32  # torch._int_mm on CUDA wants more than 16 rows
@@ -139,11 +140,11 @@ class ReferenceBackend:
             count = count.index_select(1, order.to(count.device))
         return _segment_sums(count.float(), zero_point, layer, active)
 
-    def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
+    def linear(self, x: Tensor, prepared: PreparedLinear, offset: Tensor | None = None) -> Tensor:
         """Return y [.., N] of x [.., K] in x.dtype, by the scaling that all views share."""
         layer = _reference(prepared)
         spec = layer.spec
-        rows, accumulators = _accumulate(x, layer)
+        rows, accumulators = _accumulate(without_offset(x, offset), layer)
         y = scale_and_sum(accumulators, rows.threshold, spec)
         return y.to(x.dtype).reshape(*x.shape[:-1], spec.out_features)
 

@@ -272,11 +272,16 @@ class Backend(Protocol):
             active: bit g is set when group g may have counts; the segments of the others are zero.
         """
 
-    def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
-        """Return y [.., N] in x.dtype of x [.., K]."""
+    def linear(self, x: Tensor, prepared: PreparedLinear, offset: Tensor | None = None) -> Tensor:
+        """Return y [.., N] in x.dtype of x [.., K], less an offset if one is given (float32 [K])."""
 
     def int_bmm(self, a: Tensor, b: Tensor) -> Tensor:
         """Return `a @ b^T` of int8 a [B, M, K] and b [B, N, K]: int32 [B, M, N], exact."""
+
+
+def without_offset(x: Tensor, offset: Tensor | None) -> Tensor:
+    """Return x [.., K], or float32 without an offset [K], as every encoder takes it off."""
+    return x if offset is None else x.float() - offset
 
 
 def check_input(x: Tensor, channels: int, name: str) -> None:

@@ -144,6 +144,10 @@ static void box_copy(unsigned to, const Map* map, int column, int row, unsigned 
   settle(b);
 }
 
+static void fetch(const void* from, int bytes) {
+  if (bytes <= 0 || bytes % 16 || (u64)from % 16) { fprintf(stderr, "bad fetch\n"); exit(6); }
+}
+
 static void load_matrices(unsigned (&a)[4], unsigned at) {
   const int lane = threadIdx.x % 32;
   me().address = at;
@@ -245,6 +249,7 @@ static unsigned pair(float low, float high) {  // bfloat16, to nearest even
   };
   return half(low) | half(high) << 16;
 }
+static float low_of(unsigned pair) { return __int_as_float(pair << 16); }
 
 static std::function<void()> body;
 static void enter() {

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 from snnllm import shared_input
@@ -86,6 +87,83 @@ def test_fused_is_one_by_one(ids, attention, dtype):
     assert layer.mlp.down() is not None
     with torch.no_grad():
         assert torch.equal(model(ids).logits, logits_one_by_one(model, ids))
+
+
+def with_offsets(model: Any) -> Any:
+    """The model with offsets drawn anew, the same ones for linears of one input."""
+    for linear in linears_of(model):
+        if linear.layout.offset:
+            generator = torch.Generator().manual_seed(0)
+            sizes = (linear.in_features, linear.out_features)
+            linear.set_offset(*(torch.randn(n, generator=generator) / 4 for n in sizes))
+    return model
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("rotated", [True, False], ids=["offset", "plain"])
+@pytest.mark.parametrize("ratio", [0.1, 0.0], ids=["two", "one"])
+def test_the_residual_is_added_as_behind_the_mlp(monkeypatch, ids, dtype, rotated, ratio):
+    overrides = {"attention": "float", "salient_ratio": ratio, "mask_scope": "input"}
+    model = with_offsets(make(dtype, rotated, **overrides))
+    given, gated = [], shared_input.SharedInput.gated
+    monkeypatch.setattr(
+        shared_input.SharedInput,
+        "gated",
+        lambda self, gate, up, residual=None: (
+            given.append(residual is not None),
+            gated(self, gate, up, residual),
+        )[1],
+    )
+    layers, logits = model.model.layers, {}
+    with torch.no_grad():
+        logits["fused"] = model(ids).logits
+        assert given == [True] * len(layers)
+        for watched in ("mlp", "mlp.down_proj"):
+            seen: list[Tensor] = []
+            hooks = [
+                layer.get_submodule(watched).register_forward_hook(
+                    lambda module, args, out, seen=seen: seen.append(out)
+                )
+                for layer in layers
+            ]
+            given.clear()
+            logits[watched] = model(ids).logits
+            assert len(seen) == len(layers)
+            assert not any(given)
+            for hook in hooks:
+                hook.remove()
+    assert torch.equal(logits["mlp"], logits["fused"])
+    assert torch.equal(logits["mlp.down_proj"], logits["fused"])
+
+
+class Called(TorchDispatchMode):
+    """Notes the operators of torch that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_a_single_linear_takes_its_offset_in_the_encoder(dtype):
+    layer = with_offsets(make(dtype, attention="float")).model.layers[0]
+    linear = layer.self_attn.o_proj
+    x = hidden(dtype)
+    backend, prepared = linear.prepared()
+    with torch.no_grad():
+        expected = backend.linear(x.float() - linear.offset_input, prepared).to(dtype)
+        with Called() as called:
+            y = linear(x)
+    assert torch.equal(y, expected)
+    assert not {"aten::sub", "aten::_to_copy"} & set(called.names)
+    with torch.no_grad(), use_view(layer, "unrolled"):
+        assert torch.equal(linear(x), expected)
 
 
 @pytest.mark.usefixtures("fused")

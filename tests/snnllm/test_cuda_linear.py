@@ -21,7 +21,7 @@ from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
 from snnllm.kernels.cuda.linear import Rows, Tiles, choose_shape, unsuitable
 from snnllm.kernels.cuda.primitives import OUTPUTS
-from snnllm.kernels.triton.backend import TritonBackend
+from snnllm.kernels.triton.backend import TritonBackend, encode_plan, multiply
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ SHAPES = [
 def macros(shape: Rows | Tiles, rows8: int = 1, segments: int = 2) -> dict[str, int]:
     own = {name.upper(): int(value) for name, value in shape._asdict().items()}
     more = {"ROWS8": rows8} if isinstance(shape, Rows) else {}
-    return {**own, **more, "SEGMENTS": segments, "SHIFT": 1, "BIAS": 1}
+    return {**own, **more, "SEGMENTS": segments, "SHIFT": 1, "BIAS": 1, "RESIDUAL": 0}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_shared_memory_of_few_rows_fits(rows: int) -> None:
         shape = choose_shape(rows, columns, 132)
         assert isinstance(shape, Rows)
         rows8 = 1 << (-(-rows // 8) - 1).bit_length()
-        shared = cuda_rows_source.shared_bytes(rows8, shape.strips, shape.stages, 2)
+        shared = cuda_rows_source.shared_bytes(rows8, shape.strips, shape.stages, 2, residual=4)
         # Each resident block takes 1 KiB more.
         assert (shared + 1024) * shape.resident <= MOST_SHARED + 1024
 
@@ -114,15 +114,17 @@ def test_shared_memory_of_many_rows_fits(rows: int) -> None:
 
 
 @pytest.mark.skipif(cuda_driver.compiler_missing() is not None, reason="NVRTC is not installed")
-@pytest.mark.parametrize("out", list(OUTPUTS.values()))
+@pytest.mark.parametrize(
+    ("out", "residual"), [*((out, 0) for out in OUTPUTS.values()), (0, 1), (1, 1), (2, 1)]
+)
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("shape", sorted(set(SHAPES), key=str), ids=str)
 def test_every_shape_compiles_without_serialised_products(
-    shape: Rows | Tiles, segments: int, out: int
+    shape: Rows | Tiles, segments: int, out: int, residual: int
 ) -> None:
     source = cuda_rows_source.SOURCE if isinstance(shape, Rows) else cuda_tiles_source.SOURCE
     for rows8 in (1, 2, 4) if isinstance(shape, Rows) else (0,):
-        names = {**macros(shape, rows8, segments), "OUT": out}
+        names = {**macros(shape, rows8, segments), "RESIDUAL": residual, "OUT": out}
         code, log = cuda_driver.compiled(source, tuple(names.items()), "sm_90a")
         assert code.startswith(b"\x7fELF")
         assert "serialized" not in log
@@ -164,7 +166,14 @@ def check(spec: LinearSpec, x: Tensor) -> None:
     reference, backend = ReferenceBackend(), TritonBackend()
     expected, prepared = reference.prepare(spec), backend.prepare(spec)
     assert torch.equal(backend.accumulate(x, prepared), reference.accumulate(x, expected))
-    assert torch.equal(backend.linear(x, prepared), reference.linear(x, expected))
+    y = reference.linear(x, expected)
+    assert torch.equal(backend.linear(x, prepared), y)
+    residual = (torch.randn_like(y, dtype=torch.float32) * y.float().std(correction=0)).to(y.dtype)
+    rows = encode_plan(x, prepared.plan)
+    assert torch.equal(multiply(rows, prepared, x.dtype, residual), residual + y)
+    # Copied 16 bytes at a time, from wherever it lies.
+    elsewhere = torch.cat((residual.new_zeros(1), residual.flatten()))[1:].view(residual.shape)
+    assert torch.equal(multiply(rows, prepared, x.dtype, elsewhere), residual + y)
 
 
 @pytest.fixture
@@ -221,9 +230,16 @@ def test_linears_are_recorded_in_graphs() -> None:
     for m in (3, 100):
         x = input_of(1, m, 320, torch.bfloat16)
         backend.linear(x, prepared)
+        residual = torch.randn(m, 256, device="cuda", dtype=torch.bfloat16)
+        multiply(encode_plan(x, prepared.plan), prepared, x.dtype, residual)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = backend.linear(x, prepared)
+            # The residual is written by a kernel in front of the one that the product may overtake.
+            moved = residual * 2
+            added = multiply(encode_plan(x, prepared.plan), prepared, x.dtype, moved)
         x.copy_(input_of(2, m, 320, torch.bfloat16))
         graph.replay()
-        assert torch.equal(out, ReferenceBackend().linear(x, ReferenceBackend().prepare(spec)))
+        expected = ReferenceBackend().linear(x, ReferenceBackend().prepare(spec))
+        assert torch.equal(out, expected)
+        assert torch.equal(added, residual * 2 + expected)

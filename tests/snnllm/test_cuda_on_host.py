@@ -39,7 +39,7 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n) {
   run(blocks, threads, [&] {
     linear_rows((const unsigned char*)p[0], (const unsigned char*)p[1], (const float*)p[2],
                 (const int*)p[3], (const int*)p[4], (const int*)p[5], (const float*)p[6],
-                (const int*)p[7], (const int*)p[8], (const int*)p[9], (const float*)p[10], p[11],
+                (const int*)p[7], (const int*)p[8], (const int*)p[9], (const float*)p[10], p[11], p[12],
                 n[0], n[1], n[2], n[3], n[4]);
   });
 }
@@ -52,7 +52,7 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n) {
   run(blocks, threads, [&] {
     linear_tiles(counts, weights, (const float*)p[2], (const int*)p[3], (const int*)p[4],
                  (const int*)p[5], (const float*)p[6], (const int*)p[7], (const int*)p[8],
-                 (const int*)p[9], (const float*)p[10], p[11], n[0], n[1], n[2], n[3], n[4], 2);
+                 (const int*)p[9], (const float*)p[10], p[11], p[12], n[0], n[1], n[2], n[3], n[4], 2);
   });
 }
 """,
@@ -124,9 +124,15 @@ def spec_of(n: int, sizes: tuple[int, ...], capacities: tuple[int, ...], bias: b
 
 
 def run(
-    build: Any, name: str, shape: dict[str, int], x: Tensor, spec: LinearSpec, dtype: torch.dtype
+    build: Any,
+    name: str,
+    shape: dict[str, int],
+    x: Tensor,
+    spec: LinearSpec,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Outputs of a kernel, or its accumulators (int32)."""
+    """Outputs of a kernel, plus a residual if one is given, or its accumulators (int32)."""
     layer = TritonBackend().prepare(spec)
     assert isinstance(layer, TritonLinear)
     count, threshold, zero_point, count_sum = encode_plan(x, layer.plan)
@@ -139,11 +145,12 @@ def run(
         "SEGMENTS": s,
         "SHIFT": int(layer.shifted),
         "BIAS": int(bias is not None),
+        "RESIDUAL": int(residual is not None),
         "OUT": OUTPUTS[dtype],
     }
     tensors = [count ^ 128 if layer.shifted else count, weight, threshold, zero_point, count_sum]
-    tensors += [segments, scale, zero, row_sum, shift, bias, out]
-    pointers = (ctypes.c_void_p * 12)(*(None if t is None else t.data_ptr() for t in tensors))
+    tensors += [segments, scale, zero, row_sum, shift, bias, residual, out]
+    pointers = (ctypes.c_void_p * 13)(*(None if t is None else t.data_ptr() for t in tensors))
     numbers = (ctypes.c_int * 5)(m, n, count.shape[1], threshold.shape[1], scale.shape[1])
     if name == "rows":
         blocks, threads = -(-n // (16 * shape["STRIPS"])), cuda_rows_source.ROW_THREADS
@@ -298,3 +305,30 @@ def test_attention_of_one_token_is_that_of_torch(
     torch.testing.assert_close(
         out.float(), expected.float(), rtol=0, atol=bound * float(value.abs().max())
     )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [(300,), (130, 33)], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("name", "rows", "shape"),
+    [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TILES)],
+    ids=["rows1", "rows13", "rows32", "tiles64", "tiles192", "tiles256"],
+)
+def test_a_residual_is_added_to_rounded_outputs(
+    build: Any,
+    name: str,
+    rows: int,
+    shape: dict[str, int],
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    bias: bool,
+) -> None:
+    n = 40 if name == "rows" else 264
+    spec = spec_of(n, sizes, (15, 30)[: len(sizes)], bias)
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, sum(sizes), generator=generator)
+    reference = ReferenceBackend()
+    y = reference.linear(x, reference.prepare(spec)).to(dtype)
+    residual = (torch.randn(rows, n, generator=generator) * y.float().std()).to(dtype)
+    assert torch.equal(run(build, name, shape, x, spec, dtype, residual), residual + y)

@@ -272,6 +272,9 @@ def test_shapes_dtypes_and_layouts_of_the_input(backend: Backend) -> None:
         half = x.to(dtype)
         expected = backend.linear(half.float(), prepared).to(dtype)
         assert torch.equal(backend.linear(half, prepared), expected)
+        offset = torch.randn(63, generator=generator)
+        expected = backend.linear(half.float() - offset, prepared).to(dtype)
+        assert torch.equal(backend.linear(half, prepared, offset), expected)
     leaf = x.clone().requires_grad_()
     assert torch.equal(backend.linear(leaf, prepared).detach(), y)
 

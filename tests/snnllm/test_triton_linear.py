@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of
-from snnllm.kernels.triton.backend import BLOCK, TritonBackend, TritonLinear, pack_blocks
+from snnllm.kernels.triton.backend import (
+    BLOCK,
+    TritonBackend,
+    TritonLinear,
+    encode_plan,
+    multiply,
+    pack_blocks,
+)
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 from snnllm.kernels.triton import linear as triton_linear  # noqa: E402
@@ -70,11 +77,21 @@ def rows(seed: int, m: int, k: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def check(spec: LinearSpec, x: Tensor) -> None:
+    """Accumulators, outputs, and both with an offset and with a residual."""
     reference, backend = ReferenceBackend(), TritonBackend()
     expected = reference.prepare(spec)
     prepared = backend.prepare(spec)
     assert torch.equal(backend.accumulate(x, prepared), reference.accumulate(x, expected))
-    assert torch.equal(backend.linear(x, prepared), reference.linear(x, expected))
+    y = reference.linear(x, expected)
+    assert torch.equal(backend.linear(x, prepared), y)
+    generator = torch.Generator().manual_seed(len(x))
+    offset = torch.randn(spec.in_features, generator=generator).to(DEVICE)
+    # What a linear made of it before the encoder took the offset: float32 in, float32 out, rounded.
+    less = reference.linear(x.float() - offset, expected).to(x.dtype)
+    assert torch.equal(backend.linear(x, prepared, offset), less)
+    residual = (torch.randn(y.shape, generator=generator) * 30).to(DEVICE, y.dtype)
+    encoded = encode_plan(x, prepared.plan, offset)
+    assert torch.equal(multiply(encoded, prepared, x.dtype, residual), residual + less)
 
 
 @pytest.fixture(params=CONFIGS, ids=["dp4a", "16x32", "32x16"])
@@ -198,6 +215,34 @@ def test_refusals() -> None:
         backend.accumulate_counts(rows(0, 1, 163).to(torch.int16), zero_point, wide)
     with pytest.raises(TypeError, match="prepared by another backend"):
         backend.linear(rows(0, 1, 163), ReferenceBackend().prepare(make_spec(0)))
+
+
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "strides", "accumulators"])
+def test_a_residual_must_be_like_the_outputs(wrong: str) -> None:
+    x, layer = rows(0, 3, 163), TritonBackend().prepare(make_spec(0))
+    dtype = torch.int32 if wrong == "accumulators" else torch.float32
+    shape = {"shape": (3, 11), "accumulators": (2, 3, 12)}.get(wrong, (3, 12))
+    residual = torch.zeros(shape, dtype=torch.float64 if wrong == "dtype" else dtype, device=DEVICE)
+    if wrong == "strides":
+        residual = residual.T.contiguous().T
+    with pytest.raises(ValueError, match="contiguous and like the outputs"):
+        multiply(encode_plan(x, layer.plan), layer, dtype, residual)
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_inputs_in_other_dtypes_and_layouts(offset: bool) -> None:
+    spec, backend, reference = make_spec(0), TritonBackend(), ReferenceBackend()
+    off = (
+        torch.randn(163, generator=torch.Generator().manual_seed(0)).to(DEVICE) if offset else None
+    )
+    x = rows(0, 6, 163).double()
+    every_second = torch.stack((x, x), -1).half()[..., 0].view(2, 3, 163)
+    for inputs in (x, x.float().T.contiguous().T, every_second):
+        ours, theirs = (b.linear(inputs, b.prepare(spec), off) for b in (backend, reference))
+        assert ours.dtype == inputs.dtype
+        assert torch.equal(ours, theirs)
+    ours, theirs = (b.accumulate(x, b.prepare(spec)) for b in (backend, reference))
+    assert torch.equal(ours, theirs)
 
 
 def test_steps_of_spikes_fit_where_their_counts_do_not() -> None:

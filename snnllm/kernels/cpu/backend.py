@@ -38,6 +38,7 @@ from snnllm.kernels.spec import (
     check_input,
     non_finite_error,
     segments_of,
+    without_offset,
 )
 
 _COLUMNS = 32  # outputs of a tile
@@ -188,12 +189,14 @@ class NativeBackend:
         _check(code, layer.name)
         return out, threshold
 
-    def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
-        """Return y [.., N] in x.dtype of x [.., K].
+    def linear(self, x: Tensor, prepared: PreparedLinear, offset: Tensor | None = None) -> Tensor:
+        """Return y [.., N] in x.dtype of x [.., K], less an offset if one is given.
 
         A decoding step makes one call a layer, so what a call costs in Python counts: every
         attribute here is read once.
         """
+        if offset is not None:
+            return self.linear(without_offset(x, offset), prepared).to(x.dtype)
         layer = _native(prepared)
         if torch.compiler.is_compiling() and not self._definitions:
             check_input(x, layer.in_features, layer.name)

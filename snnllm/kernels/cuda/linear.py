@@ -100,16 +100,18 @@ def launch(
     Args:
         count: As `triton.operators.encoded_linear` has it.
         weight: Likewise.
-        parameters: Threshold, zero point, sum of counts, segments, scale, zero of weights, row sums, shift
-            and bias; the last two may be None.
+        parameters: Threshold, zero point, sum of counts, segments, scale, zero of weights, row sums, shift,
+            bias and residual; the last three may be None.
         out: `[M, N]`, or int32 `[S, M, N]` for the accumulators.
         groups: G.
         weight_groups: J.
         early: May start before the kernel in front ends.
     """
     (rows, width), columns = count.shape, len(weight)
-    *_, row_sum, shift, bias = parameters
+    *others, row_sum, shift, bias, residual = parameters
     assert row_sum is not None
+    if residual is not None and residual.data_ptr() % 16:  # copied 16 bytes at a time
+        parameters = (*others, row_sum, shift, bias, residual.clone())
     segments = row_sum.shape[1]
     multiprocessors = processors(count.device)
     shape = choose_shape(rows, columns, multiprocessors)
@@ -117,6 +119,7 @@ def launch(
         "SEGMENTS": segments,
         "SHIFT": int(shift is not None),
         "BIAS": int(bias is not None),
+        "RESIDUAL": int(residual is not None),
         "OUT": OUTPUTS[out.dtype],
     }
     sizes = (rows, columns, width, groups, weight_groups)
@@ -135,8 +138,11 @@ def _rows_kernel(
 ) -> Kernel:
     eights = 1 << (-(-rows // 8) - 1).bit_length()
     own = ("ROWS8", eights), *_macros(shape)
-    segments = dict(macros)["SEGMENTS"]
-    shared = cuda_rows_source.shared_bytes(eights, shape.strips, shape.stages, segments)
+    known = dict(macros)
+    element = (4 if known["OUT"] == OUTPUTS[torch.float32] else 2) * known["RESIDUAL"]
+    shared = cuda_rows_source.shared_bytes(
+        eights, shape.strips, shape.stages, known["SEGMENTS"], element
+    )
     return load(
         *(cuda_rows_source.SOURCE, macros + own, "linear_rows"),
         *(cuda_rows_source.ROW_THREADS, shared, device),

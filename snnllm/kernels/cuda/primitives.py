@@ -86,6 +86,11 @@ INLINE void box_copy(unsigned to, const Map* map, int column, int row, unsigned 
                ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
+// Brings memory to the L2 cache; a multiple of 16 bytes.
+INLINE void fetch(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 INLINE void load_matrices(unsigned (&a)[4], unsigned at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(at));
@@ -141,6 +146,15 @@ INLINE unsigned pair(float low, float high) {  // two 16-bit floats
 #endif
   return v;
 }
+INLINE float low_of(unsigned pair) {
+#if OUT == 2
+  float v;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low; }" : "=f"(v) : "r"(pair));
+  return v;
+#else
+  return __int_as_float(pair << 16);
+#endif
+}
 """
     + _product(64)
     + _product(128)
@@ -160,6 +174,17 @@ INLINE float sum(float x) {  // of a warp
 // (s A) sw, the operations of snnllm.kernels.epilogue.
 INLINE float scaled(float threshold, int a, float scale) {
   return __fmul_rn(__fmul_rn(threshold, __int2float_rn(a)), scale);
+}
+// Outputs and a residual of their type, as torch adds them: each output is rounded first.
+INLINE unsigned sums(unsigned a, unsigned b) {
+  return pair(__fadd_rn(low_of(a), low_of(b)), __fadd_rn(low_of(a >> 16), low_of(b >> 16)));
+}
+INLINE float plus(float value, const void* residual, i64 at) {
+#if OUT == 0
+  return __fadd_rn(value, ((const float*)residual)[at]);
+#else
+  return __fadd_rn(low_of(pair(value, 0.0f)), low_of(((const unsigned short*)residual)[at]));
+#endif
 }
 INLINE void store(void* out, i64 at, float value) {
 #if OUT == 0

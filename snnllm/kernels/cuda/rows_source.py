@@ -9,8 +9,8 @@ launch).
 A lane takes 16 packed bytes of a weight row, the positions `16 t ..` and `64 + 16 t ..` of the block,
 where the product has other ones: the order of the positions within a sum is free.
 
-Macros: ROWS8 (rows / 8, up), STRIPS, SEGMENTS (1 or 2), SHIFT, BIAS, STAGES, RESIDENT (blocks of threads of a
-multiprocessor, for which registers are set aside), OUT (`primitives.OUTPUTS`).
+Macros: ROWS8 (rows / 8, up), STRIPS, SEGMENTS (1 or 2), SHIFT, BIAS, RESIDUAL, STAGES, RESIDENT (blocks of
+threads of a multiprocessor, for which registers are set aside), OUT (`primitives.OUTPUTS`).
 """
 
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
@@ -21,12 +21,20 @@ ROW_THREADS = 256
 """Eight warps."""
 
 
-def shared_bytes(rows8: int, strips: int, stages: int, segments: int) -> int:
-    """Shared memory of a block: the rings, where the partial sums lie after them; tables."""
+def shared_bytes(rows8: int, strips: int, stages: int, segments: int, residual: int) -> int:
+    """Shared memory of a block: the rings, where the partial sums lie after them; tables.
+
+    Args:
+        rows8: As the macro; likewise the next three.
+        strips: Likewise.
+        stages: Likewise.
+        segments: Likewise.
+        residual: Bytes of an element of the residual; 0 without one.
+    """
     rings = 8 * stages * (strips * 1024 + rows8 * 1024)
     sums = 8 * segments * rows8 * 8 * (16 * strips + 4) * 4
     tables = 4 * (16 * strips + segments * (4 * 16 * strips + 3 * rows8 * 8))
-    return max(rings, sums) + tables
+    return max(rings, sums) + tables + 16 * strips * 8 * rows8 * residual
 
 
 BODY = r"""
@@ -35,9 +43,9 @@ INLINE unsigned word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y
 extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
     const unsigned char* count, const unsigned char* weight, const float* threshold,
     const int* zero_point, const int* count_sum, const int* segments, const float* scale,
-    const int* weight_zero, const int* row_sum, const int* shift, const float* bias, void* out,
-    int rows, int columns, int width, int groups, int weight_groups) {
-  constexpr int OUTPUTS = 16 * STRIPS, ROWS = 8 * ROWS8;
+    const int* weight_zero, const int* row_sum, const int* shift, const float* bias,
+    const void* residual, void* out, int rows, int columns, int width, int groups, int weight_groups) {
+  constexpr int OUTPUTS = 16 * STRIPS, ROWS = 8 * ROWS8, CHUNKS = OUTPUTS / (OUT == 0 ? 4 : 8);
   constexpr int WEIGHT_BYTES = OUTPUTS * 64, STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
   constexpr int PITCH = OUTPUTS + 4, SLAB = ROWS * PITCH;  // 4 words against bank conflicts
   constexpr int RINGS = 8 * STAGES * STAGE_BYTES, SUMS = 8 * SEGMENTS * SLAB * 4;
@@ -51,6 +59,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   float* bias_table = (float*)(memory + (RINGS > SUMS ? RINGS : SUMS));
   int* column_table = (int*)bias_table + OUTPUTS;          // [SEGMENTS][4][OUTPUTS]: sw, zu, row sum, shift
   int* row_table = column_table + SEGMENTS * 4 * OUTPUTS;  // [SEGMENTS][3][ROWS]: s, z, sum of counts
+  int* residual_table = row_table + SEGMENTS * 3 * ROWS;   // [ROWS][OUTPUTS] of the type of the outputs
 
   auto copy_weights = [&](int i, int stage) {
 #pragma unroll
@@ -90,6 +99,12 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
     copy_4(to, threshold + m * groups + group);
     copy_4(to + 4 * ROWS, zero_point + m * groups + group);
     copy_4(to + 8 * ROWS, count_sum + m * SEGMENTS + of);
+  }
+  if (RESIDUAL && threadIdx.x < rows * CHUNKS) {
+    const int m = threadIdx.x / CHUNKS, n = n0 + threadIdx.x % CHUNKS * (OUTPUTS / CHUNKS);
+    if (n < columns)
+      copy_16(shared_address(residual_table + 4 * threadIdx.x),
+              (const unsigned char*)residual + ((i64)m * columns + n) * (OUT == 0 ? 4 : 2));
   }
 #pragma unroll
   for (int i = 0; i < STAGES; i++) {
@@ -174,6 +189,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
     }
     if (OUT == INTEGERS) continue;
     if (BIAS) total = __fadd_rn(total, bias_table[c]);
+    if (RESIDUAL) total = plus(total, residual_table, i);
     store(out, (i64)m * columns + n, total);
   }
 }

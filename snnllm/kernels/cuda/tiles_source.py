@@ -12,7 +12,10 @@ in shared memory (KEPT of them in registers). A float sum of two does not depend
 Each warpgroup starts about LAG blocks of 128 positions behind the one before, so that the tensor cores have
 work of one while another scales its sums. Nothing depends on it.
 
-Macros: BM, BN, WORKERS, STAGES, KEPT, LAG, SEGMENTS (1 or 2), SHIFT, BIAS, OUT (`primitives.OUTPUTS`).
+A residual of 16 bits goes to the L2 cache while the tile is multiplied, and from there, 16 rows at a time, to where
+outputs are transposed, until they need the place.
+
+Macros: BM, BN, WORKERS, STAGES, KEPT, LAG, SEGMENTS (1 or 2), SHIFT, BIAS, RESIDUAL, OUT (`primitives.OUTPUTS`).
 """
 
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
@@ -33,6 +36,7 @@ constexpr int OWN = BN / WORKERS, PIECES = OWN / 64, VALUES = BM / 2, WAITING = 
 constexpr int COUNT_BYTES = BM * 128, STAGE_BYTES = COUNT_BYTES + BN * 64, WARPS = 4 * WORKERS;
 constexpr int GROUPS = 2 * PIECES;
 constexpr int BLOCK_CYCLES = BM * BN / 32;  // at the peak of the tensor cores, 4096 products a cycle
+constexpr bool IN_PAIRS = OUT != 0 && OUT != INTEGERS;  // outputs of 16 bits
 
 struct Tile { int m, n; };
 // Rasters of `height` tiles along the rows: what runs at a time shares operands in the L2 cache.
@@ -45,8 +49,9 @@ INLINE Tile tile_at(int index, int tiles_m, int tiles_n, int height) {
 extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tiles(
     const __grid_constant__ Map counts, const __grid_constant__ Map weights, const float* threshold,
     const int* zero_point, const int* count_sum, const int* segments, const float* scale,
-    const int* weight_zero, const int* row_sum, const int* shift, const float* bias, void* out,
-    int rows, int columns, int width, int groups, int weight_groups, int height) {
+    const int* weight_zero, const int* row_sum, const int* shift, const float* bias,
+    const void* residual, void* out, int rows, int columns, int width, int groups, int weight_groups,
+    int height) {
   extern __shared__ unsigned char unaligned[];
   unsigned char* memory = unaligned + (-shared_address(unaligned) & 1023);  // still known as shared
   unsigned char* after_ring = memory + STAGES * STAGE_BYTES;
@@ -115,6 +120,11 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
       for (int index = blockIdx.x; index < tiles; index += gridDim.x, parity ^= 1) {
         const Tile tile = tile_at(index, tiles_m, tiles_n, height);
         barrier_wait(table_empty, parity);
+        for (int m = tile.m + lane; RESIDUAL && m < min(tile.m + BM, rows); m += 32) {
+          constexpr int BYTES = OUT == 0 ? 4 : 2;
+          fetch((const unsigned char*)residual + ((i64)m * columns + tile.n) * BYTES,
+                min(BN, columns - tile.n) * BYTES);
+        }
         for (int s = 0; s < SEGMENTS; s++) {
           const int group = segments[4 * s + 2], weight_group = segments[4 * s + 3];
 #pragma unroll 4
@@ -194,11 +204,24 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
       barrier_wait(full, 0);
       pause(LAG * worker * BLOCK_CYCLES);
     }
+    auto copy_residual = [&](Tile tile, int j) {  // a lane copies what it adds
+      const unsigned to = shared_address(turning + (thread / 32) * PIECES * 512 + lane * 16);
+      const int at_m = tile.m + 16 * j + lane / 2;
+#pragma unroll
+      for (int p = 0; p < PIECES; p++) {
+        const int at_n = tile.n + worker * OWN + p * 64 + warp * 16 + lane % 2 * 8;
+        if (at_m < rows && at_n < columns)
+          copy_16(to + p * 512, (const unsigned short*)residual + (i64)at_m * columns + at_n);
+      }
+      commit_copies();
+    };
+    if (RESIDUAL) wait_for_kernel_in_front();
     for (int index = blockIdx.x; index < tiles; index += gridDim.x, table_parity ^= 1) {
       const Tile tile = tile_at(index, tiles_m, tiles_n, height);
 #pragma unroll
       for (int turn = 0; turn < SEGMENTS; turn++) {
         const int s = SEGMENTS - 1 - turn;
+        if (RESIDUAL && IN_PAIRS && s == 0) copy_residual(tile, 0);
         multiply_segment(s == 0 ? base_blocks : blocks - base_blocks);
         if (turn == 0) barrier_wait(table_full, table_parity);
         int4 of_column[PIECES][2];
@@ -267,8 +290,9 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
                 for (int e = 0; e < 4; e++) {
                   const int at_m = tile.m + m + e % 2;
                   const int at_n = tile.n + worker * OWN + p * 64 + warp * 16 + 8 * (e / 2) + g;
+                  const i64 at = (i64)at_m * columns + at_n;
                   if (at_m < rows && at_n < columns)
-                    ((float*)out)[(i64)at_m * columns + at_n] = value[e];
+                    ((float*)out)[at] = RESIDUAL ? plus(value[e], residual, at) : value[e];
                 }
               } else {
                 pairs[p][2 * i] = pair(value[0], value[1]);
@@ -276,9 +300,15 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
               }
             }
           }
-          if (s == 1 || OUT == 0 || OUT == INTEGERS) continue;
-          // Transpose 16 outputs x 16 rows a piece: neighbours in memory become neighbours in a warp.
+          if (s == 1 || !IN_PAIRS) continue;
           unsigned char* mine = turning + (thread / 32) * PIECES * 512;
+          uint4 more[PIECES];
+          if (RESIDUAL) {
+            finish_copies<0>();
+#pragma unroll
+            for (int p = 0; p < PIECES; p++) more[p] = *(const uint4*)(mine + p * 512 + lane * 16);
+          }
+          // Transpose 16 outputs x 16 rows a piece: neighbours in memory become neighbours in a warp.
           const int lane_row = lane / 16 * 8 + lane % 8, lane_chunk = lane / 8 % 2;
           __syncwarp();
 #pragma unroll
@@ -290,11 +320,18 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
           const int at_m = tile.m + 16 * j + lane / 2;
 #pragma unroll
           for (int p = 0; p < PIECES; p++) {
-            const uint4 line = *(const uint4*)(mine + p * 512 + lane / 2 * 32 +
-                                               (lane % 2 ^ lane / 8 % 2) * 16);
+            uint4 line = *(const uint4*)(mine + p * 512 + lane / 2 * 32 +
+                                         (lane % 2 ^ lane / 8 % 2) * 16);
+            if (RESIDUAL)
+              line = {sums(line.x, more[p].x), sums(line.y, more[p].y), sums(line.z, more[p].z),
+                      sums(line.w, more[p].w)};
             const int at_n = tile.n + worker * OWN + p * 64 + warp * 16 + lane % 2 * 8;
             if (at_m < rows && at_n < columns)
               *(uint4*)((unsigned short*)out + (i64)at_m * columns + at_n) = line;
+          }
+          if (RESIDUAL && j + 1 < BM / 16) {
+            __syncwarp();
+            copy_residual(tile, j + 1);
           }
         }
       }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neurons import backends
 from neurons.backends.device import interpreted
+from neurons.backends.spec import DTYPES
 from neurons.encoder import Encoding
 from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.spec import (
@@ -151,11 +152,7 @@ class TritonBackend:
     def accumulate(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
         """Return the centred accumulators of x [.., K]: int32 [S, M, N], M the number of rows."""
         layer = _triton(prepared)
-        check_input(x, layer.in_features, layer.name)
-        _check_bytes(layer)
-        return multiply(
-            encode_plan(x.reshape(-1, layer.in_features), layer.plan), layer, torch.int32
-        )
+        return multiply(encode_plan(_rows(x, layer), layer.plan), layer, torch.int32)
 
     def accumulate_counts(
         self, count: Tensor, zero_point: Tensor, prepared: PreparedLinear, active: int = ALL_GROUPS
@@ -177,13 +174,12 @@ class TritonBackend:
                 out[index] = 0
         return out
 
-    def linear(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
-        """Return y [.., N] in x.dtype of x [.., K]."""
+    def linear(self, x: Tensor, prepared: PreparedLinear, offset: Tensor | None = None) -> Tensor:
+        """Return y [.., N] in x.dtype of x [.., K], less an offset that the encoder takes off."""
         layer = _triton(prepared)
-        check_input(x, layer.in_features, layer.name)
-        _check_bytes(layer)
-        rows = encode_plan(x.reshape(-1, layer.in_features), layer.plan)
-        return multiply(rows, layer, x.dtype).view(*x.shape[:-1], layer.out_features)
+        rows = _rows(x, layer)
+        y = multiply(encode_plan(rows, layer.plan, offset), layer, rows.dtype)
+        return y.view(*x.shape[:-1], layer.out_features).to(x.dtype)
 
     def int_bmm(self, a: Tensor, b: Tensor) -> Tensor:
         """Return `a @ b^T` of int8 a [B, M, K] and b [B, N, K]: int32 [B, M, N], exact."""
@@ -239,28 +235,40 @@ def _plan(
     return plan, starts[:-1]
 
 
-def encode_plan(x: Tensor, plan: EncodePlan) -> EncodedRows:
-    """Encode rows `[M, K]` into counts in padded encoded order."""
+def encode_plan(x: Tensor, plan: EncodePlan, offset: Tensor | None = None) -> EncodedRows:
+    """Encode rows `[M, K]`, less an offset float32 `[K]`, into counts in padded encoded order."""
     from neurons.backends.triton_encode import encode_rows  # needs Triton
 
     layout = (plan.order, plan.segments, plan.capacities, plan.clip, plan.spec.shared)
-    return encode_rows(x, *layout, runs=plan.runs)
+    return encode_rows(x, *layout, offset, plan.runs)
 
 
 def multiply(
     encoded: EncodedRows | tuple[Tensor, Tensor, Tensor, Tensor],
     layer: TritonLinear,
     dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Outputs `[M, N]`, or int32 accumulators `[S, M, N]`."""
+    """Outputs `[M, N]`, plus a residual of their shape and dtype, or int32 accumulators `[S, M, N]`."""
     from snnllm.kernels.triton.operators import encoded_linear  # needs Triton
 
     count, *parameters = encoded
     if layer.shifted:
         count = count ^ 128
     count = count.view(torch.int8)
-    out: Tensor = encoded_linear(count, *parameters, *layer.arguments, layer.bits, dtype)
+    arguments = (*parameters, *layer.arguments, layer.bits, dtype, residual)
+    out: Tensor = encoded_linear(count, *arguments)
     return out
+
+
+def _rows(x: Tensor, layer: TritonLinear) -> Tensor:
+    """Rows `[M, K]` as the encoder reads them, of an input that the layer can take."""
+    check_input(x, layer.in_features, layer.name)
+    _check_bytes(layer)
+    rows = x.reshape(-1, layer.in_features)
+    if rows.dtype not in DTYPES:
+        rows = rows.float()
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _check_bytes(layer: TritonLinear) -> None:

@@ -57,6 +57,7 @@ def dot_product(  # type: ignore[no-untyped-def]
     row_sum_ptr,
     shift_ptr,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     rows,
     columns,
@@ -67,6 +68,7 @@ def dot_product(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr,
     SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     ASM: tl.constexpr,
     EARLY: tl.constexpr,
@@ -90,6 +92,8 @@ def dot_product(  # type: ignore[no-untyped-def]
         first_n = (tl.program_id(0) * BN).to(tl.int64)
         words = min(BN, columns - tl.program_id(0) * BN) * pitch
         early(weight_ptr + first_n * pitch, words * 4)
+    if HAS_RESIDUAL:  # under way while the weights come
+        residual = tl.load(residual_ptr + m * columns + n)
     total = tl.zeros([BN], tl.float32)
     for s in range(segments):
         start = tl.multiple_of(tl.load(segment_ptr + 4 * s), 128)
@@ -123,4 +127,7 @@ def dot_product(  # type: ignore[no-untyped-def]
     if not ACCUMULATORS:
         if HAS_BIAS:
             total += tl.load(bias_ptr + n)
-        tl.store(out_ptr + m * columns + n, total.to(out_ptr.dtype.element_ty), mask=inside)
+        y = total.to(out_ptr.dtype.element_ty)
+        if HAS_RESIDUAL:  # as torch adds: the output is rounded first
+            y = (y.to(tl.float32) + residual.to(tl.float32)).to(y.dtype)
+        tl.store(out_ptr + m * columns + n, y, mask=inside)

@@ -151,6 +151,7 @@ def matmul(  # type: ignore[no-untyped-def]
     row_sum_ptr,
     shift_ptr,
     bias_ptr,
+    residual_ptr,
     out_ptr,
     rows,
     columns,
@@ -161,6 +162,7 @@ def matmul(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr,
     SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     UNPACK: tl.constexpr,
     EARLY: tl.constexpr,
@@ -172,7 +174,8 @@ def matmul(  # type: ignore[no-untyped-def]
     first_m, first_n = tile_of(rows, columns, BM, BN)
     out_m, out_n = first_m + tl.arange(0, BM), first_n + tl.arange(0, BN)
     # Transposed, neighbours in memory are neighbours in the tile.
-    out_at = out_ptr + (out_m.to(tl.int64) * columns)[:, None] + out_n[None, :]
+    at = (out_m.to(tl.int64) * columns)[:, None] + out_n[None, :]
+    out_at = out_ptr + at
     inside = (out_m < rows)[:, None] & (out_n < columns)[None, :]
     # Rows beyond the end repeat the last one: loads without masks are wide and asynchronous.
     m, n = tl.minimum(out_m, rows - 1).to(tl.int64), tl.minimum(out_n, columns - 1).to(tl.int64)
@@ -207,4 +210,8 @@ def matmul(  # type: ignore[no-untyped-def]
     if not ACCUMULATORS:
         if HAS_BIAS:
             total += tl.load(bias_ptr + n)[:, None]
-        tl.store(out_at, tl.trans(total).to(out_ptr.dtype.element_ty), mask=inside)
+        y = tl.trans(total).to(out_ptr.dtype.element_ty)
+        if HAS_RESIDUAL:  # as torch adds: the output is rounded first
+            residual = tl.load(residual_ptr + at, mask=inside)
+            y = (y.to(tl.float32) + residual.to(tl.float32)).to(y.dtype)
+        tl.store(out_at, y, mask=inside)

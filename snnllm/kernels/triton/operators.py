@@ -50,8 +50,9 @@ def encoded_linear(
     bias: Tensor | None,
     bits: int,
     dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`y` of encoded rows, or their centred accumulators.
+    """`y` of encoded rows, plus a residual if one is given, or their centred accumulators.
 
     Few rows start while the kernel in front still runs, to prefetch weights (programmatic dependent
     launch, compute capability 9.0).
@@ -70,12 +71,19 @@ def encoded_linear(
         bias: float32 `[N]` or None.
         bits: 2, 4 or 8.
         dtype: Of the output; int32 for the accumulators.
+        residual: Added to the outputs once they are rounded, as torch adds it: `[M, N]` of the dtype,
+            contiguous; or None.
 
     Returns:
         `[M, N]`, or int32 `[S, M, N]`.
+
+    Raises:
+        ValueError: The residual is not like the outputs.
     """
     (rows, width), columns = count.shape, len(weight)
     out = _output(count, weight, segments, dtype)
+    if residual is not None:
+        _check_residual(residual, out)
     if out.numel() == 0:
         return out
     starts_early = rows <= EARLY_ROWS and early_launch(count.device)
@@ -83,18 +91,21 @@ def encoded_linear(
     sizes = (threshold.shape[1], scale.shape[1])
     if cuda_linear.unsuitable(count.device, columns, bits, len(segments)) is None:
         with on(count.device):
-            cuda_linear.launch(count, weight, (*parameters, shift, bias), out, *sizes, starts_early)
+            extra = (shift, bias, residual)
+            cuda_linear.launch(count, weight, (*parameters, *extra), out, *sizes, starts_early)
         return out
     config = choose_config(rows, columns)
     arguments = (
         *parameters,
-        *(count if shift is None else shift, threshold if bias is None else bias, out),
+        *(count if shift is None else shift, threshold if bias is None else bias),
+        *(out if residual is None else residual, out),
         *(rows, columns, width, *sizes, segments.shape[0]),
     )
     flags: dict[str, Any] = {
         "BITS": bits,
         "SHIFT": shift is not None,
         "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
         "enable_fp_fusion": False,
     }
     accumulators = dtype == torch.int32
@@ -147,6 +158,7 @@ def _(
     bias: Tensor | None,
     bits: int,
     dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
     return _output(count, weight, segments, dtype)
 
@@ -156,6 +168,16 @@ def _output(count: Tensor, weight: Tensor, segments: Tensor, dtype: torch.dtype)
     if dtype == torch.int32:
         return count.new_empty((segments.shape[0], *shape), dtype=dtype)
     return count.new_empty(shape, dtype=dtype)
+
+
+def _check_residual(residual: Tensor, out: Tensor) -> None:
+    """Refuse what cannot be added to the outputs where they are."""
+    alike = residual.shape == out.shape and residual.dtype == out.dtype
+    if not alike or out.dtype == torch.int32 or not residual.is_contiguous():
+        raise ValueError(
+            f"a residual must be contiguous and like the outputs, {tuple(out.shape)} of {out.dtype} (not "
+            f"accumulators), got {tuple(residual.shape)} of {residual.dtype}, strides {residual.stride()}"
+        )
 
 
 def _unpacking(bits: int) -> tuple[str, ...]:
