@@ -91,11 +91,11 @@ def slots_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def without_offset(low, high, offset_at, there, D: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows `[R, HALF]` + `[R, HALF]` less the offsets of their channels."""
-    at = offset_at + tl.arange(0, HALF)[None, :]
-    low -= tl.load(at, mask=there, other=0.0)
-    return low, high - tl.load(at + D // 2, mask=there, other=0.0)
+def halves_of(at, there, D: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Numbers of the lower and the upper channels of rows, float32 `[R, HALF]` twice."""
+    at += tl.arange(0, HALF)[None, :]
+    low = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    return low, tl.load(at + D // 2, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -197,16 +197,15 @@ def _encode(  # type: ignore[no-untyped-def]
     inside = (row < rows)[:, None]
     head, x_at = place_of(row, heads, tokens, batch_stride, head_stride, token_stride)
     x_at = x_ptr + x_at[:, None]
-    j = tl.arange(0, HALF)[None, :]
-    there = inside & (j < D // 2)
+    there = inside & (tl.arange(0, HALF)[None, :] < D // 2)
     if len(MIXED) > 0:
         order_at = order_ptr + (head // share * (D // 4))[:, None]
         low, high = rotated_halves(x_at, order_at, inside, MIXED, BLOCKS, D, D, R)
     else:
-        low = tl.load(x_at + j, mask=there, other=0.0).to(tl.float32)
-        high = tl.load(x_at + j + D // 2, mask=there, other=0.0).to(tl.float32)
+        low, high = halves_of(x_at, there, D, HALF)
     if OFFSET:
-        low, high = without_offset(low, high, offset_ptr + (head * D)[:, None], there, D, HALF)
+        low_offset, high_offset = halves_of(offset_ptr + (head * D)[:, None], there, D, HALF)
+        low, high = low - low_offset, high - high_offset
     slot_low, slot_high = slots_of(slot_ptr + (head * slot_stride)[:, None], there, D, HALF, G, R)
     top0, top1 = group_values(capacity_ptr, G)
     clip0, clip1 = group_values(clip_ptr, G)
