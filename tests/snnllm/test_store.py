@@ -307,7 +307,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(modeling, "records_on", lambda device: True)
     spike = rotated_config(SpikeConfig.preset("W4A4T2"), RotatedOptions())
     made = random_spiking(
-        llama_config(Shape(32, 48, 2, 1, 2, 64), 64), spike, DEVICE, torch.float32
+        llama_config(Shape(32, 48, 2, 1, 1, 64), 64), spike, DEVICE, torch.float32
     )
     for module in made.modules():
         if isinstance(module, SpikingLinear):
@@ -330,9 +330,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     return found
 
 
-def generate(model: Any, ids: Tensor, new: int = 4) -> Tensor:
+def generate(model: Any, ids: Tensor, new: int = 3) -> Tensor:
     mask = torch.ones_like(ids)
-    mask[-1, :2] = 0
+    mask[-1, :1] = 0
     with torch.no_grad():
         made: Tensor = model.generate(
             input_ids=ids,
@@ -346,29 +346,28 @@ def generate(model: Any, ids: Tensor, new: int = 4) -> Tensor:
 
 
 def test_tokens_are_those_of_the_operators_one_after_the_other(model, calls, monkeypatch):
-    ids = torch.randint(3, 64, (2, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = torch.randint(3, 64, (2, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with monkeypatch.context() as patch:
         patch.setattr(TritonAttention, "stores", False)
         expected = generate(model, ids)
         assert not calls
-    assert len(expected[0].unique()) > 3
     model._steps = None
     assert torch.equal(generate(model, ids), expected)
     if INTERPRETED:
-        assert calls == [(1, True)] * 6  # three steps of two blocks; the prefill makes the cache
+        assert calls == [(1, True)] * 2  # the prefill makes the cache
 
 
 @torch.no_grad()
 def test_logits_are_those_of_the_operators_one_after_the_other(model, calls, monkeypatch):
-    ids = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = torch.randint(3, 64, (1, 11), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     caches, outputs = [], []
     for stores in (False, True):
         monkeypatch.setattr(TritonAttention, "stores", stores)
         cache = StaticCache(config=model.config, max_cache_len=14)
-        parts = ids.split([1, 9, 1, 1], 1)
+        parts = ids.split([1, 9, 1], 1)
         outputs.append([model(part, **{CACHE_ARGUMENT: cache}).logits for part in parts])
         caches.append(cache)
-    assert calls == [(9, False)] * 2 + [(1, False)] * 4
+    assert calls == [(9, False), (1, False)]
     assert torch.equal(*(torch.cat(logits, 1) for logits in outputs))
     for old, new in zip(*(cache.layers for cache in caches), strict=True):
         for name in ("keys", "values", "cumulative_length"):
@@ -377,11 +376,11 @@ def test_logits_are_those_of_the_operators_one_after_the_other(model, calls, mon
 
 @torch.no_grad()
 def test_asked_probabilities_and_dynamic_caches_run_one_by_one(model, calls):
-    ids = torch.arange(3, 9, device=DEVICE)[None]
+    ids = torch.arange(3, 6, device=DEVICE)[None]
     cache = StaticCache(config=model.config, max_cache_len=8)
     model(ids, **{CACHE_ARGUMENT: cache})
     out = model(ids[:, :1], output_attentions=True, **{CACHE_ARGUMENT: cache})
-    assert [p.shape for p in out.attentions] == [(1, 2, 1, 8)] * 2
+    assert [p.shape for p in out.attentions] == [(1, 2, 1, 8)]
     dynamic = model(ids, use_cache=True)
     model(ids[:, :1], **{CACHE_ARGUMENT: dynamic.past_key_values})
     assert not calls
@@ -390,7 +389,7 @@ def test_asked_probabilities_and_dynamic_caches_run_one_by_one(model, calls):
 @torch.no_grad()
 def test_one_graph_for_the_compiler(model):
     prepare(model)
-    ids = torch.arange(3, 9, device=DEVICE)[None]
+    ids = torch.arange(3, 6, device=DEVICE)[None]
     caches = [StaticCache(config=model.config, max_cache_len=8) for _ in range(2)]
     for cache in caches:
         model(ids, **{CACHE_ARGUMENT: cache})
@@ -405,6 +404,6 @@ def test_one_graph_for_the_compiler(model):
     compiled = torch.compile(model, fullgraph=True, backend=keep)
     assert torch.equal(compiled(ids[:, :1], **{CACHE_ARGUMENT: caches[1]}).logits, expected)
     assert len(graphs) == 1
-    assert graphs[0].count("snnllm.store_heads") == 2
+    assert graphs[0].count("snnllm.store_heads") == 1
     assert "encode_key_value" not in graphs[0]
-    assert torch.equal(caches[1].layers[1].keys, caches[0].layers[1].keys)
+    assert torch.equal(caches[1].layers[0].keys, caches[0].layers[0].keys)
