@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.models.llama.modeling_llama import repeat_kv
 
 from neurons import Encoding
 from neurons.functional import count_to_spikes, spikes_to_events
-from snnllm.block import CACHE_ARGUMENT, ProjectedAttention
+from snnllm.block import CACHE_ARGUMENT, ProjectedAttention, static_layer
 from snnllm.cache import EncodeOnWrite, RowEncoder, from_payload, to_payload
 from snnllm.config import Rotation, SpikeConfig
 from snnllm.execution import SpikingModule, View
+from snnllm.float_attention import CALIBRATION_ATTENTION, calibration_attention, masked
 from snnllm.head_rotation import HeadRotation
 from snnllm.kernels.attention.backend import TritonAttention
 from snnllm.kernels.cpu.attention import NativeAttention
@@ -37,7 +37,6 @@ from snnllm.transforms import salient_count
 
 LOGGER = logging.getLogger("snnllm.attention")
 SPIKING_ATTENTION = "spiking"
-CALIBRATION_ATTENTION = "spiking_calibration"
 _UNKNOWN: object = ...  # survives deepcopy and pickle as itself
 
 
@@ -126,6 +125,25 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         kwargs[CACHE_ARGUMENT] = EncodeOnWrite(cache, self._encode_key_value)
         return super().forward(*args, **kwargs)
 
+    def _attend(
+        self,
+        projected: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        cache: Any,
+        position: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of the parent; where it runs in kernels, one of them writes to a static cache."""
+        given = (projected, position_embeddings, attention_mask)
+        layer, config = static_layer(cache.cache, self.layer_idx), cast(LlamaConfig, self.config)
+        if layer is not None and config._attn_implementation == SPIKING_ATTENTION:
+            dropout, scaling = cast("tuple[float, float]", (self.attention_dropout, self.scaling))
+            kernels = self.kernels_for(projected, attention_mask, dropout, **kwargs)
+            if kernels is not None and kernels.stores:
+                return kernels.attend_stored(*given, layer, position, scaling), None
+        return super()._attend(*given, cache, position, **kwargs)
+
     def native(self) -> NativeAttention | None:
         """The C functions, where they can run."""
         if torch.compiler.is_compiling():
@@ -146,6 +164,17 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         if self._kernels is _UNKNOWN:
             self._kernels = self._prepare_kernels()
         return cast("TritonAttention | None", self._kernels)
+
+    def kernels_for(
+        self, x: Tensor, mask: Tensor | None, dropout: float, **asked: Any
+    ) -> TritonAttention | None:
+        """The kernels, where they run on activations and a mask; they never have P for `output_attentions`."""
+        kernels = self.kernels()
+        dropped = self.training and dropout > 0.0
+        # transformers refuses `output_attentions` in the configuration.
+        if kernels is None or dropped or asked.get("output_attentions"):
+            return None
+        return kernels if kernels.takes(x, mask) else None
 
     def prepare(self) -> None:
         """Find out how rows are stored and prepare the kernels: both read the channel groups."""
@@ -298,11 +327,9 @@ def spiking_attention(
         have all of it. They run when nobody asks for P, and differ by the rounding of float sums.
     """
     batch, heads, tokens, _ = query.shape
-    dtype, kernels = query.dtype, module.kernels()
-    if kernels is not None and kernels.takes(query, attention_mask):
-        asked = kwargs.get("output_attentions")  # transformers refuses it in the configuration
-        if not asked and not (module.training and dropout > 0.0):
-            return kernels.attend(query, key, value, attention_mask, scaling, dtype), None
+    dtype, kernels = query.dtype, module.kernels_for(query, attention_mask, dropout, **kwargs)
+    if kernels is not None:
+        return kernels.attend(query, key, value, attention_mask, scaling, dtype), None
     native = module.native()
     encoded = module.encode_payload(module.q_encoder, module.rotate(query))
     if native is not None and module.view is View.COLLAPSED:
@@ -321,19 +348,6 @@ def spiking_attention(
     # The mask of a float64 model makes P float64.
     out = torch.matmul(per_group, decoded.to(per_group.dtype)).view(batch, heads, tokens, -1)
     return out.transpose(1, 2).to(dtype).contiguous(), probability
-
-
-def masked(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Scores with a mask: a float one is added, a bool one (True: may be seen) fills.
-
-    transformers passes a 4-D mask of the caller on as it is, so both kinds arrive here.
-    """
-    if attention_mask is None:
-        return scores
-    if attention_mask.dtype == torch.bool:
-        # As transformers' eager mask: finite, so that a row without any key has no NaN.
-        return scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    return scores + attention_mask
 
 
 def spiking_scores(
@@ -358,27 +372,6 @@ def spiking_scores(
         scores = term if scores is None else scores + term
     assert scores is not None  # an encoder has at least one group
     return scores.view(batch, heads, tokens, -1) * scaling
-
-
-def calibration_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Float attention that shows Q, K, V and P to the block's `attention_observer`."""
-    groups = query.shape[1] // key.shape[1]
-    scores = torch.matmul(query, repeat_kv(key, groups).mT) * scaling
-    probability = nn.functional.softmax(masked(scores, attention_mask).float(), dim=-1)
-    observer = getattr(module, "attention_observer", None)
-    if observer is not None:
-        observer(query, key, value, probability)
-    out = torch.matmul(probability.to(query.dtype), repeat_kv(value, groups))
-    return out.transpose(1, 2).contiguous(), probability
 
 
 def register_attention() -> None:

@@ -109,12 +109,28 @@ class ProjectedAttention(LlamaAttention):
             )
         projected, cache = hidden_states.outputs, kwargs.pop(CACHE_ARGUMENT, None)
         position = kwargs.pop("cache_position", None)
+        assert position_embeddings is not None  # transformers' model always gives them
+        attended, weights = self._attend(
+            projected, position_embeddings, attention_mask, cache, position, **kwargs
+        )
+        return self.o_proj(attended.reshape(*projected.shape[:-1], -1)), weights
+
+    def _attend(
+        self,
+        projected: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        cache: Any,
+        position: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention output `[B, S, H, D]`, and P if the attention function gives it."""
         query, key, value = self._heads(projected, position_embeddings, cache, position)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
-        attended, weights = attend(
+        attended: tuple[Tensor, Tensor | None] = attend(
             self,
             query,
             key,
@@ -124,34 +140,40 @@ class ProjectedAttention(LlamaAttention):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(attended.reshape(*projected.shape[:-1], -1)), weights
+        return attended
 
     def _heads(
         self,
         projected: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None,
+        position_embeddings: tuple[Tensor, Tensor],
         cache: Any,
         position: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the new tokens, keys and values of all, `[B, H, S, D]`."""
         from snnllm.kernels.triton.rotary import rotate_and_store, rotate_heads  # needs Triton
 
-        assert position_embeddings is not None  # transformers' model always gives them
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        if position is not None and type(cache) is StaticCache:
-            layer = cache.layers[self.layer_idx]
-            if type(layer) is StaticLayer and layer.is_initialized and not cache.offloading:
-                query = rotate_and_store(
-                    *(projected, *position_embeddings, heads, layer.keys, layer.values),
-                    *(layer.cumulative_length, position),
-                )
-                return query, layer.keys, layer.values
+        layer = static_layer(cache, self.layer_idx)
+        if layer is not None and position is not None:
+            query = rotate_and_store(
+                *(projected, *position_embeddings, heads, layer.keys, layer.values),
+                *(layer.cumulative_length, position),
+            )
+            return query, layer.keys, layer.values
         query, key = rotate_heads(projected, *position_embeddings, heads, kv_heads)
         value = projected[..., (heads + kv_heads) * self.head_dim :]
         value = value.unflatten(-1, (kv_heads, self.head_dim)).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         return query, key, value
+
+
+def static_layer(cache: Any, index: Any) -> Any:
+    """The layer of a static cache that kernels may write to: it has its buffers, on the device; or None."""
+    if type(cache) is not StaticCache or cache.offloading:
+        return None
+    layer = cache.layers[index]
+    return layer if type(layer) is StaticLayer and layer.is_initialized else None
 
 
 class SpikingLlamaDecoderLayer(LlamaDecoderLayer):

@@ -227,7 +227,7 @@ class EncodeOnWrite:
     """
 
     def __init__(self, cache: _CacheLike | None, encode: Any) -> None:
-        self._cache = cache
+        self.cache = cache
         self._encode = encode
 
     def update(
@@ -235,7 +235,7 @@ class EncodeOnWrite:
     ) -> tuple[Tensor, Tensor]:
         """Encode, write and return the payloads of all cached tokens."""
         key, value = self._encode(key_states, value_states)
-        if self._cache is None:
+        if self.cache is None:
             return key, value
-        updated: tuple[Tensor, Tensor] = self._cache.update(key, value, layer_idx, *args, **kwargs)
+        updated: tuple[Tensor, Tensor] = self.cache.update(key, value, layer_idx, *args, **kwargs)
         return updated

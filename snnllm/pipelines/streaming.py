@@ -20,13 +20,13 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from snnllm.attention import (
-    CALIBRATION_ATTENTION,
     SPIKING_ATTENTION,
     SpikingLlamaAttention,
     register_attention,
 )
 from snnllm.config import SpikeConfig
 from snnllm.execution import choose_views
+from snnllm.float_attention import CALIBRATION_ATTENTION
 from snnllm.modeling import spike_block
 from snnllm.pipelines.batches import Batches, DiskBatches
 from snnllm.pipelines.report import BlockReport

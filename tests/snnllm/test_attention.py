@@ -15,10 +15,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from snnllm.attention import (
-    CALIBRATION_ATTENTION,
     SPIKING_ATTENTION,
     SpikingLlamaAttention,
-    calibration_attention,
     query_key_accumulators,
     register_attention,
     spiking_attention,
@@ -27,6 +25,7 @@ from snnllm.block import CACHE_ARGUMENT, ProjectedAttention
 from snnllm.cache import EncodeOnWrite, from_payload, to_payload
 from snnllm.config import SpikeConfig
 from snnllm.execution import View, use_view
+from snnllm.float_attention import CALIBRATION_ATTENTION, calibration_attention
 from snnllm.kernels import get_backend
 from snnllm.kernels.products import integer_product
 from snnllm.modeling import load

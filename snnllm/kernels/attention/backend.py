@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,8 +142,9 @@ class TritonAttention:
         mask: Tensor | None,
         scaling: float,
         dtype: torch.dtype,
+        rotated: bool = False,
     ) -> Tensor:
-        """Attention output `[B, S_q, H, D]` of float queries, not rotated yet, over payloads."""
+        """Attention output `[B, S_q, H, D]` of float queries over payloads; K has been rotated, Q may be."""
         from snnllm.kernels.attention.operators import attend  # needs Triton
 
         out: Tensor = attend(
@@ -150,9 +152,55 @@ class TritonAttention:
             *(self.query_slot, self.key_slot, self.value_slot, self.member),
             *(self.query_capacity, self.query_clip, self.groups, self.shared, self.planes),
             *(self.query_row, self.key_row[1], self.value_row[1], scaling, dtype),
-            *(self.order, self.blocks),
+            *(None if rotated else self.order, self.blocks),
         )
         return out
+
+    @property
+    def stores(self) -> bool:
+        """Whether one kernel does all that is behind the projections up to the cache (`attend_stored`)."""
+        from snnllm.kernels.attention.rotation import fuses  # needs Triton
+
+        return self.order is None or fuses(self.blocks)
+
+    def attend_stored(
+        self,
+        projected: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        layer: Any,
+        position: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        """Write new tokens to a static cache and attend to it.
+
+        Args:
+            projected: Queries, keys and values, float `[B, S, (H + 2 H_kv) D]`, contiguous.
+            position_embeddings: cos and sin, `[B or 1, S, D]` in that dtype.
+            mask: As `attend` takes it.
+            layer: transformers' `StaticLayer`, initialised with payloads; changed.
+            position: Of the first new token, int64, one element; None: behind those in the cache.
+            scaling: Factor of the scores.
+
+        Returns:
+            `[B, S, H, D]`.
+        """
+        from snnllm.kernels.attention.operators import DECODE_ROWS  # needs Triton
+        from snnllm.kernels.attention.store import check_cache, store_heads
+
+        cos, sin = (table.contiguous() for table in position_embeddings)
+        (keys, values), kv_heads = (layer.keys, layer.values), len(self.key_slot)
+        heads = projected.shape[2] // cos.shape[2] - 2 * kv_heads
+        check_cache(projected, cos, sin, heads, keys, values, self.key_row[0], self.value_row[0])
+        # Many queries are rotated where they are encoded.
+        few = heads // kv_heads * projected.shape[1] <= DECODE_ROWS
+        query: Tensor = store_heads(
+            *(projected.detach(), cos, sin, heads, few, keys, values),
+            *(layer.cumulative_length, position, self.key_slot, self.value_slot, self.capacity),
+            *(self.key_clip, self.value_clip, self.shared, self.planes, self.slots),
+            *(self.key_row[1], self.value_row[1], self.order, self.blocks, self.offset),
+        )
+        return self.attend(query, keys, values, mask, scaling, projected.dtype, rotated=few)
 
 
 def _slots(layout: RowLayout) -> Tensor:

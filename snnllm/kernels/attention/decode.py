@@ -17,7 +17,7 @@ import triton.language as tl
 
 from neurons.backends.triton_encode_row import rounded
 from snnllm.kernels.attention.mask import float_product, masked_scores, shows
-from snnllm.kernels.attention.rows import counts_of, encode_halves, spread
+from snnllm.kernels.attention.rows import counts_of, encode_halves, group_values, spread
 from snnllm.kernels.attention.unpack import salient_bits
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -97,10 +97,11 @@ def _queries(  # type: ignore[no-untyped-def]
     if G == 2:
         salient_low = tl.load(slot_at + j, mask=j < D // 2, other=-1) >= 0
         salient_high = tl.load(slot_at + j + D // 2, mask=j < D // 2, other=-1) >= 0
+    top0, top1 = group_values(capacity_ptr, QUERY_GROUPS)
+    clip0, clip1 = group_values(clip_ptr, QUERY_GROUPS)
     s0, z0, s1, z1 = encode_halves(
-        low, high, salient_low, salient_high, capacity_ptr, clip_ptr, SHARED, QUERY_GROUPS
+        low, high, salient_low, salient_high, top0, top1, clip0, clip1, SHARED, QUERY_GROUPS
     )
-    top0, top1 = tl.load(capacity_ptr), tl.load(capacity_ptr + QUERY_GROUPS - 1)
     low = _centred(low, salient_low, s0, z0, s1, z1, top0, top1, group, G, QUERY_GROUPS)
     high = _centred(high, salient_high, s0, z0, s1, z1, top0, top1, group, G, QUERY_GROUPS)
     own = low  # not used for one group

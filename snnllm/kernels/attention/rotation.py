@@ -19,7 +19,7 @@ from torch import Tensor
 from neurons.backends.device import interpreted, on
 from neurons.backends.operator import operator
 
-__all__ = ["fuses", "mixing_of", "place_of", "rotate_operand", "rotated_halves"]
+__all__ = ["fuses", "mixed_halves", "mixing_of", "place_of", "rotate_operand", "rotated_halves"]
 
 _MANY_ROWS = 1024
 _VALUES = 1024  # that a warp holds in registers
@@ -128,6 +128,16 @@ def rotated_halves(  # type: ignore[no-untyped-def]
     b = _quarter(x_at, order, 1, inside)
     c = _quarter(x_at, order, 2, inside)
     d = _quarter(x_at, order, 3, inside)
+    return mixed_halves(a, b, c, d, MIXED, BLOCKS, LANES, R)
+
+
+@triton.jit
+def mixed_halves(  # type: ignore[no-untyped-def]
+    a, b, c, d, MIXED: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, R: tl.constexpr
+):
+    """:func:`rotated_halves` of rows that are gathered: the channels of each four, float32 `[R, LANES / 4]`."""
+    L: tl.constexpr = LANES // 4
+    i = tl.arange(0, L)[None, :]
     a, b = _pair(a, b, 4 * i < MIXED[0], MIXED[0], LANES)
     c, d = _pair(c, d, 4 * i + 2 < MIXED[0], MIXED[0], LANES)
     a, c = _pair(a, c, 4 * i < MIXED[1], MIXED[1], LANES)

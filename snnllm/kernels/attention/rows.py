@@ -36,8 +36,10 @@ def encode_halves(  # type: ignore[no-untyped-def]
     high,
     salient_low,
     salient_high,
-    capacity_ptr,
-    clip_ptr,
+    top0,
+    top1,
+    clip0,
+    clip1,
     SHARED: tl.constexpr,
     G: tl.constexpr,
 ):
@@ -52,7 +54,8 @@ def encode_halves(  # type: ignore[no-untyped-def]
             lo, hi = wider(tl.zeros_like(a), tl.zeros_like(a), a, a)
             lo, hi = wider(lo, hi, b, b)
             least, most = tl.split(tl.max(range_bits(lo, hi), 1).to(tl.float32, bitcast=True))
-        s, z = spike_parameters(-least, most, tl.load(capacity_ptr + g), tl.load(clip_ptr + g))
+        top, clip = (top0, clip0) if g == 0 else (top1, clip1)
+        s, z = spike_parameters(-least, most, top, clip)
         if g == 0:
             s0, z0 = s[:, None], z[:, None]
             s1, z1 = s0, z0
@@ -65,6 +68,94 @@ def encode_halves(  # type: ignore[no-untyped-def]
 def counts_of(x, s, z, capacity):  # type: ignore[no-untyped-def]
     """`clip(floor(x / s + (z + 1/2)), 0, qmax)` as int32."""
     return clipped(tl.div_rn(x, s + tl.zeros_like(x)) + (z + 0.5), capacity)
+
+
+@triton.jit
+def group_values(ptr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What the first and the last of G groups have in a table."""
+    return tl.load(ptr), tl.load(ptr + G - 1)
+
+
+@triton.jit
+def slots_of(  # type: ignore[no-untyped-def]
+    slot_at, there, D: tl.constexpr, HALF: tl.constexpr, G: tl.constexpr, R: tl.constexpr
+):
+    """Places of the channels of rows among the salient ones, int32 `[R, HALF]` twice; -1 for others."""
+    low = tl.full([R, HALF], -1, tl.int32)
+    high = low
+    if G == 2:
+        at = slot_at + tl.arange(0, HALF)[None, :]
+        low = tl.load(at, mask=there, other=-1)
+        high = tl.load(at + D // 2, mask=there, other=-1)
+    return low, high
+
+
+@triton.jit
+def halves_of(at, there, D: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Numbers of the lower and the upper channels of rows, float32 `[R, HALF]` twice."""
+    at += tl.arange(0, HALF)[None, :]
+    low = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    return low, tl.load(at + D // 2, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(  # type: ignore[no-untyped-def]
+    low,
+    high,
+    slot_low,
+    slot_high,
+    top0,
+    top1,
+    clip0,
+    clip1,
+    out_at,
+    inside,
+    width,
+    plane_bytes,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    G: tl.constexpr,
+    SHARED: tl.constexpr,
+    PLANES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Encode R rows, float32 `[R, HALF]` + `[R, HALF]`, and store their payloads where `inside [R, 1]`."""
+    j = tl.arange(0, HALF)[None, :]
+    salient_low, salient_high = slot_low >= 0, slot_high >= 0
+    s0, z0, s1, z1 = encode_halves(
+        low, high, salient_low, salient_high, top0, top1, clip0, clip1, SHARED, G
+    )
+    low = counts_of(
+        *(low, spread(s0, s1, salient_low, G), spread(z0, z1, salient_low, G)),
+        spread(top0, top1, salient_low, G),
+    )
+    high = counts_of(
+        *(high, spread(s0, s1, salient_high, G), spread(z0, z1, salient_high, G)),
+        spread(top0, top1, salient_high, G),
+    )
+    THRESHOLD: tl.constexpr = (D // 2 + 3) // 4 * 4
+    ZERO: tl.constexpr = THRESHOLD + 4 * G
+    code = tl.where(j < D // 2, (low & 15) | (high & 15) << 4, 0)
+    tl.store(out_at + j, code.to(tl.uint8), mask=inside & (j < THRESHOLD))
+    for g in tl.static_range(G):
+        s, z = (s0, z0) if g == 0 else (s1, z1)
+        at = (out_at + THRESHOLD + 4 * g).to(tl.pointer_type(tl.float32))
+        tl.store(at, s, mask=inside)
+        tl.store(out_at + ZERO + g, z.to(tl.uint8), mask=inside)
+    used = ZERO + G + PLANES * plane_bytes
+    for p in tl.static_range(PLANES):
+        own_low = ((low >> (4 + p)) & 1) << (slot_low & 7)
+        own_high = ((high >> (4 + p)) & 1) << (slot_high & 7)
+        for byte in tl.static_range(SLOTS // 8):
+            bits = tl.where(salient_low & (slot_low // 8 == byte), own_low, 0)
+            bits += tl.where(salient_high & (slot_high // 8 == byte), own_high, 0)
+            bits = tl.sum(bits, 1, keep_dims=True).to(tl.uint8)
+            number = tl.full([1, 1], byte, tl.int32)
+            at = out_at + ZERO + G + p * plane_bytes + number
+            tl.store(at, bits, mask=inside & (number < plane_bytes))
+    rest = used + tl.arange(0, 16)[None, :]
+    tl.store(out_at + rest, tl.zeros([R, 16], tl.uint8), mask=inside & (rest < width))
 
 
 @triton.jit
@@ -106,60 +197,23 @@ def _encode(  # type: ignore[no-untyped-def]
     inside = (row < rows)[:, None]
     head, x_at = place_of(row, heads, tokens, batch_stride, head_stride, token_stride)
     x_at = x_ptr + x_at[:, None]
-    j = tl.arange(0, HALF)[None, :]
-    there = inside & (j < D // 2)
+    there = inside & (tl.arange(0, HALF)[None, :] < D // 2)
     if len(MIXED) > 0:
         order_at = order_ptr + (head // share * (D // 4))[:, None]
         low, high = rotated_halves(x_at, order_at, inside, MIXED, BLOCKS, D, D, R)
     else:
-        low = tl.load(x_at + j, mask=there, other=0.0).to(tl.float32)
-        high = tl.load(x_at + j + D // 2, mask=there, other=0.0).to(tl.float32)
+        low, high = halves_of(x_at, there, D, HALF)
     if OFFSET:
-        offset_at = offset_ptr + (head * D)[:, None] + j
-        low -= tl.load(offset_at, mask=there, other=0.0)
-        high -= tl.load(offset_at + D // 2, mask=there, other=0.0)
-    slot_low = tl.full([R, HALF], -1, tl.int32)
-    slot_high = slot_low
-    if G == 2:
-        slot_at = slot_ptr + (head * slot_stride)[:, None] + j
-        slot_low = tl.load(slot_at, mask=there, other=-1)
-        slot_high = tl.load(slot_at + D // 2, mask=there, other=-1)
-    salient_low, salient_high = slot_low >= 0, slot_high >= 0
-    s0, z0, s1, z1 = encode_halves(
-        low, high, salient_low, salient_high, capacity_ptr, clip_ptr, SHARED, G
-    )
-    top0, top1 = tl.load(capacity_ptr), tl.load(capacity_ptr + G - 1)
-    low = counts_of(
-        *(low, spread(s0, s1, salient_low, G), spread(z0, z1, salient_low, G)),
-        spread(top0, top1, salient_low, G),
-    )
-    high = counts_of(
-        *(high, spread(s0, s1, salient_high, G), spread(z0, z1, salient_high, G)),
-        spread(top0, top1, salient_high, G),
-    )
+        low_offset, high_offset = halves_of(offset_ptr + (head * D)[:, None], there, D, HALF)
+        low, high = low - low_offset, high - high_offset
+    slot_low, slot_high = slots_of(slot_ptr + (head * slot_stride)[:, None], there, D, HALF, G, R)
+    top0, top1 = group_values(capacity_ptr, G)
+    clip0, clip1 = group_values(clip_ptr, G)
     out_at = out_ptr + row.to(tl.int64)[:, None] * width
-    THRESHOLD: tl.constexpr = (D // 2 + 3) // 4 * 4
-    ZERO: tl.constexpr = THRESHOLD + 4 * G
-    code = tl.where(j < D // 2, (low & 15) | (high & 15) << 4, 0)
-    tl.store(out_at + j, code.to(tl.uint8), mask=inside & (j < THRESHOLD))
-    for g in tl.static_range(G):
-        s, z = (s0, z0) if g == 0 else (s1, z1)
-        at = (out_at + THRESHOLD + 4 * g).to(tl.pointer_type(tl.float32))
-        tl.store(at, s, mask=inside)
-        tl.store(out_at + ZERO + g, z.to(tl.uint8), mask=inside)
-    used = ZERO + G + PLANES * plane_bytes
-    for p in tl.static_range(PLANES):
-        own_low = ((low >> (4 + p)) & 1) << (slot_low & 7)
-        own_high = ((high >> (4 + p)) & 1) << (slot_high & 7)
-        for byte in tl.static_range(SLOTS // 8):
-            bits = tl.where(salient_low & (slot_low // 8 == byte), own_low, 0)
-            bits += tl.where(salient_high & (slot_high // 8 == byte), own_high, 0)
-            bits = tl.sum(bits, 1, keep_dims=True).to(tl.uint8)
-            number = tl.full([1, 1], byte, tl.int32)
-            at = out_at + ZERO + G + p * plane_bytes + number
-            tl.store(at, bits, mask=inside & (number < plane_bytes))
-    rest = used + tl.arange(0, 16)[None, :]
-    tl.store(out_at + rest, tl.zeros([R, 16], tl.uint8), mask=inside & (rest < width))
+    store_rows(
+        *(low, high, slot_low, slot_high, top0, top1, clip0, clip1, out_at, inside),
+        *(width, plane_bytes, D, HALF, G, SHARED, PLANES, SLOTS, R),
+    )
 
 
 @triton.jit(do_not_specialize=["plane_bytes", "plane_bytes_", "rows", "tokens"])

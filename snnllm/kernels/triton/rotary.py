@@ -16,7 +16,7 @@ from neurons.backends.device import on
 from neurons.backends.operator import operator
 from neurons.backends.triton_encode_row import rounded
 
-__all__ = ["rotate_and_store", "rotate_heads"]
+__all__ = ["check_projected", "rotate_and_store", "rotate_heads", "turned"]
 
 _HEADS = 4
 
@@ -40,7 +40,7 @@ def rotate_heads(
         TypeError: if a dtype does not fit.
         ValueError: if a shape does not fit, or D is odd.
     """
-    _check(projected, cos, sin, heads, kv_heads)
+    check_projected(projected, cos, sin, heads, kv_heads)
     query, key = _rotate_heads_op(
         projected.detach(), cos.contiguous(), sin.contiguous(), heads, kv_heads
     )
@@ -77,7 +77,7 @@ def rotate_and_store(
         TypeError: if a dtype does not fit.
         ValueError: if a shape does not fit, or D is odd.
     """
-    _check(projected, cos, sin, heads, keys.shape[1])
+    check_projected(projected, cos, sin, heads, keys.shape[1])
     batch, dim = len(projected), cos.shape[-1]
     for name, stored in {"keys": keys, "values": values}.items():
         if stored.dtype != projected.dtype:
@@ -103,7 +103,8 @@ def rotate_and_store(
     return query
 
 
-def _check(projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> None:
+def check_projected(projected: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> None:
+    """Refuse what :func:`rotate_heads` refuses."""
     batch, tokens, width = projected.shape
     dim, rest = divmod(width, heads + 2 * kv_heads)
     if rest or dim % 2 or not projected.is_contiguous():
@@ -207,6 +208,13 @@ def _launch(
         )
 
 
+@triton.jit
+def turned(x, cos, other, sin, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``x cos + other sin`` of float32, rounded to dtype after each product and the sum."""
+    total = rounded(x * cos, dtype).to(tl.float32) + rounded(other * sin, dtype).to(tl.float32)
+    return rounded(total, dtype)
+
+
 @triton.jit(do_not_specialize=["tokens", "capacity", "table_tokens"])
 def _rotate(  # type: ignore[no-untyped-def]
     projected_ptr,
@@ -242,13 +250,12 @@ def _rotate(  # type: ignore[no-untyped-def]
     cos_b = tl.load(cos_ptr + table + DIM // 2, mask=valid, other=0.0)[None, :].to(tl.float32)
     sin_a = tl.load(sin_ptr + table, mask=valid, other=0.0)[None, :].to(tl.float32)
     sin_b = tl.load(sin_ptr + table + DIM // 2, mask=valid, other=0.0)[None, :].to(tl.float32)
-    dtype = a.dtype
     a32, b32 = a.to(tl.float32), b.to(tl.float32)
-    left = rounded(a32 * cos_a, dtype).to(tl.float32) + rounded(-b32 * sin_a, dtype).to(tl.float32)
-    right = rounded(b32 * cos_b, dtype).to(tl.float32) + rounded(a32 * sin_b, dtype).to(tl.float32)
+    left = turned(a32, cos_a, -b32, sin_a, a.dtype)
+    right = turned(b32, cos_b, a32, sin_b, a.dtype)
     is_query, is_value = head < heads, head >= heads + kv_heads
-    left = tl.where(is_value[:, None], a, rounded(left, dtype))
-    right = tl.where(is_value[:, None], b, rounded(right, dtype))
+    left = tl.where(is_value[:, None], a, left)
+    right = tl.where(is_value[:, None], b, right)
     slot = token
     if STORE:
         first = tl.load(position_ptr)
