@@ -16,7 +16,7 @@ Source: SpikeLLM (arXiv 2407.04752), saliency-based spiking of LLM activations.
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -199,9 +199,11 @@ class SpikeEncoder(ChannelGroups):
     @property
     def watched(self) -> bool:
         """Whether someone records from the neurons: hooks, ``store_v_seq``, or a wrapped method."""
-        node = self.node
-        hooks = bool(node._forward_hooks or node._forward_pre_hooks)
-        return hooks or node.store_v_seq or not {"encode", "encode_spikes"}.isdisjoint(vars(self))
+        node: Any = self._modules["node"]  # without the detour of `Module.__getattr__`
+        if node._forward_hooks or node._forward_pre_hooks or node.store_v_seq:
+            return True
+        own = self.__dict__
+        return "encode" in own or "encode_spikes" in own
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         clip = self.clip

@@ -1,10 +1,15 @@
-"""Greedy decoding and sampling of `generate` with a static cache: a step is a CUDA graph.
+"""Greedy decoding and sampling of `generate` with a static cache: prefill and step are CUDA graphs.
 
 `transformers` compiles the forward pass and waits for the device after every token. Here nothing is
 compiled: the second step is recorded as it runs and replayed from then on, with masks and positions
 kept on the device; and whether all sequences have ended is read one step late, so that the device
-never waits for the program. Buffers of the cache serve the next call of `generate` with the same batch
-and length, so that the recorded step stays valid.
+never waits for the program. The host needs longer to launch a prefill than the device needs to run it, so
+prompts are recorded too, padded on the right to a few lengths (`recording.padded_length`).
+
+Graphs are valid for the buffers that they were recorded with. These serve the next calls of `generate`: a
+cache has a few more tokens than asked for, so that calls of similar length share one, and smaller ones lie in
+the memory of the largest. What stays allocated is that cache and the activations of the largest graph,
+which all graphs share; prompts for which that is much run without (`_MOST_TOKENS`, `_MOST_SCORES`).
 """
 
 from __future__ import annotations
@@ -12,31 +17,36 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, StaticCache
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
-from neurons import SpikeEncoder
+from snnllm.attention import SpikingLlamaAttention
 from snnllm.block import CACHE_ARGUMENT, prepare
-from snnllm.execution import SpikingModule
-from snnllm.linear import SpikingLinear
-from snnllm.shared_input import hooked
+from snnllm.model_state import ModelState
+from snnllm.recording import Buffers, Prompts, Recording, padded_length, within
 
 _log = logging.getLogger(__name__)
-_ALIGNMENT = 8  # attention copies masks whose rows do not start at multiples of it
+_KEPT_BUFFERS = 4  # batches and capacities that are remembered
+_KEPT_PROMPTS = 8  # lengths of prompts for each of them
+_MOST_TOKENS = 8192  # of a recorded prefill, in all prompts
+_MOST_SCORES = 1 << 26  # of all heads, where attention has them in memory at once
 
 
 def records_on(device: torch.device) -> bool:
-    """Whether steps on a device can be recorded."""
+    """Whether passes on a device can be recorded."""
     return device.type == "cuda"
 
 
 class DecodeSteps:
-    """Forward passes of one token a sequence: the first runs as it is, the second is recorded.
+    """Passes of `generate` of one model: the first of a size runs as it is, the second is recorded.
 
-    They belong to one model, which is passed in: whoever drops the model has its memory back at once.
+    The model is passed in: whoever drops it has its memory back at once.
 
     Attributes:
         lock: Held by the thread that generates; the buffers are those of one generation at a time.
@@ -44,148 +54,141 @@ class DecodeSteps:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._state: tuple[Any, ...] = ()  # of the model that a recorded step belongs to
+        self._state = ModelState()
+        self._refused: set[str] = set()  # what could not be recorded
         self._forget()
 
     def _forget(self) -> None:
-        """Drop the recorded step and its cache."""
-        self._graph: torch.cuda.CUDAGraph | None = None
+        """Drop what was recorded and its buffers."""
+        self._known: OrderedDict[tuple[int, int], Buffers] = OrderedDict()
+        self._largest: list[StaticLayer] = []
+        self._buffers: Buffers | None = None  # of the present generation
         self._cache: weakref.ref[Cache] | None = None
-        self._layers: list[Any] = []
-        self._steps, self._records = 0, False
-        self._tokens = self._positions = self._length = self._seen = torch.empty(0)
-        self._logits = torch.empty(0)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a model starts anew, by deepcopy and pickle."""
         return DecodeSteps, ()
 
     def ready(self, model: Any) -> bool:
-        """Whether the steps of a model can be recorded; packs its weights, and notes its state.
-
-        All linears must run in operators of Triton, and nobody watch: a replayed step calls no hooks.
-        """
-        parameters, linears, views = [], [], []
-        for module in model.modules():
-            if hooked(module) or (isinstance(module, SpikeEncoder) and module.watched):
-                return False
-            parameters += [
-                (p.data_ptr(), p.dtype) for p in module._parameters.values() if p is not None
-            ]
-            if isinstance(module, SpikingModule):
-                views.append(module.view)
-            if isinstance(module, SpikingLinear):
-                linears.append(module)
-        if not linears or not all(linear.runs_in_triton() for linear in linears):
-            return False
-        state = (
-            parameters,
-            [(linear.version, linear.backend) for linear in linears],
-            views,
-            model.config._attn_implementation,
-        )
-        if state != self._state:
+        """Whether passes of a model can be recorded (`ModelState`); packs the weights of a changed one."""
+        changed = self._state.changed(model)
+        if changed:
             self._forget()
+            self._refused.clear()
             prepare(model)
-            self._state = state
-        return True
+        return changed is not None
 
     def begin(self, cache: StaticCache, mask: Tensor, positions: Tensor) -> None:
-        """Meet the empty cache of a new generation: give it the buffers of the last one, if they fit.
+        """Meet the empty cache of a new generation: give it buffers of an earlier one, if some fit.
 
         Args:
-            cache: Empty.
+            cache: Empty; its layers are replaced, or enlarged to a length that others share.
             mask: 1 at tokens, 0 at padding, `[B, S]` of the prompts.
             positions: Of the first new tokens, `[B or 1, 1]`.
         """
         free = self._cache is None or self._cache() is None
         # Tensors of the inference mode cannot be written outside of it.
-        writable = torch.is_inference_mode_enabled() or not self._tokens.is_inference()
-        fits = (
-            self._graph is not None
-            and free
-            and writable
-            and len(self._tokens) == len(mask)
-            and len(cache.layers) == len(self._layers)
-            and all(
-                type(new) is type(old) and new.max_cache_len == old.max_cache_len
-                for new, old in zip(cache.layers, self._layers, strict=True)
-            )
+        writable = torch.is_inference_mode_enabled() or not any(
+            known.tokens.is_inference() for known in self._known.values()
         )
-        if fits:
-            for layer in self._layers:
-                layer.reset()
-            cache.layers[:] = self._layers
-        else:
+        if not free or not writable:
             self._forget()
-            self._layers = list(cache.layers)
-            self._make_inputs(mask, cache.layers[0].max_cache_len)
+        key = len(mask), padded_length(cache.layers[0].max_cache_len)
+        buffers = self._known.pop(key, None)
+        if buffers is None:
+            buffers = self._make(cache, *key, mask.device)
+        self._known[key] = self._buffers = buffers
+        if len(self._known) > _KEPT_BUFFERS:
+            self._known.popitem(last=False)
+        cache.layers[:] = buffers.layers
         self._cache = weakref.ref(cache)
-        # Beyond the prompts everything counts, as far as it has been written.
-        self._seen[:, : mask.shape[1]] = mask.bool()
-        self._seen[:, mask.shape[1] :] = True
-        self._positions.copy_(positions)
-        self._length.fill_(mask.shape[1])
+        buffers.clear(mask, positions)
 
-    def _make_inputs(self, mask: Tensor, capacity: int) -> None:
-        batch, device = len(mask), mask.device
-        self._records = records_on(device)
-        self._tokens = torch.zeros((batch, 1), dtype=torch.int64, device=device)
-        self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=device)
-        self._length = torch.zeros(1, dtype=torch.int64, device=device)
-        self._seen = torch.ones((batch, capacity), dtype=torch.bool, device=device)
+    def _make(self, cache: StaticCache, batch: int, capacity: int, device: torch.device) -> Buffers:
+        layers = within(self._largest, batch, capacity) if self._largest else None
+        if layers is None:
+            self._forget()
+            layers = self._largest = list(cache.layers)
+            for layer in layers:
+                layer.max_cache_len = capacity
+        return Buffers(layers, batch, capacity, device)
+
+    def prefill(self, model: Any, tokens: Tensor, positions: Tensor) -> Tensor | None:
+        """Float32 logits `[B, V]` behind prompts; None if transformers' prefill has to run.
+
+        Args:
+            model: As `ready` found it.
+            tokens: `[B, S]`, what the cache of `begin` is for.
+            positions: `[B or 1, S]`.
+        """
+        buffers, _ = self._present()
+        batch, length = len(tokens), padded_length(tokens.shape[1])
+        if not self._records_prompts(model, buffers, batch, length):
+            return None
+        if length not in buffers.prompts:
+            buffers.prompts[length] = None
+            if len(buffers.prompts) > _KEPT_PROMPTS:
+                buffers.prompts.popitem(last=False)
+            return None
+        buffers.prompts.move_to_end(length)
+        prompts = buffers.prompts[length]
+        if prompts is None:
+            prompts = buffers.prompts[length] = Prompts(batch, length, tokens.device)
+        prompts.set(tokens, positions)
+        if prompts.recording is not None:
+            return prompts.recording.replay()
+        # Once as it is: kernels are compiled now, and none while it is recorded.
+        work = partial(self._run_prompts, model, prompts)
+        logits = work()
+        prompts.recording = self._record("the prefill", work)
+        return logits
+
+    def _run_prompts(self, model: Any, prompts: Prompts) -> Tensor:
+        buffers, cache = self._present()
+        return buffers.run_prompts(model, cache, prompts)
+
+    def _records_prompts(self, model: Any, buffers: Buffers, batch: int, length: int) -> bool:
+        """Whether a prefill may be recorded, and the memory of its activations be kept."""
+        if "the prefill" in self._refused or not records_on(buffers.tokens.device):
+            return False
+        attention, heads = model.model.layers[0].self_attn, model.config.num_attention_heads
+        scores = model.config._attn_implementation == "eager" or (
+            isinstance(attention, SpikingLlamaAttention) and attention.kernels() is None
+        )
+        return batch * length <= _MOST_TOKENS and not (
+            scores and batch * heads * length * buffers.capacity > _MOST_SCORES
+        )
 
     def __call__(self, model: Any, tokens: Tensor) -> Tensor:
         """Float32 logits `[B, V]` behind tokens `[B]`; overwritten by the next call."""
-        self._tokens.copy_(tokens.unsqueeze(1))
-        if self._steps == 1 and self._records:
-            self._record(model)
-        self._steps += 1
-        if self._graph is None:
-            return self._forward(model)
-        self._graph.replay()
-        return self._logits
+        buffers, _ = self._present()
+        buffers.tokens.copy_(tokens.unsqueeze(1))
+        records = records_on(tokens.device) and "decoding" not in self._refused
+        work = partial(self._run_step, model)
+        if buffers.step is None and buffers.stepped and records:
+            buffers.step = self._record("decoding", work)
+        buffers.stepped = True
+        return work() if buffers.step is None else buffers.step.replay()
 
-    def _record(self, model: Any) -> None:
-        graph = torch.cuda.CUDAGraph()
+    def _run_step(self, model: Any) -> Tensor:
+        buffers, cache = self._present()
+        return buffers.run_step(model, cache)
+
+    def _record(self, name: str, work: Callable[[], Tensor]) -> Recording | None:
+        others = [made for known in self._known.values() for made in known.recordings()]
         try:
-            with torch.cuda.graph(graph):
-                self._logits = self._forward(model)
+            return Recording(work, others[0] if others else None)
         except RuntimeError as error:
             # Something waits for the device: it runs without a graph, which is slower.
-            _log.warning("decoding is not recorded as a CUDA graph: %s", error)
-            self._records = False
-            return
-        self._graph = graph
+            _log.warning("%s is not recorded as a CUDA graph: %s", name, error)
+            self._refused.add(name)
+            return None
 
-    def _forward(self, model: Any) -> Tensor:
+    def _present(self) -> tuple[Buffers, Any]:
+        """Buffers and cache of the generation that runs."""
         cache = None if self._cache is None else self._cache()
-        assert cache is not None  # `sample` holds it
-        outputs = model(
-            input_ids=self._tokens,
-            attention_mask=self._mask(model.dtype),
-            position_ids=self._positions,
-            use_cache=True,
-            return_dict=True,
-            cache_position=self._length,
-            **{CACHE_ARGUMENT: cache},
-        )
-        self._positions.add_(1)
-        self._length.add_(1)
-        logits: Tensor = outputs.logits[:, -1].to(torch.float32, copy=True)
-        return logits
-
-    def _mask(self, dtype: torch.dtype) -> Tensor:
-        """0 where a token may look and a large negative number elsewhere, `[B, 1, 1, capacity]`."""
-        batch, capacity = self._seen.shape
-        index = torch.arange(capacity, device=self._seen.device)
-        rows = torch.full(
-            (batch, 1, 1, capacity + -capacity % _ALIGNMENT),
-            torch.finfo(dtype).min,
-            dtype=dtype,
-            device=self._seen.device,
-        )[..., :capacity]
-        return rows.masked_fill_(((index <= self._length) & self._seen)[:, None, None], 0.0)
+        assert self._buffers is not None and cache is not None  # `sample` holds it
+        return self._buffers, cache
 
 
 def sample(
@@ -204,17 +207,24 @@ def sample(
         Prompts and new tokens, `[B, S + new]`.
     """
     mask = model_kwargs.get("attention_mask")
+    positions = model_kwargs["position_ids"]
     steps.begin(
         model_kwargs[CACHE_ARGUMENT],
         torch.ones_like(input_ids) if mask is None else mask,
-        model_kwargs["position_ids"][:, -1:] + 1,
+        positions[:, -1:] + 1,
     )
     pad = generation_config._pad_token_tensor
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(len(input_ids), dtype=torch.int64, device=input_ids.device)
-    outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
-    logits = outputs.logits[:, -1].to(torch.float32, copy=True)
-    del outputs
+    logits = None
+    if generation_config.prefill_chunk_size is None:
+        logits = steps.prefill(model, input_ids, positions)
+    if logits is None:
+        outputs = model._prefill(
+            input_ids, generation_config, model_kwargs, is_first_iteration=True
+        )
+        logits = outputs.logits[:, -1].to(torch.float32, copy=True)
+        del outputs
     finished = _LateFlag(input_ids.device)
     while True:
         scores = logits_processor(input_ids, logits)

@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
     StaticCache,
 )
+from transformers.cache_utils import StaticLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from snnllm import checkpoint
@@ -218,7 +219,7 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
             and type(cache) is StaticCache
             and not cache.offloading
             and not getattr(cache, "_is_user_defined", False)
-            and not any(layer.is_initialized for layer in cache.layers)
+            and all(type(x) is StaticLayer and not x.is_initialized for x in cache.layers)
             and config is not None
             and config.compile_config is None
             and not config.disable_compile

@@ -163,23 +163,7 @@ def test_a_cache_in_use_keeps_its_buffers(model, prompts):
     assert first.layers[0] is not second.layers[0]
 
 
-class _Replayed:
-    """A recorded step on a CPU, which would be replayed."""
-
-    def replay(self) -> None:
-        raise AssertionError("a recorded step was replayed")
-
-
 STATIC = {"cache_implementation": "static"}
-
-
-def test_buffers_of_the_inference_mode_stay_there(model, prompts, recorded):
-    with torch.inference_mode():
-        expected = generate(model, prompts, **STATIC)
-    if not CUDA:
-        model._steps._graph = _Replayed()
-    assert torch.equal(generate(model, prompts, **STATIC), expected)
-    assert len(recorded) == 2
 
 
 def test_hooks_are_called_at_every_step(model, prompts, recorded, monkeypatch):
@@ -232,7 +216,10 @@ def test_attention_with_masks_of_its_own_goes_to_transformers(
     assert not recorded
 
 
-def test_offloaded_caches_go_to_transformers(model, prompts, recorded):
+def test_offloaded_caches_go_to_transformers(model, prompts, recorded, monkeypatch):
+    # Not compiled: on a GPU, torch 2.11 dies in torch._dynamo of the stream on which such a cache is
+    # prefetched. (`disable_compile` would go to transformers by itself.)
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: self.__call__)
     with contextlib.nullcontext() if CUDA else contextlib.suppress(AssertionError):
         offloaded = generate(model, prompts, cache_implementation="offloaded_static")
         assert torch.equal(offloaded, generate(model, prompts))
@@ -284,10 +271,10 @@ def test_compiled_calls_need_kernels_that_are_operators(model):
 @pytest.mark.gpu
 def test_a_step_is_recorded_and_used_again(model, prompts):
     generate(model, prompts, cache_implementation="static")
-    graph = model._steps._graph
-    assert graph is not None
+    step = model._steps._buffers.step
+    assert step is not None
     generate(model, prompts, cache_implementation="static")
-    assert model._steps._graph is graph
+    assert model._steps._buffers.step is step
     model.model.layers[0].mlp.down_proj.invalidate()
     generate(model, prompts, cache_implementation="static")
-    assert model._steps._graph not in (None, graph)
+    assert model._steps._buffers.step not in (None, step)

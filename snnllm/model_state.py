@@ -1,0 +1,77 @@
+"""What recorded passes of a model depend on, looked up in less than a millisecond.
+
+A CUDA graph calls no module: whoever hooks one, records from its neurons, changes a weight or a view wants
+another pass than the recorded one. `generate` asks before every call, so the walk over the modules is
+one flat loop, and what only depends on the tree of modules is kept until another tree is met.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from neurons import SpikeEncoder
+from snnllm.execution import SpikingModule
+from snnllm.linear import SpikingLinear
+from snnllm.shared_input import hooked
+
+
+class ModelState:
+    """The state of a model at the last call of `changed`.
+
+    It holds the modules of the model, but not the model itself, which owns it: no cycle keeps it alive.
+    """
+
+    def __init__(self) -> None:
+        self._modules: list[nn.Module | None] = []
+        self._encoders: list[SpikeEncoder] = []
+        self._spiking: list[SpikingModule] = []
+        self._linears: list[SpikingLinear] = []
+        self._values: tuple[Any, ...] = ()
+        self._recordable = False
+
+    def changed(self, model: Any) -> bool | None:
+        """Whether a model is another than at the last call; None if its passes cannot be recorded.
+
+        They can if all linears run in operators of Triton and nobody watches. A change is a module or a
+        parameter replaced or moved, other tensors in a linear, another backend, view or attention function.
+        """
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return None
+        found: list[nn.Module | None] = [model]
+        holders = []
+        for module in found:  # which grows on the way: all modules, level by level
+            if module is None:
+                continue
+            if (module._forward_hooks or module._forward_pre_hooks) and hooked(module):
+                return None
+            if module._parameters:
+                holders.append(module._parameters)
+            if module._modules:
+                found += module._modules.values()
+        del found[0]
+        if found != self._modules:
+            self._sort(found)
+        if any([encoder.watched for encoder in self._encoders]):
+            return None
+        values = (
+            [(p.data_ptr(), p.dtype) for held in holders for p in held.values() if p is not None],
+            [(linear.version, linear.backend) for linear in self._linears],
+            [module.view for module in self._spiking],
+            model.config._attn_implementation,
+        )
+        changed = values != self._values
+        if changed:
+            self._values = values
+            linears = self._linears
+            self._recordable = bool(linears) and all(x.runs_in_triton() for x in linears)
+        return changed if self._recordable else None
+
+    def _sort(self, modules: list[nn.Module | None]) -> None:
+        """Keep another tree, of which nothing is known yet."""
+        self._modules, self._values = modules, ()
+        self._encoders = [m for m in modules if isinstance(m, SpikeEncoder)]
+        self._spiking = [m for m in modules if isinstance(m, SpikingModule)]
+        self._linears = [m for m in modules if isinstance(m, SpikingLinear)]
