@@ -55,15 +55,12 @@ CANDIDATES: dict[int, list[tuple[int, ...]]] = {  # Triton
 _FEW = [
     Rows(*c) for c in ((2, 6, 1), (2, 4, 1), (2, 3, 2), (2, 2, 3), (4, 4, 1), (4, 2, 2), (1, 4, 3))
 ]
-_MANY = [
-    *(Tiles(*c, lag) for c in ((64, 128, 2, 8, 32), (128, 192, 3, 4, 0)) for lag in (0, 1, 2)),
-    Tiles(128, 128, 2, 6, 64),
-]
+_MANY = [Tiles(*c) for c in ((64, 128, 2, 8, 32), (128, 128, 2, 6, 64), (128, 192, 3, 4, 0))]
 CUDA_CANDIDATES: dict[int, list[Rows] | list[Tiles]] = {
     1: _FEW,
     16: _FEW,
     256: _MANY,
-    4096: [*_MANY[1:], *(Tiles(128, 256, 2, 4, 56, lag) for lag in range(4))],
+    4096: [*_MANY[1:], Tiles(128, 256, 2, 4, 56)],
 }
 
 

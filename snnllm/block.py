@@ -193,6 +193,7 @@ class SpikingLlamaDecoderLayer(LlamaDecoderLayer):
         if gates is None:
             residual: Tensor = hidden_states + attended
             return residual + cast(Tensor, self.mlp(norms[1](residual)))
+        attended = attended.to(hidden_states.dtype)  # another one under autocast
         x, residual = gates.normed(norms[1], attended, hidden_states)
         return cast(Tensor, self.mlp(x, residual))  # nobody hooks it: `gates`
 

@@ -187,7 +187,8 @@ class DecodeSteps:
     def _present(self) -> tuple[Buffers, Any]:
         """Buffers and cache of the generation that runs."""
         cache = None if self._cache is None else self._cache()
-        assert self._buffers is not None and cache is not None  # `sample` holds it
+        assert self._buffers is not None
+        assert cache is not None  # `sample` holds it
         return self._buffers, cache
 
 

@@ -87,7 +87,6 @@ static unsigned char* shared_at(unsigned at) { return SHARED_MEMORY + at; }
 static unsigned shared_address(const void* p) { return (unsigned)((const unsigned char*)p - SHARED_MEMORY); }
 static void wait_for_kernel_in_front() {}
 static void launch_dependents() {}
-static void pause(int) {}
 template <int N> static void give_registers() {}
 template <int N> static void take_registers() {}
 

@@ -171,9 +171,9 @@ ROWS = [
     (32, {"ROWS8": 4, "STRIPS": 1, "STAGES": 2, "RESIDENT": 1}),
 ]
 TILES = [
-    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32, "LAG": 0}),
-    (130, {"BM": 128, "BN": 192, "WORKERS": 3, "STAGES": 2, "KEPT": 0, "LAG": 1}),
-    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 3, "KEPT": 56, "LAG": 2}),
+    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32}),
+    (130, {"BM": 128, "BN": 192, "WORKERS": 3, "STAGES": 2, "KEPT": 0}),
+    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 3, "KEPT": 56}),
 ]
 
 

@@ -165,12 +165,14 @@ def test_only_the_last_sizes_are_kept(model, replayed, monkeypatch):
 @pytest.mark.parametrize("limit", ["_MOST_TOKENS", "_MOST_SCORES"])
 def test_large_prompts_are_not_recorded(model, replayed, monkeypatch, limit):
     monkeypatch.setattr(decoding, limit, 100)
-    scores = limit == "_MOST_SCORES" and model.config._attn_implementation == "sdpa"
+    # sdpa and the kernels for encoded operands on a GPU never have all scores in memory.
+    sparing = CUDA or model.config._attn_implementation == "sdpa"
+    recorded = limit == "_MOST_SCORES" and sparing
     given = prompt(9)
     expected = generate(model, given)
     for _ in range(3):
         assert torch.equal(generate(model, given, **STATIC), expected)
-    assert (PREFILL in replayed) is scores  # sdpa never has all scores in memory
+    assert (PREFILL in replayed) is recorded
     model.config._attn_implementation, before = "eager", model.config._attn_implementation
     if before == "sdpa":
         replayed.clear()
@@ -207,7 +209,7 @@ def test_an_interrupted_generation_leaves_nothing_behind(model, replayed):
         return scores
 
     given, expected = prompt(9), generate(model, prompt(9))
-    for after in (0, 2, 0, 2):
+    for after in (0, 2, 0, 2):  # noqa: B007 (`stop` reads it)
         with pytest.raises(KeyboardInterrupt):
             generate(model, given, **STATIC, logits_processor=[stop])
         assert torch.equal(generate(model, given, **STATIC), expected)
@@ -219,9 +221,10 @@ def test_a_prefill_that_fails_leaves_nothing_behind(model, replayed, monkeypatch
         raise KeyboardInterrupt
 
     given, expected = prompt(9), generate(model, prompt(9))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(type(model), "_prefill", fail)
-        generate(model, given, **STATIC)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, given, **STATIC)
     for _ in range(3):
         assert torch.equal(generate(model, given, **STATIC), expected)
     assert PREFILL in replayed

@@ -43,7 +43,6 @@ class Tiles(NamedTuple):
         workers: warpgroups that multiply.
         stages: of the ring.
         kept: sums of the second segment that a thread keeps in registers.
-        lag: blocks of 128 positions that a warpgroup starts behind the one before.
     """
 
     bm: int
@@ -51,7 +50,6 @@ class Tiles(NamedTuple):
     workers: int
     stages: int
     kept: int
-    lag: int = 0
 
 
 def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> str | None:

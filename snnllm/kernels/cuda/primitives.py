@@ -49,10 +49,6 @@ template <int REGISTERS> INLINE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-INLINE void pause(int cycles) {
-  for (const i64 until = clock64() + cycles; clock64() < until;) {}
-}
-
 INLINE void barrier_init(unsigned at, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals));
 }

@@ -9,13 +9,10 @@ are the right operand, in shared memory. While a product runs, the next operand 
 Of two segments the second (few salient channels) comes first; its scaled sums wait in registers and
 in shared memory (KEPT of them in registers). A float sum of two does not depend on the order.
 
-Each warpgroup starts about LAG blocks of 128 positions behind the one before, so that the tensor cores have
-work of one while another scales its sums. Nothing depends on it.
-
 A residual of 16 bits goes to the L2 cache while the tile is multiplied, and from there, 16 rows at a time, to where
 outputs are transposed, until they need the place.
 
-Macros: BM, BN, WORKERS, STAGES, KEPT, LAG, SEGMENTS (1 or 2), SHIFT, BIAS, RESIDUAL, OUT (`primitives.OUTPUTS`).
+Macros: BM, BN, WORKERS, STAGES, KEPT, SEGMENTS (1 or 2), SHIFT, BIAS, RESIDUAL, OUT (`primitives.OUTPUTS`).
 """
 
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
@@ -35,7 +32,6 @@ BODY = r"""
 constexpr int OWN = BN / WORKERS, PIECES = OWN / 64, VALUES = BM / 2, WAITING = PIECES * VALUES - KEPT;
 constexpr int COUNT_BYTES = BM * 128, STAGE_BYTES = COUNT_BYTES + BN * 64, WARPS = 4 * WORKERS;
 constexpr int GROUPS = 2 * PIECES;
-constexpr int BLOCK_CYCLES = BM * BN / 32;  // at the peak of the tensor cores, 4096 products a cycle
 constexpr bool IN_PAIRS = OUT != 0 && OUT != INTEGERS;  // outputs of 16 bits
 
 struct Tile { int m, n; };
@@ -200,10 +196,6 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
         for (int v = 0; v < VALUES; v++) finished(acc[p][v]);
       release();
     };
-    if (LAG > 0 && worker > 0) {
-      barrier_wait(full, 0);
-      pause(LAG * worker * BLOCK_CYCLES);
-    }
     auto copy_residual = [&](Tile tile, int j) {  // a lane copies what it adds
       const unsigned to = shared_address(turning + (thread / 32) * PIECES * 512 + lane * 16);
       const int at_m = tile.m + 16 * j + lane / 2;
