@@ -19,6 +19,9 @@ from snnllm.gptq import gptq
 from snnllm.kernels.exact import exact_matmul
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
+from snnllm.pipelines.rotated import RotatedOptions, rotated_config
+from snnllm.random_model import Shape, llama_config, random_spiking
+from snnllm.recording import padded_length
 from snnllm.weights import dequantize
 
 pytestmark = pytest.mark.gpu
@@ -144,6 +147,34 @@ def test_a_model_on_the_gpu_is_converted_there(
     model, windows = make_llama().cuda(), token_ids[:2].cuda()
     convert(model, tmp_path / "out", spike, windows, pipeline=pipeline, device="cuda")
     assert torch.isfinite(load(tmp_path / "out").to("cuda")(windows).logits).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "padding"), [(1, 0), (2, 5)])
+@pytest.mark.parametrize(
+    ("attention", "kernels"), [("float", "0"), ("encoded", "0"), ("encoded", "1")]
+)
+def test_recorded_prefills_make_the_tokens_of_transformers(
+    attention: str, kernels: str, batch: int, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, kernels)
+    spike = rotated_config(SpikeConfig.preset("W4A4T2", attention=attention), RotatedOptions())
+    shape, device = Shape(256, 512, 4, 2, 2, 128), torch.device("cuda")
+    model: Any = random_spiking(llama_config(shape, 1024), spike, device, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    for tokens in (12, 100, 128, 31, 129, 250, 300, 12):
+        ids = torch.randint(3, 128, (batch, tokens), generator=generator).cuda()
+        mask = torch.ones_like(ids)
+        mask[1:, :padding] = 0
+        given = {"input_ids": ids, "attention_mask": mask, "cache_implementation": "static"}
+        expected = model.generate(**given, **options, disable_compile=True)
+        for _ in range(3):
+            assert torch.equal(model.generate(**given, **options), expected), tokens
+        prompts = model._steps._buffers.prompts[padded_length(tokens)]
+        assert prompts.recording is not None
+        lengths = [int(x.cumulative_length) for x in model._steps._buffers.layers]
+        assert lengths == [tokens + options["max_new_tokens"] - 1] * 2
 
 
 def test_gptq_is_as_good_in_one_kernel() -> None:

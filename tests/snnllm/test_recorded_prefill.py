@@ -203,15 +203,19 @@ def test_what_cannot_be_recorded_runs_without(model, replayed, monkeypatch, capl
 
 
 def test_an_interrupted_generation_leaves_nothing_behind(model, replayed):
-    def stop(ids: Tensor, scores: Tensor) -> Tensor:
-        if ids.shape[1] == 9 + after:
-            raise KeyboardInterrupt
-        return scores
+    class Stop:
+        def __init__(self, after: int) -> None:
+            self.after = after
+
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            if ids.shape[1] == 9 + self.after:
+                raise KeyboardInterrupt
+            return scores
 
     given, expected = prompt(9), generate(model, prompt(9))
-    for after in (0, 2, 0, 2):  # noqa: B007 (`stop` reads it)
+    for after in (0, 2, 0, 2):
         with pytest.raises(KeyboardInterrupt):
-            generate(model, given, **STATIC, logits_processor=[stop])
+            generate(model, given, **STATIC, logits_processor=[Stop(after)])
         assert torch.equal(generate(model, given, **STATIC), expected)
     assert PREFILL in replayed
 
