@@ -151,18 +151,19 @@ def test_a_model_on_the_gpu_is_converted_there(
 
 @torch.no_grad()
 @pytest.mark.parametrize(("batch", "padding"), [(1, 0), (2, 5)])
-@pytest.mark.parametrize(
-    ("attention", "kernels"), [("float", "0"), ("encoded", "0"), ("encoded", "1")]
-)
+@pytest.mark.parametrize("attention", ["float", "encoded", "encoded, on torch"])
 def test_recorded_prefills_make_the_tokens_of_transformers(
-    attention: str, kernels: str, batch: int, padding: int, monkeypatch: pytest.MonkeyPatch
+    attention: str, batch: int, padding: int
 ) -> None:
-    monkeypatch.setenv(SWITCH, kernels)
+    attention, *on_torch = attention.split(", ")
     spike = rotated_config(SpikeConfig.preset("W4A4T2", attention=attention), RotatedOptions())
     shape, device = Shape(256, 512, 4, 2, 2, 128), torch.device("cuda")
     model: Any = random_spiking(llama_config(shape, 1024), spike, device, torch.float32)
+    if on_torch:
+        for block in model.model.layers:
+            block.self_attn._kernels = None
     generator = torch.Generator().manual_seed(0)
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options: Any = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     for tokens in (12, 100, 128, 31, 129, 250, 300, 12):
         ids = torch.randint(3, 128, (batch, tokens), generator=generator).cuda()
         mask = torch.ones_like(ids)
