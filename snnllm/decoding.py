@@ -216,7 +216,7 @@ def sample(
     )
     pad = generation_config._pad_token_tensor
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    unfinished = torch.ones(len(input_ids), dtype=torch.int64, device=input_ids.device)
+    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     logits = None
     if generation_config.prefill_chunk_size is None:
         logits = steps.prefill(model, input_ids, positions)
@@ -235,16 +235,16 @@ def sample(
         else:
             tokens = torch.argmax(scores, dim=-1)
         if ends:
-            tokens = tokens * unfinished + pad * (1 - unfinished)
+            tokens = torch.where(ended, pad, tokens)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        ended = ended | stopping_criteria(input_ids, None)
         full = input_ids.shape[1] >= stopping_criteria.max_length
         if streamer is not None:  # which waits for every token anyway
             streamer.put(tokens.cpu())
-            if full or not bool(unfinished.any()):
+            if full or bool(ended.all()):
                 streamer.end()
                 return input_ids
-        elif finished.before(~unfinished.any()):
+        elif finished.before(ended.all()):
             return input_ids[:, :-1]
         elif full:
             return input_ids
