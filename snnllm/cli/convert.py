@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from snnllm.card import write_card
+from snnllm.checks import check_windows
 from snnllm.cli.options import (
     add_spike_options,
     calibration_windows,
@@ -76,7 +77,13 @@ def run(args: argparse.Namespace) -> int:
     windows = calibration_windows(args, source)
     text_windows = None
     if args.eval is not None:  # before the conversion: bad text should not cost its time
-        ids = tokenize(load_text(args.eval), source.tokenizer())
+        text = load_text(args.eval)
+        if text == load_text(args.calibration):
+            raise ValueError(
+                f"--eval {args.eval} is the text of --calibration, which the model has been fitted to; "
+                "calibrate on another one, such as wikitext2:train."
+            )
+        ids = tokenize(text, source.tokenizer())
         length = window_length(None, windows.shape[1], source.config)
         text_windows = token_windows(ids, length, args.limit)
     blocks = source.config.num_hidden_layers
@@ -84,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     count, length = windows.shape
     need = estimate(source, spike, count, length, pipeline, epochs, args.max_memory)
     if args.dry_run:
+        check_windows(windows, source)
         print(f"{source.name}: {blocks} blocks, {spike.label}, {len(windows)} calibration windows")
         print(f"estimated time    {need.seconds / 60:.1f} min on this CPU (within a factor of two)")
         print(f"estimated memory  {need.memory_mib:.0f} MiB")

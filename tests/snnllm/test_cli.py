@@ -93,9 +93,10 @@ def test_python_m_snnllm():
 
 
 def test_convert_reports_and_writes_a_card(stories_dir, text_file, tmp_path, capsys):
-    output = tmp_path / "out"
+    output, other = tmp_path / "out", tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
     options = ["--calibration", text_file, *CALIBRATION, "--preset", "W4A4T2", "--ratio", "0.2"]
-    run("convert", stories_dir, output, *options, "--eval", text_file, "--limit", "3")
+    run("convert", stories_dir, output, *options, "--eval", other, "--limit", "3")
     text = capsys.readouterr().out
     for what in ("spiking modules", "bits per converted weight", "block SQNR", "peak memory"):
         assert what in text
@@ -294,6 +295,8 @@ CONVERT_ERRORS = {
     "device": (["--device", "nothing"], "Unknown device 'nothing'; use cpu or cuda"),
     "short_eval": (["--eval", "SHORT"], "fewer than one window of 48; give a longer text"),
     "empty_eval": (["--eval", "EMPTY"], "holds no text"),
+    "same_text": (["--eval", "CALIBRATION"], "is the text of --calibration"),
+    "context": (["--seqlen", "600", "--nsamples", "1", "--dry-run"], "longer than the context"),
     "no_eval": (["--eval", "no/such/file.txt"], "There is no text file no/such/file.txt"),
 }
 
@@ -304,7 +307,8 @@ def test_convert_refuses_bad_options(stories_dir, text_file, tmp_path, failing, 
     short, empty = tmp_path / "short.txt", tmp_path / "empty.txt"
     short.write_text("Too short.")
     empty.write_text(" \n")
-    arguments = [{"SHORT": short, "EMPTY": empty}.get(a, a) for a in arguments]
+    texts = {"SHORT": short, "EMPTY": empty, "CALIBRATION": text_file}
+    arguments = [texts.get(a, a) for a in arguments]
     common = ["--calibration", text_file, *CALIBRATION]
     assert message in failing("convert", stories_dir, tmp_path / "out", *common, *arguments)
     assert not (tmp_path / "out").exists()
