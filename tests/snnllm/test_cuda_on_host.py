@@ -252,8 +252,9 @@ def attend(
         (8, 1, 32, 33, "bool", {"value_range": "shared", "query_groups": True}),
         (2, 1, 64, 300, "none", {"kv_salient_steps": 1}),
         (1, 1, 128, 1, "blind", {"query_groups": True}),
+        (2, 1, 128, 40, "bool", {"salient_ratio": 0.5, "activation_bits": 3}),
     ],
-    ids=["float", "empty", "bool", "none", "blind"],
+    ids=["float", "empty", "bool", "none", "blind", "many"],
 )
 @torch.no_grad()
 def test_attention_of_one_token_is_that_of_torch(
@@ -271,7 +272,8 @@ def test_attention_of_one_token_is_that_of_torch(
     )
     module = SpikingLlamaAttention(config, 0, SpikeConfig(**{"salient_ratio": 0.1, **spike})).eval()
     generator = torch.Generator().manual_seed(keys)
-    masks = torch.rand(2, kv_heads, dim, generator=generator) < 0.1
+    ratio = spike.get("salient_ratio", 0.1)
+    masks = torch.rand(2, kv_heads, dim, generator=generator) < ratio
     masks &= len(module.k_encoder.steps) > 1
     module.set_channel_groups(*masks.to(torch.uint8))
     batch, bound = 2, tolerance.two_terms

@@ -53,7 +53,7 @@ def unsuitable(query: Tensor, key: Tensor, value: Tensor, planes: tuple[int, int
     if tokens != 1 or heads // kv_heads > _MOST_ROWS or channels not in _CHANNELS:
         return "one query token, up to 8 heads for a KV head and 32, 64 or 128 channels only"
     if max(planes) > _MOST_PLANE_BYTES:
-        return "up to 32 salient channels a head only"
+        return "up to 32 salient channels with high bits a head only"
     for rows in (key, value):
         if rows.data_ptr() % 16 or any(stride % 16 for stride in rows.stride()[:3]):
             return "rows at multiples of 16 bytes only"

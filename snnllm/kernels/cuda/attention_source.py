@@ -128,8 +128,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
       const int code = (int)fminf(fmaxf(charged, 0.0f), group ? top[1] : top[0]) - (int)(group ? z[1] : z[0]);
       codes[(r * G) * D + c] = group ? 0 : code;
       if (G == 2) codes[(r * G + G - 1) * D + c] = group ? code : 0;
-      if (group) own_codes[r * OWN + slot[i]] = code, sum[1] += code;
-      else sum[0] += code;
+      if (KEY_PLANE && group) own_codes[r * OWN + slot[i]] = code;
+      sum[group] += code;
     }
     sum[0] = sum_of_warp(sum[0]), sum[1] = sum_of_warp(sum[1]);
     if (lane < 2) {
@@ -226,15 +226,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
           const float part = scaled(scales[2 * r + g], a, __int_as_float(row[D / 8 + g]));
           score = g == 0 ? part : __fadd_rn(score, part);
         }
-        score = __fmul_rn(score, scaling) + bias;
-        const float higher = fmaxf(most[r], maximum(score));
+        // A hidden key may hold anything, also NaN.
+        score = bias > NOTHING ? __fmul_rn(score, scaling) + bias : NOTHING;
+        const float higher = fmaxf(most[r], maximum(score == score ? score : 0.0f));
         const float decay = exp2f((most[r] - higher) * LOG2E);  // 0 at first: the maximum is finite now
         const float p = exp2f((score - higher) * LOG2E);
         most[r] = higher;
         total[r] = total[r] * decay + p;
 #pragma unroll
         for (int g = 0; g < G; g++) {
-          weight[r][g] = p * __int_as_float(tail[g]);
+          weight[r][g] = bias > NOTHING ? p * __int_as_float(tail[g]) : 0.0f;
           offset[r][g] = offset[r][g] * decay + weight[r][g] * (float)byte_at(tail, 4 * G + g);
         }
 #pragma unroll
