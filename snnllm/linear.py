@@ -308,13 +308,14 @@ class SpikingLinear(SpikingModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the linear in the current view."""
-        rotated = x if self.rotation is None else self.rotation(x)
-        return self._forward(rotated, self._buffers.get("offset_input")).to(x.dtype)
+        return self._forward(self._rotated(x), self._buffers.get("offset_input")).to(x.dtype)
 
     def encoder_input(self, x: Tensor) -> Tensor:
         """What the encoder sees of an input `[..., K]`: rotated and without the offset."""
-        rotated = x if self.rotation is None else self.rotation(x)
-        return without_offset(rotated, self._buffers.get("offset_input"))
+        return without_offset(self._rotated(x), self._buffers.get("offset_input"))
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        return x if self.rotation is None else self.rotation(x)
 
     def _forward(self, x: Tensor, offset: Tensor | None) -> Tensor:
         if self.layout.activation_bits == FLOAT_BITS or self.layout.weight_bits == FLOAT_BITS:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from snnllm.card import write_card
@@ -23,10 +24,11 @@ from snnllm.cli.options import (
 from snnllm.conversion import ConversionReport, convert, estimate, write_report
 from snnllm.data import load_text, token_windows, tokenize
 from snnllm.evaluate import token_perplexity
+from snnllm.memory import Estimate
 from snnllm.modeling import load
 from snnllm.pipelines.gptq import GptqOptions, check_budget
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
-from snnllm.sources import dense_model, open_source
+from snnllm.sources import Source, dense_model, open_source
 from snnllm.work import check_output
 
 
@@ -77,15 +79,7 @@ def run(args: argparse.Namespace) -> int:
     windows = calibration_windows(args, source)
     text_windows = None
     if args.eval is not None:  # before the conversion: bad text should not cost its time
-        text = load_text(args.eval)
-        if text == load_text(args.calibration):
-            raise ValueError(
-                f"--eval {args.eval} is the text of --calibration, which the model has been fitted to; "
-                "calibrate on another one, such as wikitext2:train."
-            )
-        ids = tokenize(text, source.tokenizer())
-        length = window_length(None, windows.shape[1], source.config)
-        text_windows = token_windows(ids, length, args.limit)
+        text_windows = _evaluation_windows(args, source, windows.shape[1])
     blocks = source.config.num_hidden_layers
     epochs = options.epochs if isinstance(options, OmniQuantOptions) else 0
     count, length = windows.shape
@@ -93,11 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         check_windows(windows, source)
         print(f"{source.name}: {blocks} blocks, {spike.label}, {len(windows)} calibration windows")
-        print(f"estimated time    {need.seconds / 60:.1f} min on this CPU (within a factor of two)")
-        print(f"estimated memory  {need.memory_mib:.0f} MiB")
-        where = "in a file" if need.spills else "in memory"
-        print(f"activations       {need.activations_mib:.0f} MiB, {where}")
-        print(f"estimated disk    {need.disk_mib:.0f} MiB at {args.output}")
+        _print_estimate(need, args.output)
         return 0
     with tqdm(total=blocks, desc="convert", unit="block") as bar:
 
@@ -132,6 +122,26 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:<44} {value}")
     print(f"checkpoint: {args.output}")
     return 0
+
+
+def _evaluation_windows(args: argparse.Namespace, source: Source, length: int) -> Tensor:
+    """The windows of `--eval`, as long as those of calibration or as the context allows."""
+    text = load_text(args.eval)
+    if text == load_text(args.calibration):
+        raise ValueError(
+            f"--eval {args.eval} is the text of --calibration, which the model has been fitted to; "
+            "calibrate on another one, such as wikitext2:train."
+        )
+    ids = tokenize(text, source.tokenizer())
+    return token_windows(ids, window_length(None, length, source.config), args.limit)
+
+
+def _print_estimate(need: Estimate, output: Path) -> None:
+    print(f"estimated time    {need.seconds / 60:.1f} min on this CPU (within a factor of two)")
+    print(f"estimated memory  {need.memory_mib:.0f} MiB")
+    where = "in a file" if need.spills else "in memory"
+    print(f"activations       {need.activations_mib:.0f} MiB, {where}")
+    print(f"estimated disk    {need.disk_mib:.0f} MiB at {output}")
 
 
 def summary(report: ConversionReport) -> dict[str, str]:

@@ -18,6 +18,7 @@ from snnllm.kernels.attention.rotation import fuses, mixing_of, rotate_operand
 from snnllm.kernels.attention.rows import encode_rows
 from snnllm.kernels.attention.unpack import unpack_codes, unpack_values
 from snnllm.kernels.cuda import attention as cuda_attention
+from snnllm.kernels.cuda.driver import processors
 
 _PROGRAMS_PER_UNIT = 3  # of `decode` that a multiprocessor has registers for
 _MOST_SPLITS = 128
@@ -99,10 +100,9 @@ def _mask_arguments(mask: Tensor | None, batch: int) -> tuple[Any, tuple[int, ..
     return mask, strides, torch.finfo(mask.dtype).min, False
 
 
-@lru_cache(maxsize=16)
 def _units(device: torch.device) -> int:
     """Multiprocessors."""
-    return 4 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 if interpreted() else processors(device)
 
 
 @lru_cache(maxsize=16)
@@ -131,16 +131,13 @@ def run_decode(
     groups, shared, planes, key_plane, value_plane, scaling = sizes
     key_slot, value_slot, member, capacity, clip = tables
     if cuda_attention.unsuitable(query, key, value, (key_plane, value_plane)) is None:
-        strides = (0, 0)
-        if mask is not None:
-            mask = mask.expand(batch, *mask.shape[1:])
-            strides = mask.stride(0), mask.stride(3)
+        mask, (batch_stride, _, key_stride), *_ = _mask_arguments(mask, batch)
+        planned = cuda_attention.arguments(
+            *(query, key, value, (mask, batch_stride, key_stride)),
+            *((key_slot, value_slot, capacity, clip), sizes, out, _units(query.device)),
+        )
         with on(query.device):
-            cuda_attention.launch(
-                *(query, key, value, (mask, *strides), (key_slot, value_slot, capacity, clip)),
-                *(sizes, out),
-                early=early_launch(query.device),
-            )
+            cuda_attention.launch(planned, query.device, early_launch(query.device))
         return
     share = heads // kv_heads
     rows = max(_power(1, share * tokens), 8 // groups)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from snnllm.kernels.cuda import attention_source
-from snnllm.kernels.cuda.driver import load, processors, without
+from snnllm.kernels.cuda.driver import load, without
 from snnllm.kernels.cuda.primitives import OUTPUTS
 
 _CHANNELS = (32, 64, 128)
@@ -78,7 +78,7 @@ def arguments(
         query: As in `unsuitable`, stride 1 along D.
         key: Likewise.
         value: Likewise.
-        mask: Bool or float `[B, 1, 1, S_k]` or None, and its strides of a batch entry and a key.
+        mask: Bytes of a bool one or floats, `[B, 1, 1, S_k]`, or None; its strides of a batch entry and a key.
         tables: Slots of K and V, int32 `[H_kv, D]`, capacities and clip factors of Q, float32 `[G_q]`.
         sizes: Groups, one range for Q, planes, bytes of a plane of K and of V, scaling.
         out: `[B, 1, H, D]`, contiguous.
@@ -126,19 +126,8 @@ def arguments(
     )
 
 
-def launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: tuple[Tensor | None, int, int],
-    tables: tuple[Tensor, ...],
-    sizes: tuple[Any, ...],
-    out: Tensor,
-    early: bool,
-) -> None:
-    """Launch on the current device; operands as in `arguments`, `early` as in `driver.Kernel`."""
-    device = query.device
-    planned = arguments(query, key, value, mask, tables, sizes, out, processors(device))
+def launch(planned: Launch, device: torch.device, early: bool) -> None:
+    """Launch what `arguments` planned on the current device; `early` as in `driver.Kernel`."""
     kernel = load(
         *(attention_source.SOURCE, tuple(planned.macros.items()), "attend_one"),
         *(attention_source.THREADS, planned.shared, device),
