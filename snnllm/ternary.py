@@ -95,20 +95,22 @@ def find_thresholds(weight: Tensor, importance: Tensor, steps: int) -> Tensor:
         float16 `[N]`.
     """
     h, largest = importance.unsqueeze(1), weight.abs().amax(0)
-    best = torch.zeros_like(largest)
-    least = torch.full_like(largest, torch.inf)
-    for ratio in _RATIOS:
-        alpha = _storable(largest * (ratio / steps))
-        count = signed_gif_count(weight / alpha, steps)
+    grid = torch.tensor([[ratio / steps] for ratio in _RATIOS], device=weight.device)
+    thresholds, losses = [], []
+    # The whole grid at once takes few kernels; a point at a time stays in the caches of a CPU.
+    for points in grid.split(len(grid) if weight.is_cuda else 1):
+        alpha = _storable(largest * points)
+        count = signed_gif_count(weight / alpha.unsqueeze(1), steps)
         weighted = h * count
-        square = (weighted * count).sum(0)
-        fitted = (weighted * weight).sum(0) / square
+        square = (weighted * count).sum(1)
+        fitted = (weighted * weight).sum(1) / square
         alpha = _storable(torch.where(square > 0, fitted, alpha))
-        error = weight - alpha * signed_gif_count(weight / alpha, steps)
-        loss = (h * error.square_()).sum(0)
-        best = torch.where(loss < least, alpha, best)
-        least = torch.minimum(loss, least)
-    return best.half()
+        per_column = alpha.unsqueeze(1)
+        error = weight - per_column * signed_gif_count(weight / per_column, steps)
+        losses.append((h * error.square_()).sum(1))
+        thresholds.append(alpha)
+    best = torch.cat(losses).argmin(0, keepdim=True)
+    return torch.cat(thresholds).gather(0, best).squeeze(0).half()
 
 
 def _storable(threshold: Tensor) -> Tensor:
