@@ -13,6 +13,7 @@ taken from the compensated weight of the sweep (BiLLM rounds a block before its 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ _HIGH_BITS, _SCALE_BITS = 8, 16
 _SPLITS = tuple(0.1 + 0.01 * i for i in range(81))
 _MOST_SALIENT = 50
 """Salient columns of a block that BiLLM tries at most."""
+_TOGETHER = 16
+"""Candidates that are tried at once on a GPU; a block of 11,008 rows then takes 90 MB a tensor."""
 
 
 @dataclass(frozen=True)
@@ -162,73 +165,73 @@ class _TwiceBinary(BlockCoder):
     def begin(self, weight: Tensor, start: int) -> None:
         """Choose salient columns, their two magnitudes, and the split of the rest."""
         saliency = weight.square() / self._diagonal[start : start + len(weight), None].square()
-        order = torch.argsort(saliency.sum(1), descending=True)
-        best, self._mask = torch.full_like(weight[0, 0], torch.inf), weight.new_zeros(len(weight))
-        for count in range(1, min(_MOST_SALIENT, len(weight)) + 1):
-            mask = torch.zeros(len(weight), device=weight.device)
-            mask[order[:count]] = 1.0
-            value = _residual(weight, mask, *_magnitudes(weight, mask))
-            rest = _binary(weight, (1.0 - mask).unsqueeze(1).expand_as(weight))
-            error = (weight - torch.where(mask.bool().unsqueeze(1), value, rest)).square().sum()
-            self._mask = torch.where(error < best, mask, self._mask)
-            best = torch.minimum(error, best)
+        rank = torch.argsort(torch.argsort(saliency.sum(1), descending=True))
+
+        def error(counts: Tensor) -> Tensor:
+            mask = (rank < counts).float()
+            value = _residual(weight, *_magnitudes(weight, mask))
+            rest = _mean(weight.abs(), 1.0 - mask.unsqueeze(-1)).unsqueeze(-2) * torch.sign(weight)
+            chosen = torch.where(mask.bool().unsqueeze(-1), value, rest)
+            return (weight - chosen).square().sum((-2, -1))
+
+        most = min(_MOST_SALIENT, len(weight))
+        self._mask = (rank < _least(1 + torch.arange(most, device=weight.device), error)).float()
         self.salient.append(self._mask.sum())
         self._parameters = _magnitudes(weight, self._mask)
-        ordinary = (1.0 - self._mask).unsqueeze(1)
-        self._split(weight, ordinary)
+        self._split(weight, (1.0 - self._mask).unsqueeze(1))
 
     def _split(self, weight: Tensor, ordinary: Tensor) -> None:
         """The break point of the bell that leaves the least error, one for the block."""
         size = weight.abs()
         largest = (size * ordinary).amax()
-        best = torch.full_like(largest, torch.inf)
-        self._outer = torch.zeros_like(weight, dtype=torch.bool)
-        for ratio in _SPLITS:
-            outer = size > ratio * largest
-            value = _split_value(weight, outer, ordinary)
-            error = (ordinary * (weight - value).square()).sum()
-            self._outer = torch.where(error < best, outer, self._outer)
-            best = torch.minimum(error, best)
+
+        def error(ratios: Tensor) -> Tensor:
+            outer = size > (ratios * largest).unsqueeze(-1)
+            inner, far = _mean(size, ordinary * ~outer), _mean(size, ordinary * outer)
+            alpha = torch.where(outer, far.unsqueeze(-2), inner.unsqueeze(-2))
+            return (ordinary * (size - alpha).square()).sum((-2, -1))
+
+        self._outer = size > _least(torch.tensor(_SPLITS, device=size.device), error) * largest
         self._inner_alpha = _mean(size, ordinary * ~self._outer)
         self._outer_alpha = _mean(size, ordinary * self._outer)
 
     def round(self, column: int, weight: Tensor) -> Tensor:
         """Round a column."""
-        mean, first, second = self._parameters
-        high = mean + _twice(weight - mean, first, second)
+        high = _residual(weight.unsqueeze(0), *self._parameters).squeeze(0)
         alpha = torch.where(self._outer[column], self._outer_alpha, self._inner_alpha)
         return torch.where(self._mask[column] > 0, high, alpha * torch.sign(weight))
 
 
+def _least(candidates: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """The candidate `[1]` of `[n]` with the least error, the first of equals.
+
+    Args:
+        candidates: `[n]`.
+        error: From some of them, `[m, 1]`, to their errors `[m]`.
+    """
+    # Several at once take fewer kernels; one at a time stays in the caches of a CPU.
+    parts = candidates.unsqueeze(1).split(_TOGETHER if candidates.is_cuda else 1)
+    return candidates[torch.cat([error(part) for part in parts]).argmin().view(1)]
+
+
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `[columns, N]` over the columns of a mask, `[N]`; 0 where it is empty."""
-    return (values * mask).sum(0) / mask.sum(0).clamp(min=1)
-
-
-def _binary(weight: Tensor, mask: Tensor) -> Tensor:
-    return _mean(weight.abs(), mask) * torch.sign(weight)
-
-
-def _split_value(weight: Tensor, outer: Tensor, ordinary: Tensor) -> Tensor:
-    size = weight.abs()
-    inner, far = _mean(size, ordinary * ~outer), _mean(size, ordinary * outer)
-    return torch.where(outer, far, inner) * torch.sign(weight)
+    """Mean of `[*, columns, N]` over the columns of a mask, `[*, N]`; 0 where it is empty."""
+    return (values * mask).sum(-2) / mask.sum(-2).clamp(min=1)
 
 
 def _magnitudes(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, magnitude, and magnitude of the residual of the salient columns, `[N]` each."""
-    chosen = mask.unsqueeze(1).expand_as(weight)
+    """Mean, magnitude, and magnitude of the residual of salient columns `[*, columns]`; `[*, N]` each."""
+    chosen = mask.unsqueeze(-1)
     mean = _mean(weight, chosen)
-    centred = weight - mean
+    centred = weight - mean.unsqueeze(-2)
     first = _mean(centred.abs(), chosen)
-    second = _mean((centred - first * torch.sign(centred)).abs(), chosen)
-    return mean, first, second
+    rest = centred - first.unsqueeze(-2) * torch.sign(centred)
+    return mean, first, _mean(rest.abs(), chosen)
 
 
-def _twice(centred: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _residual(weight: Tensor, mean: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Weights `[*, columns, N]` binarised twice with the parameters of their rows, `[*, N]`."""
+    mean, first, second = (t.unsqueeze(-2) for t in (mean, first, second))
+    centred = weight - mean
     once = first * torch.sign(centred)
-    return once + second * torch.sign(centred - once)
-
-
-def _residual(weight: Tensor, mask: Tensor, mean: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    return mean + _twice(weight - mean, first, second)
+    return mean + once + second * torch.sign(centred - once)

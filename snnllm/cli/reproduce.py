@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -158,13 +159,19 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--dry-run changes nothing; leave --restart out to see what is done.")
     if args.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {args.jobs}.")
-    runner, tables = _opened(args)
-    workers = Workers(args.jobs, partial(_worker, args)) if args.jobs > 1 else None
+    source = open_source(args.model)
+    runner, tables = _opened(args, source)
     try:
         if args.dry_run:
             print("\n".join(plan(tables, runner)))
             return 0
-        done = runner.execute(jobs_of(tables), workers)
+        with TemporaryDirectory(dir=args.output) as folder:
+            workers = None
+            if args.jobs > 1:
+                path = Path(folder) / "source.pt"
+                torch.save(source, path)
+                workers = Workers(args.jobs, partial(_worker, args, path))
+            done = runner.execute(jobs_of(tables), workers)
         figures = drawing.figures(tables, runner.record, args.output / "figures")
         files = write_results(runner, tables, device_name(runner.device), figures)
     finally:
@@ -176,11 +183,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if done else 1
 
 
-def _opened(args: argparse.Namespace, worker: int | None = None) -> tuple[Runner, list[Table]]:
+def _opened(
+    args: argparse.Namespace, source: Source, worker: int | None = None
+) -> tuple[Runner, list[Table]]:
     """The output folder as the options describe it, and the tables; a worker is silent."""
     from sims import paper as drawing
 
-    source = open_source(args.model)
     settings = settings_of(args, source)
     tables = chosen_tables(args, settings)
     leader = worker is None
@@ -211,9 +219,10 @@ def device_of(name: str, worker: int | None) -> torch.device:
     return device
 
 
-def _worker(args: argparse.Namespace, number: int) -> tuple[Runner, dict[str, Job]]:
-    """What a worker process works with."""
-    runner, tables = _opened(args, number)
+def _worker(args: argparse.Namespace, path: Path, number: int) -> tuple[Runner, dict[str, Job]]:
+    """What a worker process works with; the source as the leader saved it, which a GGUF file takes long."""
+    source = torch.load(path, mmap=True, weights_only=False)  # a file of this very run
+    runner, tables = _opened(args, source, number)
     if runner.device.type == "cuda":
         torch.cuda.set_device(runner.device)
     return runner, {job.row.name: job for job in jobs_of(tables)}

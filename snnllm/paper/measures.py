@@ -75,7 +75,7 @@ class Settings:
         values = dataclasses.asdict(self)
         values["texts"] = [_short(text) for text in self.texts]
         values["calibration"] = _short(self.calibration)
-        values["task_data"] = None if self.task_data is None else "local rows"
+        values["task_data"] = "local rows" if self.task_data is not None and self.tasks else None
         return values
 
     def rows_digest(self) -> str | None:

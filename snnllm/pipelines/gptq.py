@@ -199,14 +199,13 @@ def convert_blocks(
         block, generator = load_block(source, index, run.device), run.generator(index)
         groups = _spike_attention(block, dense, index, source, spike, stream, generator, allocation)
         job = _Job(spike, options, generator)
-        for paths, data in each_input(
-            StagedBlock(block, stream), StagedBlock(dense, target), index, spike
-        ):
+        floating = StagedBlock(dense, target)
+        for paths, data in each_input(StagedBlock(block, stream), floating, index, spike):
             _convert_input(block, index, paths, data, groups, job, encode)
         round_to_storage(block, source.tensor("model.norm.weight").dtype)
         with SpikeRateMeter(block) as rate:
             stream.advance(block)
-        target.advance(dense)
+        target.hidden = floating.residual
         report = BlockReport(
             index,
             sqnr_db(target.hidden, stream.hidden),

@@ -166,7 +166,7 @@ def convert_blocks(
         round_to_storage(block, source.tensor("model.norm.weight").dtype)
         with SpikeRateMeter(block) as rate:
             stream.advance(block)
-        target.advance(dense)
+        target.hidden = floating.residual
         report = BlockReport(
             index,
             sqnr_db(target.hidden, stream.hidden),

@@ -30,7 +30,8 @@ class StagedBlock:
         stream: Where its input hidden states are, and its mask and positions.
 
     Attributes:
-        residual: The residual stream that the next linear writes to, one tensor per batch.
+        residual: The residual stream that the next linear writes to, one tensor per batch; behind the
+            last one it is the output of the block.
     """
 
     def __init__(self, block: nn.Module, stream: BlockStream) -> None:
