@@ -324,7 +324,7 @@ def test_a_worker_that_dies_is_a_failed_row(command, tmp_path, monkeypatch, caps
 def test_a_worker_that_dies_loses_no_measurement(command, tmp_path):
     """What it has written is newer than what the leader read in the beginning."""
     args = build_parser().parse_args(command(tmp_path, "--rows", "float", "rtn"))
-    runner, tables = reproduce._opened(args)
+    runner, tables = reproduce._opened(args, reproduce.open_source(args.model))
     jobs = jobs_of(tables)
 
     class Dying:
@@ -379,12 +379,14 @@ def test_an_interrupted_run_ends_its_workers(command, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     args = build_parser().parse_args([*command(tmp_path), "--jobs", "2"])
-    runner, tables = reproduce._opened(args)
+    source, path = reproduce.open_source(args.model), tmp_path / "source.pt"
+    torch.save(source, path)
+    runner, tables = reproduce._opened(args, source)
     runner.records = Interrupting()
     jobs = [job for job in jobs_of(tables) if Measure.SPEED not in job.measures]
     assert len(jobs) > 3
     with pytest.raises(KeyboardInterrupt):
-        runner.execute(jobs, parallel.Workers(2, partial(reproduce._worker, args)))
+        runner.execute(jobs, parallel.Workers(2, partial(reproduce._worker, args, path)))
     runner.close()
     assert not multiprocessing.active_children()
     assert len(list((tmp_path / "rows").glob("*.json"))) < len(jobs)
@@ -480,7 +482,7 @@ def test_a_dry_run_changes_nothing(command, tmp_path, capsys):
 
 def test_estimates_of_conversions_are_those_of_a_cpu(command, tmp_path):
     args = build_parser().parse_args(command(tmp_path, "--rows", "rtn", "SpikeLLM"))
-    runner, tables = reproduce._opened(args)
+    runner, tables = reproduce._opened(args, reproduce.open_source(args.model))
     rtn, trained, *_ = jobs_of(tables)
     expected = runner.timing.expected_seconds
     assert 0 < expected(rtn, "conversion") < expected(trained, "conversion")
