@@ -23,6 +23,7 @@ from snnllm.cli.options import (
 )
 from snnllm.conversion import ConversionReport, convert, estimate, write_report
 from snnllm.data import load_text, token_windows, tokenize
+from snnllm.durations import duration
 from snnllm.evaluate import token_perplexity
 from snnllm.memory import Estimate
 from snnllm.modeling import load
@@ -137,7 +138,7 @@ def _evaluation_windows(args: argparse.Namespace, source: Source, length: int) -
 
 
 def _print_estimate(need: Estimate, output: Path) -> None:
-    print(f"estimated time    {need.seconds / 60:.1f} min on this CPU (within a factor of two)")
+    print(f"estimated time    {duration(need.seconds)} on this CPU (within a factor of two)")
     print(f"estimated memory  {need.memory_mib:.0f} MiB")
     where = "in a file" if need.spills else "in memory"
     print(f"activations       {need.activations_mib:.0f} MiB, {where}")

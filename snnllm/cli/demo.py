@@ -32,6 +32,7 @@ from snnllm.cli.simulate import simulate
 from snnllm.config import SpikeConfig
 from snnllm.conversion import ConversionReport, convert
 from snnllm.data import load_text, token_windows, tokenize
+from snnllm.durations import duration
 from snnllm.evaluate import PerplexityResult, token_perplexity
 from snnllm.modeling import LINEARS
 from snnllm.pipelines import Pipeline
@@ -42,7 +43,7 @@ _BLOCK = 3
 _RECORDED = ("self_attn.q_proj", "mlp.down_proj")
 _REPORT = """# {model} as a spiking LLaMA ({label})
 
-Made by `snnllm demo` in {minutes:.1f} minutes with the pipeline `{args.pipeline}`. Evaluated on
+Made by `snnllm demo` in {duration} with the pipeline `{args.pipeline}`. Evaluated on
 {spiking.perplexity.windows} windows of {spiking.perplexity.window_length} tokens of `{args.text}`, calibrated on
 {args.nsamples} windows of `{args.calibration}`.
 
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     _write_reports(args, report, dense, spiking, files, seconds)
     for name, side in (("dense", dense), ("spiking", spiking)):
         print(f"{name:<8} perplexity {side.perplexity.perplexity:.2f}   {_cell(side.sentence)}")
-    print(f"report: {output / 'report.md'}  ({seconds / 60:.1f} min)")
+    print(f"report: {output / 'report.md'}  ({duration(seconds)})")
     return 0
 
 
@@ -230,7 +231,7 @@ def _write_reports(
         args=args,
         label=report.spike.label,
         model=report.provenance["source"],
-        minutes=seconds / 60,
+        duration=duration(seconds),
         dense=dense,
         spiking=spiking,
         dense_text=_cell(dense.sentence),

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from snnllm.cli.options import checked_device, progress, window_length
 from snnllm.data import DATA_VARIABLE, local_tasks
-from snnllm.paper.jobs import Job, duration, jobs_of
+from snnllm.durations import duration
+from snnllm.paper.jobs import Job, jobs_of
 from snnllm.paper.measures import Settings, standard_measures
 from snnllm.paper.parallel import Workers
 from snnllm.paper.recipes import Measure, Table, Training

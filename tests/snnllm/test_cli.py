@@ -157,6 +157,9 @@ def test_a_dry_run_writes_nothing(stories_dir, text_file, tmp_path, capsys):
     text = capsys.readouterr().out
     assert all(f"estimated {what}" in text for what in ("time", "memory", "disk"))
     assert re.search(r"activations +\d+ MiB, in memory", text)
+    assert re.search(
+        r"estimated time +[1-9][.0-9]* (s|min) on|estimated time +0\.[0-9]+ s on", text
+    )
     assert not list(tmp_path.iterdir())
 
 
