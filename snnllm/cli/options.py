@@ -68,7 +68,9 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_training_options(parser)
     _add_gptq_options(parser)
-    spike = parser.add_argument_group("what is computed")
+    spike = parser.add_argument_group(
+        "what is computed", "each of these options wins over what --preset and --recipe say"
+    )
     spike.add_argument(
         "--preset",
         help="W<weight bits>A<spike bits>T<salient steps>, or TW<mean steps> for ternary weights, e.g. "
@@ -116,7 +118,9 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--recipe",
         choices=[*map(str, Recipe)],
-        help="default, or paper: shared range, min/max weights, plain MSE, as published",
+        help="where these options and those of the configuration start: default, or paper (shared range, "
+        "min/max weights, plain MSE, 20 epochs, as published); an option of its own, such as --range "
+        "split, wins over the recipe",
     )
     training.add_argument(
         "--no-rotate",

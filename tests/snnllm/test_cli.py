@@ -229,6 +229,14 @@ def test_the_default_pipeline_is_what_the_configuration_needs(given, expected):
     assert cli_options.chosen_pipeline(args, cli_options.spike_config(args)) == expected
 
 
+def test_help_says_that_an_option_wins_over_the_recipe(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "such as --range split, wins over the recipe" in text
+    assert "wins over what --preset and --recipe say" in text
+
+
 def test_the_recipe_may_be_changed_in_single_fields():
     given = ["convert", "in", "out", "--pipeline", "omniquant", "--recipe", "paper"]
     args = build_parser().parse_args([*given, "--range", "split", "--execution", "compiled"])
