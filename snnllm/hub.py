@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, asked once and briefly."""
+"""Whether the Hugging Face hub can be reached, asked once a process and briefly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 __all__ = ["hub_answers", "offline_unless_it_answers"]
@@ -15,6 +16,7 @@ _log = logging.getLogger(__name__)
 _SECONDS = 5.0
 
 
+@cache
 def hub_answers() -> bool:
     """Whether the hub answers at all, whatever it says.
 

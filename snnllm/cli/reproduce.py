@@ -55,14 +55,12 @@ _FULL: dict[str, Any] = {
 }
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "reproduce",
-        help="the tables of the paper on any LLaMA",
-        description="Convert and measure every row of the tables; write results.md, CSV, JSON and "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its options."""
+    parser.description = (
+        "Convert and measure every row of the tables; write results.md, CSV, JSON and "
         "figures. Given again after an interruption it continues; a row that fails does not stop the "
-        "others. Every option has a default; --quick is a short run of a few rows for a CPU.",
+        "others. Every option has a default; --quick is a short run of a few rows for a CPU."
     )
     parser.add_argument(
         "tables", nargs="+", choices=[*TABLES, _ALL], metavar="TABLE", help=_names()

@@ -301,7 +301,7 @@ CONVERT_ERRORS = {
     "no_steps": (["--preset", "W4A4T0"], "T (salient steps) must be in 1..64, got 0"),
     "ratio": (["--ratio", "1.5"], "salient_ratio is a fraction of the channels in [0, 1], got 1.5"),
     "dense_preset": (["--preset", "W16A16"], "leaves the model dense"),
-    "windows": (["--nsamples", "0"], "number of windows must be at least 1, got 0"),
+    "windows": (["--nsamples", "0"], "--nsamples must be at least 1, got 0"),
     "short_text": (["--seqlen", "999999"], "fewer than one window of 999999"),
     "device": (["--device", "nothing"], "Unknown device 'nothing'; use cpu or cuda"),
     "short_eval": (["--eval", "SHORT"], "fewer than one window of 48; give a longer text"),
@@ -389,7 +389,7 @@ EVAL_ERRORS = {
     "limit": (["--limit", "0"], "limit must be at least 1"),
     "batch": (
         ["--window", "64", "--limit", "1", "--batch-size", "0"],
-        "batch size must be at least 1",
+        "--batch-size must be at least 1, got 0",
     ),
     "context": (["--window", "513"], "use a smaller --window, at most 512"),
     "window": (["--window", "1"], "A window needs at least 2 tokens"),

@@ -19,6 +19,7 @@ from snnllm.hub import hub_answers, offline_unless_it_answers
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
+    hub_answers.cache_clear()
 
 
 @pytest.fixture
