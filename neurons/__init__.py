@@ -1,17 +1,41 @@
-"""Generalised integrate-and-fire neurons and spike encoders for SpikingJelly 2.0."""
+"""Generalised integrate-and-fire neurons and spike encoders for SpikingJelly 2.0.
 
-from neurons.backends import Dynamics, Output, Reset, Train, available_backends, multi_step
-from neurons.encoder import (
-    Capacity,
-    Encoding,
-    SpikeEncoder,
-    ValueRange,
-    encode_parameters,
-    spike_capacity,
-)
-from neurons.gif import GIFNode, SignedGIFNode
-from neurons.learnable import ElasticBiSpikingNode, LearnableGIFNode, LearnableSignedGIFNode
-from neurons.surrogate import GIFSpikeCount, SignedSpikeCount
+The public names load on first use: who asks for a mode only need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neurons.backends import Dynamics, Output, Reset, Train, available_backends, multi_step
+    from neurons.encoder import Encoding, SpikeEncoder, encode_parameters, spike_capacity
+    from neurons.gif import GIFNode, SignedGIFNode
+    from neurons.learnable import ElasticBiSpikingNode, LearnableGIFNode, LearnableSignedGIFNode
+    from neurons.modes import Capacity, ValueRange
+    from neurons.surrogate import GIFSpikeCount, SignedSpikeCount
+
+_MODULES = {
+    "neurons.backends": (
+        "Dynamics",
+        "Output",
+        "Reset",
+        "Train",
+        "available_backends",
+        "multi_step",
+    ),
+    "neurons.encoder": ("Encoding", "SpikeEncoder", "encode_parameters", "spike_capacity"),
+    "neurons.gif": ("GIFNode", "SignedGIFNode"),
+    "neurons.learnable": (
+        "ElasticBiSpikingNode",
+        "LearnableGIFNode",
+        "LearnableSignedGIFNode",
+    ),
+    "neurons.modes": ("Capacity", "ValueRange"),
+    "neurons.surrogate": ("GIFSpikeCount", "SignedSpikeCount"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Capacity",
@@ -34,3 +58,17 @@ __all__ = [
     "multi_step",
     "spike_capacity",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public name where it is used first (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the lazy names too."""
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,6 @@ Source: SpikeLLM (arXiv 2407.04752), saliency-based spiking of LLM activations.
 """
 
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -24,8 +23,8 @@ from torch import Tensor
 from neurons import backends, functional
 from neurons.gif import GIFNode
 from neurons.groups import ChannelGroups, check_groups, clip_factors
+from neurons.modes import Capacity, ValueRange
 from neurons.thresholds import (
-    ValueRange,
     align,
     encode_parameters,
     mode_of,
@@ -42,13 +41,6 @@ __all__ = [
 ]
 
 MAX_CAPACITY = torch.iinfo(torch.int16).max
-
-
-class Capacity(StrEnum):
-    """Largest spike count of a channel of T steps and b bits."""
-
-    STEPS = "steps"  # T * (2**b - 1), what the neuron can emit
-    POWER_OF_TWO = "power_of_two"  # 2**(b + log2 T) - 1, the published fake-quantised numbers
 
 
 class Encoding(NamedTuple):

@@ -10,15 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from neurons.modes import ValueRange
+
 M = TypeVar("M", bound=StrEnum)
 MIN_THRESHOLD = 1e-5  # in units of the activation; an all-zero row has no range
-
-
-class ValueRange(StrEnum):
-    """Over which channels of a token the range of a group is taken."""
-
-    SPLIT = "split"  # over the channels of the group
-    SHARED = "shared"  # over all channels
 
 
 def mode_of(kind: type[M], value: str) -> M:

@@ -1,7 +1,7 @@
 """Spiking LLaMA models: convert, run, evaluate and simulate.
 
-The public names load on first use, so that ``import snnllm`` costs little more than importing
-torch. Importing this package first also makes ``import transformers`` safe beside a CPU build of
+The public names load on first use, so that ``import snnllm`` costs next to nothing: not even torch
+is loaded. Importing this package first also makes ``import transformers`` safe beside a CPU build of
 torch (see ``snnllm._compat``).
 """
 
@@ -12,9 +12,9 @@ import logging
 from importlib import metadata
 from typing import Any
 
-from snnllm._compat import hide_broken_packages
+from snnllm._compat import hide_in_time
 
-hide_broken_packages()
+hide_in_time()
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 try:

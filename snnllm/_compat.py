@@ -3,7 +3,8 @@
 SpikingJelly requires torchvision and torchaudio, and the package index has builds of them for CUDA
 only. Beside a CPU build of torch neither can be imported, although both are installed; transformers
 sees that they are installed, imports them, and then cannot import ``LlamaForCausalLM``.
-``hide_broken_packages`` makes such a package look absent, which transformers handles well.
+``hide_broken_packages`` makes such a package look absent, which transformers handles well;
+``hide_in_time`` puts that off until a package is imported that would meet it, because it needs torch.
 
 Importing a working torchvision costs about a second, so the question "would it import?" is answered
 by loading its compiled extension alone (milliseconds): that is the part that fails.
@@ -15,11 +16,13 @@ import importlib
 import importlib.util
 import logging
 import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
-import torch
-
-__all__ = ["hide_broken_packages"]
+__all__ = ["hide_broken_packages", "hide_in_time"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,6 +36,30 @@ _TRANSFORMERS_PROBES = (
     "is_torchvision_greater_or_equal",
     "is_torchaudio_available",
 )
+
+# What imports a broken package, or makes something that does so useful.
+_TRIGGERS = ("transformers", "spikingjelly")
+
+
+class _Trigger(MetaPathFinder):
+    """Finds nothing; hides broken packages when the import of a trigger begins."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Leave every module to the finders behind."""
+        if fullname in _TRIGGERS and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            hide_broken_packages()
+        return None
+
+
+def hide_in_time() -> None:
+    """Hide broken packages now if torch is loaded anyway, else when somebody could meet them."""
+    if "torch" in sys.modules or any(name in sys.modules for name in _TRIGGERS):
+        hide_broken_packages()
+    else:
+        sys.meta_path.insert(0, _Trigger())
 
 
 def hide_broken_packages() -> tuple[str, ...]:
@@ -67,6 +94,8 @@ def _import_failure(name: str, pattern: str) -> str | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     folders = [Path(folder) for folder in spec.submodule_search_locations]
+    import torch  # here, because it takes a second: see hide_in_time
+
     extensions = [path for folder in folders for path in sorted(folder.glob(pattern))]
     try:
         for path in extensions:

@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from snnllm.config import SCHEMA_VERSION, SpikeConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MANIFEST = "spikellm_manifest.json"
 SHIM = "spiking_llama_hf.py"

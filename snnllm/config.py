@@ -12,10 +12,12 @@ from typing import Any
 
 from neurons import Capacity as Capacity
 from neurons import ValueRange as ValueRange
-from snnllm.kernels.spec import MAX_GROUPS
-from snnllm.step_allocation import GROUP_SIZE, MAX_STEPS
 
 SCHEMA_VERSION = 4
+GROUP_SIZE = 128
+"""Columns of ternary weights that share a threshold."""
+MAX_STEPS = 127
+"""Steps of a column whose levels fit int8."""
 FLOAT_BITS = 16
 """Bit width that stands for "left in floating point" (`W16`: float weights, `A16`: float activations)."""
 
@@ -172,14 +174,7 @@ class SpikeConfig:
                 "converted. Choose at most 8 bits for one of them."
             )
         self._check_ternary()
-        for name, values in steps.items():
-            if not values or min(values) < 1:
-                raise ValueError(f"group_steps[{name!r}] must hold steps >= 1, got {values}.")
-            if len(values) > MAX_GROUPS:
-                raise ValueError(
-                    f"group_steps[{name!r}] must hold at most {MAX_GROUPS} groups, got {len(values)}."
-                )
-
+        _check_group_steps(steps)
         if self.capacity is Capacity.POWER_OF_TWO:
             self._check_powers()
 
@@ -342,6 +337,20 @@ _ENUMS: dict[str, type[StrEnum]] = {
     "weight_range": WeightRange,
     "rotation": Rotation,
 }
+
+
+def _check_group_steps(steps: Mapping[str, tuple[int, ...]]) -> None:
+    if not steps:
+        return
+    from snnllm.kernels.spec import MAX_GROUPS  # here: the rest of a configuration needs no torch
+
+    for name, values in steps.items():
+        if not values or min(values) < 1:
+            raise ValueError(f"group_steps[{name!r}] must hold steps >= 1, got {values}.")
+        if len(values) > MAX_GROUPS:
+            raise ValueError(
+                f"group_steps[{name!r}] must hold at most {MAX_GROUPS} groups, got {len(values)}."
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ from snnllm.checks import (
     linear_names,
 )
 from snnllm.config import SpikeConfig
+from snnllm.locate import SourceError
 from snnllm.memory import Estimate, estimate, plan, shard_bytes
 from snnllm.modeling import spiking_config
 from snnllm.pipelines import Pipeline
@@ -31,7 +32,7 @@ from snnllm.pipelines.report import BlockReport, peak_mib, with_weight_columns
 from snnllm.pipelines.start import Options, default_pipeline, options_of, start_pipeline
 from snnllm.pipelines.streaming import Run, stored
 from snnllm.saliency import allocate_map
-from snnllm.sources import ModelSource, Source, SourceError, open_source
+from snnllm.sources import ModelSource, Source, open_source
 from snnllm.work import WorkFolder, check_output, source_digest
 from snnllm.writer import ShardWriter
 

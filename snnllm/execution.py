@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 
 from torch import nn
 
-
-class View(StrEnum):
-    """The views of method.md section 3.
-
-    Attributes:
-        BINARY: Every multi-level spike is spread into binary events; additions only.
-        UNROLLED: Neurons run over T steps, one integer matmul a step; membranes can be recorded.
-        COLLAPSED: One integer matmul over the spike counts; what fast inference runs.
-    """
-
-    BINARY = "binary"
-    UNROLLED = "unrolled"
-    COLLAPSED = "collapsed"
+from snnllm.views import View as View
 
 
 class SpikingModule(nn.Module):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,34 +13,13 @@ from snnllm.config import FLOAT_BITS, Rotation, SpikeConfig
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import SpikingLlamaForCausalLM, spike_block, spiking_config
 from snnllm.pipelines.streaming import INPUT_GROUPS
+from snnllm.shapes import SHAPES, Shape
 from snnllm.transforms import salient_count, sorted_groups
 from snnllm.weights import QuantizedWeight
 
 __all__ = ["SHAPES", "Shape", "llama_config", "random_dense", "random_spiking"]
 
 _STD = 0.02
-
-
-class Shape(NamedTuple):
-    """Sizes of a LLaMA: hidden, intermediate, heads, KV heads, blocks, vocabulary."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    blocks: int
-    vocabulary: int = 32000
-
-
-SHAPES = {
-    "smollm2": Shape(576, 1536, 9, 3, 30, 49152),
-    "1B": Shape(2048, 8192, 32, 8, 16, 128256),
-    "7B": Shape(4096, 11008, 32, 32, 32),
-    "8B": Shape(4096, 14336, 32, 8, 32, 128256),
-    "13B": Shape(5120, 13824, 40, 40, 40),
-    "70B": Shape(8192, 28672, 64, 8, 80),
-}
-"""LLaMA 2 7B, 13B and 70B, LLaMA 3.2 1B, LLaMA 3.1 8B, and SmolLM2-135M."""
 
 
 def llama_config(shape: Shape, positions: int = 4096) -> LlamaConfig:

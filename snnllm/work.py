@@ -18,16 +18,18 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from snnllm import checkpoint
-from snnllm.pipelines.report import BlockReport
-from snnllm.pipelines.streaming import SavedBlock
-from snnllm.sources import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from snnllm.pipelines.report import BlockReport
+    from snnllm.pipelines.streaming import SavedBlock
+    from snnllm.sources import Source
 
 _log = logging.getLogger(__name__)
 _JOB, _LOCK = "job.json", "lock"
@@ -108,6 +110,8 @@ class WorkFolder:
         Raises:
             OSError: The disk is full; the blocks before stay.
         """
+        from safetensors.torch import save_file
+
         path = self._path(report.index)
         temporary = path.with_suffix(".tmp")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -130,6 +134,10 @@ class WorkFolder:
         Raises:
             ValueError: Its file is damaged.
         """
+        # Here, as above: to check an output folder need not load torch and transformers.
+        from snnllm.pipelines.report import BlockReport
+        from snnllm.pipelines.streaming import SavedBlock
+
         path = self._path(index)
         if not path.is_file():
             return None

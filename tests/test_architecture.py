@@ -103,9 +103,47 @@ def test_importing_neurons_loads_no_llm_library_and_no_plots() -> None:
 
 
 def test_importing_snnllm_is_light() -> None:
-    loaded = modules_after("import snnllm")
-    assert "torch" in loaded
-    assert not loaded & {"transformers", "matplotlib", "spikingjelly", "torchvision", "torchaudio"}
+    assert not modules_after("import snnllm") & HEAVY
+
+
+# What a user waits for; a command that ends before it needs any of it answers at once.
+HEAVY = {"torch", "transformers", "spikingjelly", "triton", "matplotlib", "torchvision", "lm_eval"}
+ANSWERS = {
+    "help": ["--help"],
+    "version": ["--version"],
+    "no command": ["nothing"],
+    **{
+        f"{name} --help": [name, "--help"]
+        for name in ("convert", "eval", "generate", "simulate", "inspect", "bench", "demo")
+    },
+    "option": ["convert", "model", "out", "--score", "x"],
+    "preset": ["convert", "model", "out", "--preset", "int4"],
+    "count": ["convert", "model", "out", "--nsamples", "0"],
+    "text": ["convert", "model", "out", "--calibration", "no/such.txt"],
+    "output": ["convert", "model", "snnllm"],
+    "recipe": ["convert", "model", "out", "--pipeline", "rtn", "--recipe", "paper"],
+    "convert": ["convert", "no/such/model", "out"],
+    "eval": ["eval", "no/such/model"],
+    "generate": ["generate", "no/such/model", "Once"],
+    "simulate": ["simulate", "no/such/model", "Once"],
+    "inspect": ["inspect", "snnllm"],
+    "bench": ["bench", "--model", "no/such/model"],
+    "demo": ["demo", "--model", "no/such/model"],
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_help_and_simple_errors_load_nothing_heavy(case: str) -> None:
+    code = f"""
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
+from snnllm.cli import main
+error = StringIO()
+with suppress(SystemExit), redirect_stdout(StringIO()), redirect_stderr(error):
+    main({ANSWERS[case]!r})
+assert ("error: " in error.getvalue()) == {not ANSWERS[case][-1].startswith("--")}, error.getvalue()
+"""
+    assert not modules_after(code) & HEAVY
 
 
 @pytest.mark.parametrize("name", snnllm.__all__)

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from snnllm import __version__
+
+
+class _Command(NamedTuple):
+    """A command: the module that has its options and runs it, and what it does in a few words."""
+
+    module: str
+    summary: str
+
+
+_COMMANDS = {
+    "convert": _Command("convert", "dense LLaMA -> spiking checkpoint"),
+    "eval": _Command("evaluate", "perplexity and zero-shot tasks of a spiking or dense model"),
+    "generate": _Command("generate", "continue a prompt"),
+    "simulate": _Command("simulate", "record membranes and spikes, count operations and energy"),
+    "inspect": _Command("inspect", "which matmuls are spiking, T, coding, bytes"),
+    "bench": _Command("bench", "time prefill and decoding beside the dense model"),
+    "reproduce": _Command("reproduce", "the tables of the paper on any LLaMA"),
+    "demo": _Command("demo", "the whole way on a small real model"),
+}
 
 _EPILOG = """examples:
   snnllm demo                                      the whole way on a small real model
@@ -23,11 +44,23 @@ exit codes: 0 done, 1 a check failed, 2 bad input (the message says what to chan
 """
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """The parser of one command; it loads the module with the options when it has to parse them."""
+
+    def __init__(self, *args: Any, module: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._module = module
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse with the options of the command."""
+        if self._module:
+            module, self._module = self._module, ""
+            importlib.import_module(f"snnllm.cli.{module}").add_options(self)
+        return super().parse_known_args(args, namespace)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    # Here, because they load transformers: `snnllm --version` need not wait for it.
-    from snnllm.cli import bench, convert, demo, evaluate, generate, inspect, reproduce, simulate
-
     parser = argparse.ArgumentParser(
         prog="snnllm",
         description="Turn LLaMA checkpoints into spiking neural networks and run them.",
@@ -36,9 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"snnllm {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is done")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (convert, evaluate, generate, simulate, inspect, bench, reproduce, demo):
-        module.add_parser(commands)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser
+    )
+    for name, command in _COMMANDS.items():
+        commands.add_parser(name, help=command.summary, module=command.module)
     return parser
 
 
@@ -48,9 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when done, 1 when a check failed, 2 on bad input (one line on standard error says what).
     """
-    if list(sys.argv[1:] if argv is None else argv) == ["--version"]:
-        print(f"snnllm {__version__}")
-        return 0
     args = build_parser().parse_args(argv)
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(name)s: %(message)s")

@@ -11,35 +11,30 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from snnllm.block import device_bytes
-from snnllm.cli.options import checked_device
+from snnllm.cli.options import check_at_least_one, check_folder_of, checked_device
 from snnllm.config import Operands, SpikeConfig
-from snnllm.conversion import convert
-from snnllm.data import load_text, random_windows, tokenize
-from snnllm.execution import View, use_view
-from snnllm.modeling import SpikingLlamaConfig, load
-from snnllm.pipelines.rotated import RotatedOptions, rotated_config
-from snnllm.random_model import SHAPES, llama_config, random_dense, random_spiking
-from snnllm.sources import dense_model, open_source
-from snnllm.speed import Contender, time_contenders
+from snnllm.locate import check_model
+from snnllm.shapes import SHAPES
+from snnllm.views import View
+
+if TYPE_CHECKING:
+    import torch
+
+    from snnllm.speed import Contender
 
 _DENSE = ("eager", "compiled")
 _PRESET = "W4A4T2"
 _STATIC = {"cache_implementation": "static"}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "bench",
-        help="time prefill and decoding beside the dense model",
-        description="Time to the first token and decoded tokens a second of a spiking model and of the "
-        "dense one in transformers' generate, with random weights of any shape or real ones.",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its options."""
+    parser.description = (
+        "Time to the first token and decoded tokens a second of a spiking model and of the "
+        "dense one in transformers' generate, with random weights of any shape or real ones."
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -69,7 +64,7 @@ def add_parser(commands: Any) -> None:
         help="eager and compiled: the dense model, the latter with a static cache; the views of the "
         "spiking one (default: eager, compiled on a GPU, collapsed)",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is a GPU)")
     parser.add_argument(
         "--dtype",
         choices=[*_DTYPES],
@@ -109,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
         ValueError: Options that do not go together, or numbers below 1.
     """
     _check(args)
-    device = checked_device(args.device)
+    import torch
+
+    device = checked_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = args.contenders or ["eager", *(["compiled"] * (device.type == "cuda")), "collapsed"]
     print(
         f"{_machine(device)}, torch {torch.__version__}, {args.model or _shape(args)}, {_label(args)}"
@@ -131,13 +128,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("batch", "prompt", "tokens", "repeat", "blocks"):
-        value = getattr(args, name)
-        values = value if isinstance(value, list) else [value]
-        if any(number is not None and number < 1 for number in values):
-            raise ValueError(f"--{name} must be at least 1.")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ValueError(f"--json: there is no folder {args.json.parent}; make it first.")
+    check_at_least_one(args, "batch", "prompt", "tokens", "repeat", "blocks")
+    check_folder_of("--json", args.json)
     if args.checkpoint is not None and args.preset is not None:
         raise ValueError("--preset goes without --checkpoint, which has one of its own.")
     args.preset = args.preset or _PRESET
@@ -150,6 +142,10 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--blocks must be at most {most}, those of {args.shape}.")
     elif args.blocks is not None or args.attention is not None:
         raise ValueError("--blocks and --attention go with --shape; a model has its own.")
+    else:
+        check_model(args.model)
+    if args.checkpoint is None:
+        SpikeConfig.preset(args.preset)
 
 
 def _shape(args: argparse.Namespace) -> str:
@@ -162,21 +158,31 @@ def _shape(args: argparse.Namespace) -> str:
 def _label(args: argparse.Namespace) -> str:
     if args.checkpoint is None:
         return SpikeConfig.preset(args.preset).label
+    from snnllm.modeling import SpikingLlamaConfig
+
     config = SpikingLlamaConfig.from_pretrained(args.checkpoint)
     return config.spike.label  # type: ignore[no-any-return]
 
 
 def _machine(device: torch.device) -> str:
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
 
 
 def _dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
-    return _DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    import torch
+
+    name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _config(args: argparse.Namespace) -> Any:
+    from snnllm.random_model import llama_config
+
     shape = SHAPES[args.shape]
     if args.blocks is not None:
         shape = shape._replace(blocks=args.blocks)
@@ -184,12 +190,22 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def _dense(args: argparse.Namespace, device: torch.device) -> Any:
+    from snnllm.random_model import random_dense
+    from snnllm.sources import dense_model, open_source
+
     if args.model is None:
         return random_dense(_config(args), device, _dtype(args, device))
     return dense_model(open_source(args.model)).to(device, _dtype(args, device))
 
 
 def _spiking(args: argparse.Namespace, device: torch.device) -> Any:
+    from snnllm.conversion import convert
+    from snnllm.data import load_text, random_windows, tokenize
+    from snnllm.modeling import load
+    from snnllm.pipelines.rotated import RotatedOptions, rotated_config
+    from snnllm.random_model import random_spiking
+    from snnllm.sources import open_source
+
     if args.checkpoint is not None:
         return load(args.checkpoint, _dtype(args, device)).to(device)
     spike = SpikeConfig.preset(args.preset)
@@ -228,6 +244,9 @@ def _measure(names: list[str], args: argparse.Namespace, device: torch.device) -
 
 
 def _contender(name: str, model: Any, device: torch.device) -> Contender:
+    from snnllm.execution import use_view
+    from snnllm.speed import Contender
+
     if name in _DENSE:
         return Contender(model, options=_STATIC if name == "compiled" else {})
     static = _STATIC if device.type == "cuda" and name == View.COLLAPSED else {}
@@ -241,6 +260,11 @@ def _time(
     args: argparse.Namespace,
     device: torch.device,
 ) -> list[Row]:
+    import torch
+
+    from snnllm.block import device_bytes
+    from snnllm.speed import time_contenders
+
     models = [contender.model for contender in contenders.values()]
     for model in models:
         # transformers keeps static caches as long as the longest so far, which others would pay for.

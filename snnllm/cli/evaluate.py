@@ -7,25 +7,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-from snnllm.cli.options import add_run_options, open_model, progress, window_length
-from snnllm.data import DATA_VARIABLE, load_text, local_tasks, token_windows, tokenize
-from snnllm.evaluate import token_perplexity
-from snnllm.harness import evaluate_tasks
+from snnllm.cli.options import (
+    add_run_options,
+    check_at_least_one,
+    check_folder_of,
+    open_model,
+    progress,
+    window_length,
+)
+from snnllm.locate import check_model
+from snnllm.texts import DATA_VARIABLE, check_text, load_text, local_tasks
 from snnllm.zeroshot import ZERO_SHOT_TASKS
 
 _TEXT = "pydoc:test"
 _WINDOW = 2048
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "eval",
-        help="perplexity and zero-shot tasks of a spiking or dense model",
-        description="Token perplexity on non-overlapping windows: exp of the mean negative "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its options."""
+    parser.description = (
+        "Token perplexity on non-overlapping windows: exp of the mean negative "
         "log-likelihood, the protocol of the GPTQ, OmniQuant and SpikeLLM papers; and tasks of "
         "lm-evaluation-harness (pip install 'snnllm[eval]'), with both accuracy conventions: acc, "
-        "and acc_norm (log-likelihood per byte of the answer).",
+        "and acc_norm (log-likelihood per byte of the answer)."
     )
     parser.add_argument("model", help="spiking checkpoint, or a dense LLaMA to compare with")
     parser.add_argument(
@@ -79,8 +83,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--task-data and --num-fewshot belong to tasks; name some with --tasks.")
     if args.window is not None and args.text is None and args.tasks is not None:
         raise ValueError("--window belongs to perplexity; name a text with --text.")
+    check_at_least_one(args, "window", "limit", "batch_size")
+    check_folder_of("--json", args.json)
     source = args.text or (None if args.tasks is not None else _TEXT)
+    if source is not None:
+        check_text(source)
+    check_model(args.model, spiking=True)
     text = None if source is None else load_text(source)
+    # Here, not above: they load torch and transformers, which takes seconds.
+    from snnllm.data import token_windows, tokenize
+    from snnllm.evaluate import token_perplexity
+    from snnllm.harness import evaluate_tasks
+
     model, tokenizer = open_model(args.model, args)
     values: dict[str, Any] = {}
     if text is not None:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import TextStreamer
+from snnllm.cli.options import add_run_options, check_at_least_one, open_model
 
-from snnllm.cli.options import add_run_options, open_model
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "generate",
-        help="continue a prompt",
-        description="Generate text with a spiking checkpoint or a dense LLaMA.",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its options."""
+    parser.description = "Generate text with a spiking checkpoint or a dense LLaMA."
     parser.add_argument("model", help="spiking checkpoint, or a dense LLaMA to compare with")
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=48)
@@ -37,7 +33,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate, stream to standard output, and print the speed."""
+    check_at_least_one(args, "max_new_tokens")
+    _check_prompt(args.prompt)
     model, tokenizer = open_model(args.model, args)
+    import torch
+    from transformers import TextStreamer
+
     ids = prompt_ids(tokenizer, args.prompt, args.chat).to(model.device)
     torch.manual_seed(args.seed)
     options: dict[str, Any] = {"do_sample": args.sample, "max_new_tokens": args.max_new_tokens}
@@ -53,22 +54,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     """Token ids `[1, S]` of a prompt.
 
     Raises:
         ValueError: An empty prompt, or `chat` with a tokenizer that has no chat template.
     """
-    if not prompt.strip():
-        raise ValueError("The prompt is empty; give some text to continue.")
+    _check_prompt(prompt)
     if not chat:
-        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt").input_ids
+        ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
         return ids
     if tokenizer.chat_template is None:
         raise ValueError("--chat: the tokenizer of this model has no chat template.")
     message = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    chat_ids: torch.Tensor = tokenizer(
-        text, return_tensors="pt", add_special_tokens=False
-    ).input_ids
+    chat_ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     return chat_ids
+
+
+def _check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise ValueError("The prompt is empty; give some text to continue.")

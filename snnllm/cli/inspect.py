@@ -5,19 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from typing import Any
 
 from snnllm.cli.options import open_model
-from snnllm.inspection import matmuls, table
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "inspect",
-        help="which matmuls are spiking, T, coding, bytes",
-        description="List every matmul of a checkpoint: operands, steps, shape, stored bytes.",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its options."""
+    parser.description = "List every matmul of a checkpoint: operands, steps, shape, stored bytes."
     parser.add_argument("model", help="spiking checkpoint or dense LLaMA")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run, view=None, device="cpu")
@@ -26,6 +20,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table."""
     model, _ = open_model(args.model, args)
+    from snnllm.inspection import matmuls, table
+
     rows = matmuls(model)
     if args.json:
         print(json.dumps([dataclasses.asdict(r) for r in rows], indent=2))

@@ -1,16 +1,17 @@
-"""Options and helpers that several commands share."""
+"""Options and helpers that several commands share.
+
+What loads torch or transformers is imported in the functions that need it, here and in the commands:
+help and simple errors come at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from snnllm.config import (
     PRESETS,
@@ -22,22 +23,27 @@ from snnllm.config import (
     ValueRange,
     WeightRange,
 )
-from snnllm.data import load_text, random_windows, tokenize
-from snnllm.evaluate import trained_context
-from snnllm.execution import View, set_view, spiking_modules
-from snnllm.modeling import load
+from snnllm.locate import SPIKING, check_model, kind_of
 from snnllm.pipelines import Pipeline
-from snnllm.pipelines.gptq import WEIGHT_SCORES, GptqOptions
 from snnllm.pipelines.omniquant_options import (
     Execution,
     OmniQuantOptions,
     Recipe,
     recipe_config,
 )
-from snnllm.pipelines.start import default_pipeline
-from snnllm.sources import Source, dense_model, open_source
+from snnllm.texts import check_text, load_text
+from snnllm.views import View
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from snnllm.pipelines.gptq import GptqOptions
+    from snnllm.sources import Source
 
 CALIBRATION_WINDOW = 512
+COLUMN_SCORES = (Score.HESSIAN, Score.GAUSS_NEWTON, Score.RANDOM)
+"""`WEIGHT_SCORES` of `snnllm.pipelines.gptq`, which loads transformers."""
 _PRESET, _TERNARY_PRESET = "W4A4T2", "TW1.4A16"
 
 _OVERRIDES = {
@@ -68,7 +74,9 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_training_options(parser)
     _add_gptq_options(parser)
-    spike = parser.add_argument_group("what is computed")
+    spike = parser.add_argument_group(
+        "what is computed", "each of these options wins over what --preset and --recipe say"
+    )
     spike.add_argument(
         "--preset",
         help="W<weight bits>A<spike bits>T<salient steps>, or TW<mean steps> for ternary weights, e.g. "
@@ -116,7 +124,9 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--recipe",
         choices=[*map(str, Recipe)],
-        help="default, or paper: shared range, min/max weights, plain MSE, as published",
+        help="where these options and those of the configuration start: default, or paper (shared range, "
+        "min/max weights, plain MSE, 20 epochs, as published); an option of its own, such as --range "
+        "split, wins over the recipe",
     )
     training.add_argument(
         "--no-rotate",
@@ -143,7 +153,7 @@ def _add_gptq_options(parser: argparse.ArgumentParser) -> None:
         "--mean-steps", type=float, help="time steps of a weight on average, 1..7 (1.4: the preset)"
     )
     weights.add_argument(
-        "--column-score", choices=[*map(str, WEIGHT_SCORES)], help="ranks the weight columns"
+        "--column-score", choices=[*map(str, COLUMN_SCORES)], help="ranks the weight columns"
     )
     weights.add_argument(
         "--salient-column-steps",
@@ -178,16 +188,20 @@ _GPTQ = {
 
 def chosen_pipeline(args: argparse.Namespace, spike: SpikeConfig) -> Pipeline:
     """The pipeline that the user named, else the default of the configuration."""
-    return Pipeline(args.pipeline or default_pipeline(spike, {}))
+    if args.pipeline is not None:
+        return Pipeline(args.pipeline)
+    from snnllm.pipelines.start import default_pipeline
+
+    return default_pipeline(spike, {})
 
 
 def pipeline_options(
-    args: argparse.Namespace, pipeline: Pipeline
+    args: argparse.Namespace, pipeline: Pipeline, spike: SpikeConfig
 ) -> GptqOptions | OmniQuantOptions | None:
     """The options of the pipeline that was chosen; None for one that has none here.
 
     Raises:
-        ValueError: Options of another pipeline, or out of range.
+        ValueError: Options of another pipeline, or out of range, or a budget of steps that cannot be met.
     """
     given = {
         field: getattr(args, option)
@@ -196,7 +210,11 @@ def pipeline_options(
     }
     training = training_options(args, pipeline)
     if pipeline is Pipeline.GPTQ:
-        return GptqOptions(**given)
+        from snnllm.pipelines.gptq import GptqOptions, check_budget
+
+        options = GptqOptions(**given)
+        check_budget(spike, options)
+        return options
     if given:
         raise ValueError(
             f"{', '.join(given)}: this is for ternary weights, which the pipeline {pipeline} "
@@ -253,8 +271,45 @@ def spike_config(args: argparse.Namespace) -> SpikeConfig:
     return recipe_config(args.recipe or Recipe.DEFAULT, preset, **given)
 
 
+def check_calibration(args: argparse.Namespace) -> None:
+    """Refuse calibration options that no model could make good.
+
+    Raises:
+        ValueError: A number out of range, or an unknown text.
+        FileNotFoundError: There is no such text file.
+    """
+    check_at_least_one(args, "nsamples", "seqlen")
+    check_text(args.calibration)
+
+
+def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Refuse counts below 1; options that were not given pass.
+
+    Raises:
+        ValueError: Names the option.
+    """
+    for name in names:
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < 1:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} must be at least 1, got {value}.")
+
+
+def check_folder_of(option: str, path: Path | None) -> None:
+    """Refuse a file that could not be written at the end.
+
+    Raises:
+        ValueError: Its folder does not exist.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"{option}: there is no folder {path.parent}; make it first.")
+
+
 def calibration_windows(args: argparse.Namespace, source: Source) -> Tensor:
     """The calibration windows that the options describe."""
+    from snnllm.data import random_windows, tokenize
+
     ids = tokenize(load_text(args.calibration), source.tokenizer())
     length = window_length(args.seqlen, CALIBRATION_WINDOW, source.config)
     return random_windows(ids, length, args.nsamples, args.seed)
@@ -264,6 +319,8 @@ def window_length(given: int | None, default: int, config: Any) -> int:
     """Tokens of a window: what the user gave, else the default or the context, if that is less."""
     if given is not None:
         return given
+    from snnllm.evaluate import trained_context
+
     context = trained_context(config)
     return default if context is None else min(default, context)
 
@@ -282,10 +339,17 @@ def open_model(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         ValueError: The model is unusable, or a view was asked of a dense model.
     """
+    check_model(name, spiking=True)
     device = checked_device(args.device)
+    from snnllm.execution import set_view, spiking_modules
+    from snnllm.sources import dense_model, open_source
+
     folder = Path(name)
-    config = folder / "config.json"
-    if config.is_file() and '"spiking_llama"' in config.read_text():
+    if folder.is_dir() and kind_of(folder) == SPIKING:
+        from transformers import AutoTokenizer
+
+        from snnllm.modeling import load
+
         model = load(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     else:
@@ -304,6 +368,8 @@ def checked_device(name: str) -> torch.device:
     Raises:
         ValueError: Unknown device, or CUDA without a GPU.
     """
+    import torch
+
     try:
         device = torch.device(name)
     except RuntimeError as error:

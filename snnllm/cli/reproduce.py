@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from snnllm.cli.options import checked_device, progress, window_length
 from snnllm.data import DATA_VARIABLE, local_tasks
-from snnllm.paper.jobs import Job, duration, jobs_of
+from snnllm.durations import duration
+from snnllm.paper.jobs import Job, jobs_of
 from snnllm.paper.measures import Settings, standard_measures
 from snnllm.paper.parallel import Workers
 from snnllm.paper.recipes import Measure, Table, Training
@@ -55,14 +56,12 @@ _FULL: dict[str, Any] = {
 }
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "reproduce",
-        help="the tables of the paper on any LLaMA",
-        description="Convert and measure every row of the tables; write results.md, CSV, JSON and "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its options."""
+    parser.description = (
+        "Convert and measure every row of the tables; write results.md, CSV, JSON and "
         "figures. Given again after an interruption it continues; a row that fails does not stop the "
-        "others. Every option has a default; --quick is a short run of a few rows for a CPU.",
+        "others. Every option has a default; --quick is a short run of a few rows for a CPU."
     )
     parser.add_argument(
         "tables", nargs="+", choices=[*TABLES, _ALL], metavar="TABLE", help=_names()

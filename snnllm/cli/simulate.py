@@ -8,18 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from snnllm.cli.options import open_model
-from snnllm.execution import spiking_modules
-from snnllm.operations import count_operations
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "simulate",
-        help="record membranes and spikes, count operations and energy",
-        description="Run a prompt through the unrolled view: NPZ, CSV and figures of the chosen "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and add its options."""
+    parser.description = (
+        "Run a prompt through the unrolled view: NPZ, CSV and figures of the chosen "
         "neurons, and the operation report of all layers. The scripts of the package sims "
-        "(python -m sims.membrane, sims.raster, sims.equivalence, sims.sweep) offer more.",
+        "(python -m sims.membrane, sims.raster, sims.equivalence, sims.sweep) offer more."
     )
     parser.add_argument("model", type=Path, help="spiking checkpoint")
     parser.add_argument("prompt", help="text that the model reads")
@@ -85,6 +81,8 @@ def simulate(
     # The one place where the command line reaches up to the scripts (architecture test).
     from sims import membrane, raster
     from sims.common import Subject, check_folder, recorder_of
+    from snnllm.execution import spiking_modules
+    from snnllm.operations import count_operations
 
     if not spiking_modules(model):
         raise ValueError(f"{name} is dense; convert it first with `snnllm convert`.")

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from snnllm.durations import duration
 from snnllm.memory import estimate
 from snnllm.paper.recipes import Conversion, Measure, Row, Table
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
 from snnllm.pipelines.start import options_of
 from snnllm.sources import Source
 
-__all__ = ["CONVERSION", "Job", "Timing", "duration", "jobs_of"]
+__all__ = ["CONVERSION", "Job", "Timing", "jobs_of"]
 
 CONVERSION = "conversion"
 """Name of the step that comes before the measures."""
@@ -113,10 +114,3 @@ class Timing:
         parts = [duration(sum(known))] if known or not unknown else []
         parts += [f"{unknown} steps never timed yet"] if unknown else []
         return f"to do: {' and '.join(parts)}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: ``12 s``, ``3.4 min``, ``5.6 h``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -157,6 +157,9 @@ def test_a_dry_run_writes_nothing(stories_dir, text_file, tmp_path, capsys):
     text = capsys.readouterr().out
     assert all(f"estimated {what}" in text for what in ("time", "memory", "disk"))
     assert re.search(r"activations +\d+ MiB, in memory", text)
+    assert re.search(
+        r"estimated time +[1-9][.0-9]* (s|min) on|estimated time +0\.[0-9]+ s on", text
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -226,6 +229,14 @@ def test_the_default_pipeline_is_what_the_configuration_needs(given, expected):
     assert cli_options.chosen_pipeline(args, cli_options.spike_config(args)) == expected
 
 
+def test_help_says_that_an_option_wins_over_the_recipe(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "such as --range split, wins over the recipe" in text
+    assert "wins over what --preset and --recipe say" in text
+
+
 def test_the_recipe_may_be_changed_in_single_fields():
     given = ["convert", "in", "out", "--pipeline", "omniquant", "--recipe", "paper"]
     args = build_parser().parse_args([*given, "--range", "split", "--execution", "compiled"])
@@ -290,7 +301,7 @@ CONVERT_ERRORS = {
     "no_steps": (["--preset", "W4A4T0"], "T (salient steps) must be in 1..64, got 0"),
     "ratio": (["--ratio", "1.5"], "salient_ratio is a fraction of the channels in [0, 1], got 1.5"),
     "dense_preset": (["--preset", "W16A16"], "leaves the model dense"),
-    "windows": (["--nsamples", "0"], "number of windows must be at least 1, got 0"),
+    "windows": (["--nsamples", "0"], "--nsamples must be at least 1, got 0"),
     "short_text": (["--seqlen", "999999"], "fewer than one window of 999999"),
     "device": (["--device", "nothing"], "Unknown device 'nothing'; use cpu or cuda"),
     "short_eval": (["--eval", "SHORT"], "fewer than one window of 48; give a longer text"),
@@ -378,7 +389,7 @@ EVAL_ERRORS = {
     "limit": (["--limit", "0"], "limit must be at least 1"),
     "batch": (
         ["--window", "64", "--limit", "1", "--batch-size", "0"],
-        "batch size must be at least 1",
+        "--batch-size must be at least 1, got 0",
     ),
     "context": (["--window", "513"], "use a smaller --window, at most 512"),
     "window": (["--window", "1"], "A window needs at least 2 tokens"),

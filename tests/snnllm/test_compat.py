@@ -77,6 +77,33 @@ def test_an_absent_package_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "fake_vision_absent" not in sys.modules
 
 
+@pytest.mark.parametrize("name", ["transformers", "spikingjelly"])
+def test_without_torch_hiding_waits_for_whoever_would_meet_the_package(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(_compat, "hide_broken_packages", lambda: calls.append(name))
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    finders = [*sys.meta_path]
+    for module in ("torch", "transformers", "spikingjelly"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    _compat.hide_in_time()
+    importlib.util.find_spec("json.tool")
+    assert not calls
+    for _ in range(2):
+        assert importlib.util.find_spec(name) is not None
+    assert calls == [name]
+    assert sys.meta_path == finders
+
+
+def test_with_torch_packages_are_hidden_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(_compat, "hide_broken_packages", lambda: calls.append(True))
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    _compat.hide_in_time()
+    assert calls == [True]
+
+
 @pytest.mark.parametrize(
     "before",
     ["", "import transformers.utils as u; u.is_torchvision_available()"],

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snnllm.data import DATA_VARIABLE, load_text, random_windows, token_windows, tokenize
+from snnllm.texts import check_text
 
 RAW = " = Title = \n \n Some words . \n"
 JOINED = " = Title = \n\n\n\n\n Some words . \n"
@@ -123,7 +124,9 @@ def test_wikitext2_comes_from_datasets_otherwise(monkeypatch: pytest.MonkeyPatch
         return {"text": [" = Title = \n", "", " Some words . \n"]}
 
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    config = SimpleNamespace(HF_HUB_OFFLINE=True)
+    datasets = SimpleNamespace(load_dataset=load_dataset, config=config)
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
     assert load_text("wikitext2:valid") == JOINED
     assert calls == [("Salesforce/wikitext", "wikitext-2-raw-v1", "validation")]
 
@@ -133,6 +136,25 @@ def test_wikitext2_absent_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(FileNotFoundError, match=f"set {DATA_VARIABLE} to a folder"):
         load_text("wikitext2")
+
+
+@pytest.mark.parametrize("source", ["pydoc:train", "wikitext2", "wikitext2:valid", __file__])
+def test_a_text_that_may_be_there_is_not_read_by_a_check(source: str) -> None:
+    check_text(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("folder/missing.txt", "no text file"),
+        ("c4", "Unknown text 'c4'"),
+        ("wikitext2:dev", "known: wikitext2:test, wikitext2:train, wikitext2:valid"),
+        (".", "is a folder"),
+    ],
+)
+def test_a_check_refuses_what_cannot_be_loaded(source: str, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check_text(source)
 
 
 def test_tokenize_gives_the_tokenizers_ids(stories_tokenizer: Any) -> None:

@@ -28,7 +28,7 @@ from snnllm.config import SpikeConfig
 from snnllm.data import load_text
 from snnllm.paper import parallel
 from snnllm.paper import runner as paper_runner
-from snnllm.paper.jobs import duration, jobs_of
+from snnllm.paper.jobs import jobs_of
 from snnllm.paper.lines import efficiency_lines, find, speed_lines
 from snnllm.paper.measures import stated_steps
 from snnllm.paper.recipes import Baseline, Conversion, Measure, Row, Table, Training, spikellm
@@ -490,10 +490,6 @@ def test_estimates_of_conversions_are_those_of_a_cpu(command, tmp_path):
     on_gpu = dataclasses.replace(runner.timing, device=torch.device("cuda"))
     assert on_gpu.expected_seconds(rtn, "conversion") is None
     runner.close()
-
-
-def test_durations_for_people():
-    assert [duration(s) for s in (12.3, 204, 20160)] == ["12 s", "3.4 min", "5.6 h"]
 
 
 def test_a_rival_with_other_settings_is_another_model():

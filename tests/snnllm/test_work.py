@@ -212,7 +212,7 @@ def test_a_full_disk_loses_no_block(make_llama, token_ids, tmp_path, monkeypatch
         if kind == "fsync":
             monkeypatch.setattr(work.os, "fsync", full)
         else:
-            monkeypatch.setattr(work, "save_file", full_as_safetensors_says)
+            monkeypatch.setattr("safetensors.torch.save_file", full_as_safetensors_says)
 
     with pytest.raises(OSError, match="No space left .*; free some space .* resumes at block 1"):
         convert(model, output, SpikeConfig(), token_ids, on_block=fill, pipeline="rtn")
