@@ -139,15 +139,16 @@ def _check(args: argparse.Namespace, spike: SpikeConfig) -> None:
     check_calibration(args)
     if args.eval is not None:
         check_text(args.eval)
-        if load_text(args.eval) == load_text(args.calibration):
-            raise ValueError(
-                f"--eval {args.eval} is the text of --calibration, which the model has been fitted to; "
-                "calibrate on another one, such as wikitext2:train."
-            )
     check_output(args.output)
     if args.pipeline is not None:  # the default one needs more imports
         pipeline_options(args, Pipeline(args.pipeline), spike)
     check_model(args.model)
+    calibration = load_text(args.calibration)  # takes a moment, to open a model seconds
+    if args.eval is not None and load_text(args.eval) == calibration:
+        raise ValueError(
+            f"--eval {args.eval} is the text of --calibration, which the model has been fitted to; "
+            "calibrate on another one, such as wikitext2:train."
+        )
 
 
 def _evaluation_windows(args: argparse.Namespace, source: Source, length: int) -> Tensor:

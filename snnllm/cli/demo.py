@@ -125,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
     check_calibration(args)
     check_text(args.text)
     check_model(args.model)
+    text = load_text(args.text)
+    load_text(args.calibration)  # so that what is missing is said before seconds are spent
     print(f"1/5 opening {args.model}")
     # Here, not above: they load torch and transformers, which takes seconds.
     from snnllm.data import token_windows, tokenize
@@ -134,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     layers = recorded_layers(args.layers, source.config.num_hidden_layers, spike)
     tokenizer = source.tokenizer()
     length = window_length(args.seqlen, CALIBRATION_WINDOW, source.config)
-    windows = token_windows(tokenize(load_text(args.text), tokenizer), length, args.limit)
+    windows = token_windows(tokenize(text, tokenizer), length, args.limit)
     print(f"2/5 dense perplexity on {args.text} and a sentence")
     dense = _measure("dense", dense_model(source), tokenizer, windows, args.prompt)
     print(f"3/5 converting to {spike.label}, pipeline {args.pipeline}")

@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 from snnllm.cli.options import checked_device, progress, window_length
-from snnllm.data import DATA_VARIABLE, local_tasks
 from snnllm.durations import duration
 from snnllm.paper.jobs import Job, jobs_of
 from snnllm.paper.measures import Settings, standard_measures
@@ -28,6 +27,7 @@ from snnllm.paper.tables import TABLES
 from snnllm.pipelines.omniquant_options import Execution
 from snnllm.pipelines.report import BlockReport
 from snnllm.sources import Source, open_source
+from snnllm.texts import DATA_VARIABLE, check_text, local_tasks
 from snnllm.zeroshot import ZERO_SHOT_TASKS
 
 _ALL = "all"
@@ -158,6 +158,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--dry-run changes nothing; leave --restart out to see what is done.")
     if args.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {args.jobs}.")
+    for text in (*args.text, args.calibration):
+        check_text(text)
+    checked_device(args.device)
     source = open_source(args.model)
     runner, tables = _opened(args, source)
     try:
