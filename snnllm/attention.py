@@ -95,6 +95,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
     def set_channel_groups(self, key: Tensor, value: Tensor) -> None:
         """Choose the saliency groups of K and V, uint8 `[H_kv, D]`."""
         self._kernels = _UNKNOWN
+        self.version += 1
         self.k_encoder.set_groups(key)
         self.v_encoder.set_groups(value)
         if self.q_encoder.channel_group.dim() == 2:  # Q is multiplied with K channel by channel
@@ -198,6 +199,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self.version += 1
         self._native = self._kernels = _UNKNOWN
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

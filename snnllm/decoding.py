@@ -9,7 +9,7 @@ prompts are recorded too, padded on the right to a few lengths (`recording.padde
 Graphs are valid for the buffers that they were recorded with. These serve the next calls of `generate`: a
 cache has a few more tokens than asked for, so that calls of similar length share one, and smaller ones lie in
 the memory of the largest. What stays allocated is that cache and the activations of the largest graph,
-which all graphs share; prompts for which that is much run without (`_MOST_TOKENS`, `_MOST_SCORES`).
+which all graphs share; prompts for which that is much run without (`_MOST_TOKENS`, `_MOST_PAIRS`, `_MOST_SCORES`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 _KEPT_BUFFERS = 4  # batches and capacities that are remembered
 _KEPT_PROMPTS = 8  # lengths of prompts for each of them
 _MOST_TOKENS = 8192  # of a recorded prefill, in all prompts
+_MOST_PAIRS = 1 << 27  # of tokens and places in the cache: the mask of a recorded prefill
 _MOST_SCORES = 1 << 26  # of all heads, where attention has them in memory at once
 
 
@@ -133,13 +134,22 @@ class DecodeSteps:
         buffers.prompts.move_to_end(length)
         prompts = buffers.prompts[length]
         if prompts is None:
-            prompts = buffers.prompts[length] = Prompts(batch, length, tokens.device)
+            with torch.inference_mode(False):  # to be written outside of it, too
+                prompts = Prompts(batch, length, tokens.device)
+            buffers.prompts[length] = prompts
         prompts.set(tokens, positions)
         if prompts.recording is not None:
             return prompts.recording.replay()
         # Once as it is: kernels are compiled now, and none while it is recorded.
         work = partial(self._run_prompts, model, prompts)
-        logits = work()
+        try:
+            logits = work()
+        except torch.OutOfMemoryError as error:
+            _log.warning("prompts are not padded to %d tokens: %s", length, error)
+            self._refused.add("the prefill")
+            buffers.prompts.clear()
+            buffers.empty()
+            return None
         prompts.recording = self._record("the prefill", work)
         return logits
 
@@ -155,8 +165,11 @@ class DecodeSteps:
         scores = model.config._attn_implementation == "eager" or (
             isinstance(attention, SpikingLlamaAttention) and attention.kernels() is None
         )
-        return batch * length <= _MOST_TOKENS and not (
-            scores and batch * heads * length * buffers.capacity > _MOST_SCORES
+        pairs = batch * length * buffers.capacity  # of the mask
+        return (
+            batch * length <= _MOST_TOKENS
+            and pairs <= _MOST_PAIRS
+            and not (scores and heads * pairs > _MOST_SCORES)
         )
 
     def __call__(self, model: Any, tokens: Tensor) -> Tensor:
@@ -228,6 +241,8 @@ def sample(
         del outputs
     finished = _LateFlag(input_ids.device)
     while True:
+        if logits_processor:  # one may keep them, and the next step writes to the same memory
+            logits = logits.clone()
         scores = logits_processor(input_ids, logits)
         if generation_config.do_sample:
             probability = nn.functional.softmax(scores, dim=-1)

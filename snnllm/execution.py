@@ -11,9 +11,15 @@ from snnllm.views import View as View
 
 
 class SpikingModule(nn.Module):
-    """A module that can run in every view. `check_view` refuses what its configuration cannot run."""
+    """A module that can run in every view. `check_view` refuses what its configuration cannot run.
+
+    Attributes:
+        view: The view that runs.
+        version: Another number whenever what kernels were prepared from changes.
+    """
 
     view: View = View.COLLAPSED
+    version: int = 0
 
     def check_view(self, view: View) -> None:
         """Raise ValueError if this module cannot run in `view`; the default runs in all."""

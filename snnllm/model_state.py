@@ -36,7 +36,8 @@ class ModelState:
         """Whether a model is another than at the last call; None if its passes cannot be recorded.
 
         They can if all linears run in operators of Triton and nobody watches. A change is a module or a
-        parameter replaced or moved, other tensors in a linear, another backend, view or attention function.
+        parameter replaced or moved, other tensors in a linear, other channel groups, another backend, view
+        or attention function.
         """
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return None
@@ -58,8 +59,8 @@ class ModelState:
             return None
         values = (
             [(p.data_ptr(), p.dtype) for held in holders for p in held.values() if p is not None],
-            [(linear.version, linear.backend) for linear in self._linears],
-            [module.view for module in self._spiking],
+            [linear.backend for linear in self._linears],
+            [(module.view, module.version) for module in self._spiking],
             model.config._attn_implementation,
         )
         changed = values != self._values

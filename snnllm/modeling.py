@@ -228,6 +228,7 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
             and not kwargs.get("synced_gpus")
             and not set(kwargs) - _SAMPLED
             and kwargs["stopping_criteria"].max_length is not None
+            and kwargs["stopping_criteria"].max_length <= cache.layers[0].max_cache_len + 1
         )
         if recorded and self._steps is None:
             self._steps = DecodeSteps()

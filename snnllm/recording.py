@@ -7,8 +7,10 @@ them are padding are tensors that stay where they are. So a pass can be recorded
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +21,15 @@ from snnllm.block import CACHE_ARGUMENT
 
 _ALIGNMENT = 8  # attention copies masks whose rows do not start at multiples of it
 _SHORT, _LONG, _LIMIT = 128, 256, 1024
+
+
+_CAPTURING = threading.Lock()  # one capture at a time in a process
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """The stream on which graphs of a GPU are recorded; torch's own is on the first GPU that recorded."""
+    return torch.cuda.Stream(device)
 
 
 def padded_length(tokens: int) -> int:
@@ -42,8 +53,15 @@ class Recording:
     def __init__(self, work: Callable[[], Tensor], beside: Recording | None = None) -> None:
         self._graph = torch.cuda.CUDAGraph()
         pool = None if beside is None else beside._graph.pool()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._result = work()
+        before = torch.cuda.current_stream()
+        own = _capture_stream(torch.cuda.current_device())
+        with _CAPTURING:
+            try:
+                with torch.cuda.graph(self._graph, pool=pool, stream=own):
+                    self._result = work()
+            except BaseException:
+                torch.cuda.set_stream(before)  # torch stays on the other one when a capture fails
+                raise
 
     def replay(self) -> Tensor:
         """Run; the result is overwritten by the next replay."""
@@ -123,6 +141,10 @@ class Buffers:
         self.seen[:, given:] = True  # everything counts, as far as it has been written
         self.positions.copy_(positions)
         self.length.fill_(given)
+        self.empty()
+
+    def empty(self) -> None:
+        """Empty the cache."""
         used = [layer for layer in self.layers if layer.is_initialized]
         if used:  # what is hidden has the weight 0, but 0 times NaN is NaN
             torch._foreach_zero_([stored for x in used for stored in (x.keys, x.values)])

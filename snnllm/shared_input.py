@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from snnllm.execution import View
 from snnllm.hadamard import OnlineRotation
@@ -101,6 +102,8 @@ def hooked(module: nn.Module) -> bool:
     transformers leaves hooks in a model that was asked for hidden states or attentions once; they only
     look while a call asks again.
     """
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return any(getattr(hook, "__module__", None) != _CAPTURE for hook in hooks)
 

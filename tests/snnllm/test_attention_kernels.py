@@ -269,6 +269,22 @@ def test_a_bias_is_added(tolerance):
     check(module, kernels, x, bias, tolerance.two_terms)
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_masks_are_broadcast_and_fit(tolerance, kind):
+    module, kernels = make()
+    x = operands(module, 0, 1, 12, 20)
+    seen = (torch.arange(20, device=DEVICE) % 3 > 0).view(1, 1, 1, 20)
+    mask = (
+        seen if kind == torch.bool else torch.zeros(seen.shape).to(DEVICE).masked_fill(~seen, -9.0)
+    )
+    check(module, kernels, x, mask.expand(1, 1, 12, 20).contiguous(), tolerance.two_terms)
+    payloads = kernels.encode(*x[1:])
+    wide = kernels.attend(x[0], *payloads, mask.expand(1, 1, 12, 20).contiguous(), 0.3, x[0].dtype)
+    assert torch.equal(kernels.attend(x[0], *payloads, mask, 0.3, x[0].dtype), wide)
+    with pytest.raises(RuntimeError, match="size"):
+        kernels.attend(x[0], *payloads, mask[..., :15], 0.3, x[0].dtype)
+
+
 def test_no_rows_and_no_keys():
     module, kernels = make()
     query, key, value = operands(module, 0, 2, 3, 0)

@@ -18,6 +18,7 @@ from snnllm.execution import View, set_view
 from snnllm.linear import SpikingLinear
 from snnllm.model_state import ModelState
 from snnllm.random_model import Shape, llama_config, random_spiking
+from snnllm.shared_input import hooked
 
 
 @pytest.fixture
@@ -72,6 +73,12 @@ def change_attention(model: Any) -> None:
     model.config._attn_implementation = "eager"
 
 
+def change_channel_groups(model: Any) -> None:
+    attention = block(model).self_attn
+    groups = attention.k_encoder.channel_group
+    attention.set_channel_groups(groups.flip(-1), attention.v_encoder.channel_group)
+
+
 def add_module(model: Any) -> None:
     block(model).extra = nn.Identity()
 
@@ -87,6 +94,7 @@ CHANGES = [
         change_backend,
         change_attention_view,
         change_attention,
+        change_channel_groups,
         add_module,
         remove_block,
     ),
@@ -172,3 +180,13 @@ def test_the_state_keeps_no_model_alive(model: Any) -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_hooks_of_all_modules_keep_them_from_being_packed() -> None:
+    linear = torch.nn.Linear(1, 1)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert hooked(linear)
+    finally:
+        handle.remove()
+    assert not hooked(linear)

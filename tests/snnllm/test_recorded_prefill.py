@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snnllm import decoding, modeling
+from snnllm import decoding, modeling, recording
 from snnllm.config import SpikeConfig
 from snnllm.decoding import DecodeSteps
 from snnllm.linear import SpikingLinear
@@ -162,7 +162,7 @@ def test_only_the_last_sizes_are_kept(model, replayed, monkeypatch):
     assert PREFILL not in replayed
 
 
-@pytest.mark.parametrize("limit", ["_MOST_TOKENS", "_MOST_SCORES"])
+@pytest.mark.parametrize("limit", ["_MOST_TOKENS", "_MOST_PAIRS", "_MOST_SCORES"])
 def test_large_prompts_are_not_recorded(model, replayed, monkeypatch, limit):
     monkeypatch.setattr(decoding, limit, 100)
     # sdpa and the kernels for encoded operands on a GPU never have all scores in memory.
@@ -241,6 +241,39 @@ def test_the_inference_mode_has_its_own_buffers(model, replayed):
         with torch.inference_mode(inference):
             assert torch.equal(generate(model, given, **STATIC), expected)
     assert replayed.count(PREFILL) == 3
+
+
+def test_a_prefill_made_in_the_inference_mode_serves_others(model, replayed):
+    given = prompt(9)
+    expected = generate(model, given)
+    for inference in (False, True, False, False):
+        with torch.inference_mode(inference):
+            assert torch.equal(generate(model, given, **STATIC), expected)
+    assert replayed.count(PREFILL) == 2
+
+
+def test_memory_that_is_short_for_padding_is_enough_without(model, replayed, monkeypatch, caplog):
+    given = prompt(9)
+    expected = generate(model, given)
+
+    def fail(*args: Any) -> Tensor:
+        raise torch.OutOfMemoryError("nothing left")
+
+    monkeypatch.setattr(recording.Buffers, "run_prompts", fail)
+    for _ in range(3):
+        assert torch.equal(generate(model, given, **STATIC), expected)
+    assert PREFILL not in replayed
+    assert caplog.text.count("prompts are not padded to 128 tokens: nothing left") == 1
+
+
+def test_logits_that_a_processor_keeps_stay(model, replayed):
+    kept: dict[str, list[Tensor]] = {"": [], "static": []}
+    for options, seen in zip(({}, STATIC), kept.values(), strict=True):
+        generate(
+            model, prompt(9), **options, logits_processor=[lambda _, x, s=seen: s.append(x) or x]
+        )
+    for ours, theirs in zip(*kept.values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_changed_model_is_recorded_again(model, replayed):

@@ -22,8 +22,8 @@ _MAX_CHANNELS = 128
 class TritonAttention:
     """The Triton attention operators for the encoders of one block; see `operators` for the fields.
 
-    One difference to the torch path: nothing is checked on the device, so NaN or infinity in the input
-    raises nothing here.
+    One difference to the torch path: NaN or infinity in the input raises nothing here. Tokens that do not
+    fit a static cache stop the device (an assertion), after which the process has to start anew.
     """
 
     query_slot: Tensor

@@ -89,11 +89,13 @@ def encode(
     return outputs
 
 
-def _mask_arguments(mask: Tensor | None, batch: int) -> tuple[Any, tuple[int, ...], float, bool]:
+def _mask_arguments(
+    mask: Tensor | None, batch: int, tokens: int, keys: int
+) -> tuple[Any, tuple[int, ...], float, bool]:
     """Mask for a kernel, its strides (batch, query, key), what hides, and whether it is bool."""
     if mask is None:
         return None, (0, 0, 0), 0.0, False
-    mask = mask.expand(batch, *mask.shape[1:])
+    mask = mask[..., :keys].expand(batch, 1, tokens, keys)
     strides = (mask.stride(0), mask.stride(2), mask.stride(3))
     if mask.dtype == torch.bool:
         return mask.view(torch.uint8), strides, 0.0, True
@@ -131,7 +133,7 @@ def run_decode(
     groups, shared, planes, key_plane, value_plane, scaling = sizes
     key_slot, value_slot, member, capacity, clip = tables
     if cuda_attention.unsuitable(query, key, value, (key_plane, value_plane)) is None:
-        mask, (batch_stride, _, key_stride), *_ = _mask_arguments(mask, batch)
+        mask, (batch_stride, _, key_stride), *_ = _mask_arguments(mask, batch, tokens, keys)
         planned = cuda_attention.arguments(
             *(query, key, value, (mask, batch_stride, key_stride)),
             *((key_slot, value_slot, capacity, clip), sizes, out, _units(query.device)),
@@ -150,7 +152,7 @@ def run_decode(
     slots = member.shape[1] if groups == 2 else 16
     part = query.new_empty((pairs, splits, rows, channels + slots), dtype=torch.float32)
     state = query.new_empty((pairs, splits, 2, rows), dtype=torch.float32)
-    mask, mask_strides, lowest, is_bool = _mask_arguments(mask, batch)
+    mask, mask_strides, lowest, is_bool = _mask_arguments(mask, batch, tokens, keys)
     with on(query.device):
         launch: Any = decode[(splits, pairs)]
         launch(
@@ -263,7 +265,7 @@ def run_prefill(
     bm, bn, warps, stages = _prefill_config(query.device, out.dtype)
     tiles, blocks = triton.cdiv(tokens, bm), triton.cdiv(keys, bn)
     width = _power(32, channels)
-    mask, mask_strides, lowest, is_bool = _mask_arguments(mask, batch)
+    mask, mask_strides, lowest, is_bool = _mask_arguments(mask, batch, tokens, keys)
     operand = ((query, query_slot, clip, row),)
     query_slots = slots if query_planes else 0
     (encoded,) = encode(operand, capacity, shared, query_planes, query_slots, *rotation)
