@@ -189,7 +189,7 @@ class _TwiceBinary(BlockCoder):
             outer = size > (ratios * largest).unsqueeze(-1)
             inner, far = _mean(size, ordinary * ~outer), _mean(size, ordinary * outer)
             alpha = torch.where(outer, far.unsqueeze(-2), inner.unsqueeze(-2))
-            return (ordinary * (size - alpha).square()).sum((-2, -1))
+            return (ordinary * (size - alpha * torch.sign(size)).square()).sum((-2, -1))
 
         self._outer = size > _least(torch.tensor(_SPLITS, device=size.device), error) * largest
         self._inner_alpha = _mean(size, ordinary * ~self._outer)

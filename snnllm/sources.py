@@ -27,6 +27,7 @@ from transformers import (
 from snnllm.locate import DEMO_MODEL as DEMO_MODEL
 from snnllm.locate import SUPPORTED, check_kind, kind_of, locate, unreadable
 from snnllm.locate import SourceError as SourceError
+from snnllm.locate import demo_model_path as demo_model_path
 
 _log = logging.getLogger(__name__)
 _CARRIED = (

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -167,13 +166,14 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             print("\n".join(plan(tables, runner)))
             return 0
-        with TemporaryDirectory(dir=args.output) as folder:
-            workers = None
-            if args.jobs > 1:
-                path = Path(folder) / "source.pt"
-                torch.save(source, path)
-                workers = Workers(args.jobs, partial(_worker, args, path))
+        workers, path = None, args.output / "source.pt"  # one name, whatever ended an earlier run
+        if args.jobs > 1:
+            torch.save(source, path)
+            workers = Workers(args.jobs, partial(_worker, args, path))
+        try:
             done = runner.execute(jobs_of(tables), workers)
+        finally:
+            path.unlink(missing_ok=True)
         figures = drawing.figures(tables, runner.record, args.output / "figures")
         files = write_results(runner, tables, device_name(runner.device), figures)
     finally:
