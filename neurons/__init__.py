@@ -5,8 +5,9 @@ The public names load on first use: who asks for a mode only need not wait for t
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from neurons.lazy import lazy_names
 
 if TYPE_CHECKING:
     from neurons.backends import Dynamics, Output, Reset, Train, available_backends, multi_step
@@ -35,7 +36,18 @@ _MODULES = {
     "neurons.modes": ("Capacity", "ValueRange"),
     "neurons.surrogate": ("GIFSpikeCount", "SignedSpikeCount"),
 }
+_SUBMODULES = (
+    "backends",
+    "encoder",
+    "functional",
+    "gif",
+    "groups",
+    "learnable",
+    "surrogate",
+    "thresholds",
+)
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF |= {name: f"neurons.{name}" for name in _SUBMODULES}
 
 __all__ = [
     "Capacity",
@@ -59,16 +71,4 @@ __all__ = [
     "spike_capacity",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import the public name where it is used first (PEP 562)."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """List the lazy names too."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)

@@ -7,11 +7,10 @@ torch (see ``snnllm._compat``).
 
 from __future__ import annotations
 
-import importlib
 import logging
 from importlib import metadata
-from typing import Any
 
+from neurons.lazy import lazy_names
 from snnllm._compat import hide_in_time
 
 hide_in_time()
@@ -51,16 +50,4 @@ _PUBLIC_NAMES = {
 
 __all__ = ["__version__", *_PUBLIC_NAMES]
 
-
-def __getattr__(name: str) -> Any:
-    """Import the public name where it is used first (PEP 562)."""
-    if name not in _PUBLIC_NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC_NAMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """List the lazy names too."""
-    return sorted({*globals(), *_PUBLIC_NAMES})
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC_NAMES)

@@ -48,10 +48,12 @@ class _Trigger(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Leave every module to the finders behind."""
-        if fullname in _TRIGGERS and self in sys.meta_path:
-            sys.meta_path.remove(self)
-            hide_broken_packages()
-        return None
+        if fullname not in _TRIGGERS or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        hide_broken_packages()
+        # Whoever walks along the list would skip the finder that has moved up.
+        return importlib.util.find_spec(fullname)
 
 
 def hide_in_time() -> None:

@@ -94,8 +94,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
 
     def set_channel_groups(self, key: Tensor, value: Tensor) -> None:
         """Choose the saliency groups of K and V, uint8 `[H_kv, D]`."""
-        self._kernels = _UNKNOWN
-        self.version += 1
+        self._forget()
         self.k_encoder.set_groups(key)
         self.v_encoder.set_groups(value)
         if self.q_encoder.channel_group.dim() == 2:  # Q is multiplied with K channel by channel
@@ -185,6 +184,11 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
             _ = self.qk_rotation.index
         self.kernels()
 
+    def _forget(self) -> None:
+        """Drop what was prepared from the encoders: they are changed or moved."""
+        self._native = self._kernels = _UNKNOWN
+        self.version += 1
+
     def _prepare_kernels(self) -> TritonAttention | None:
         encoders = (self.q_encoder, self.k_encoder, self.v_encoder)
         if self.k_encoder.channel_group.device.type != "cuda":
@@ -199,11 +203,10 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.version += 1
-        self._native = self._kernels = _UNKNOWN
+        self._forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._native = self._kernels = _UNKNOWN  # the encoders may move to another device
+        self._forget()  # the encoders may move to another device
         with keeping_float32(self):
             super()._apply(fn, recurse)
         return self

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snnllm.config import SCHEMA_VERSION, SpikeConfig
+from snnllm.locate import SPIKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -117,7 +118,7 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder} has no config.json: it is not a model folder.")
     config = _read_json(folder / "config.json")
     kind = config.get("model_type")
-    if kind != "spiking_llama":
+    if kind != SPIKING:
         raise CheckpointError(
             f"{folder} holds a {kind!r} model, not a spiking LLaMA. Convert it first: "
             f"snnllm convert {folder} OUTPUT."

@@ -14,6 +14,8 @@ from neurons import Capacity as Capacity
 from neurons import ValueRange as ValueRange
 
 SCHEMA_VERSION = 4
+MAX_GROUPS = 64
+"""Activation groups of a layer: the kernels are told by a 64-bit mask which of them are active."""
 GROUP_SIZE = 128
 """Columns of ternary weights that share a threshold."""
 MAX_STEPS = 127
@@ -49,6 +51,10 @@ class Score(StrEnum):
     MAX_ABS = "max_abs"
     HESSIAN = "hessian"
     RANDOM = "random"
+
+
+WEIGHT_SCORES = (Score.HESSIAN, Score.GAUSS_NEWTON, Score.RANDOM)
+"""Scores of weight columns."""
 
 
 class MaskScope(StrEnum):
@@ -340,10 +346,6 @@ _ENUMS: dict[str, type[StrEnum]] = {
 
 
 def _check_group_steps(steps: Mapping[str, tuple[int, ...]]) -> None:
-    if not steps:
-        return
-    from snnllm.kernels.spec import MAX_GROUPS  # here: the rest of a configuration needs no torch
-
     for name, values in steps.items():
         if not values or min(values) < 1:
             raise ValueError(f"group_steps[{name!r}] must hold steps >= 1, got {values}.")

@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from neurons import SpikeEncoder
 from snnllm.execution import SpikingModule
 from snnllm.linear import SpikingLinear
-from snnllm.shared_input import hooked
+from snnllm.shared_input import all_hooked, hooked
 
 
 class ModelState:
@@ -39,7 +38,7 @@ class ModelState:
         parameter replaced or moved, other tensors in a linear, other channel groups, another backend, view
         or attention function.
         """
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        if all_hooked():
             return None
         found: list[nn.Module | None] = [model]
         holders = []

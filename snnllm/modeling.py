@@ -28,11 +28,12 @@ from snnllm.execution import choose_views
 from snnllm.hf_quantizer import register_quantizer
 from snnllm.layout import LinearLayout
 from snnllm.linear import SpikingLinear
+from snnllm.locate import SPIKING
 from snnllm.precision import FLOAT32_BUFFERS
 from snnllm.ternary_linear import TernaryLinear
 
 _log = logging.getLogger(__name__)
-MODEL_TYPE = "spiking_llama"
+MODEL_TYPE = SPIKING
 LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",

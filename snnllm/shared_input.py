@@ -96,13 +96,18 @@ def kernels_run_on(device_type: str) -> bool:
     return device_type == "cuda" and _available()
 
 
+def all_hooked() -> bool:
+    """Whether somebody watches all modules there are."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether somebody wants to see what goes into a module or comes out of it.
 
     transformers leaves hooks in a model that was asked for hidden states or attentions once; they only
     look while a call asks again.
     """
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if all_hooked():
         return True
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return any(getattr(hook, "__module__", None) != _CAPTURE for hook in hooks)

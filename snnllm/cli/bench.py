@@ -13,9 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snnllm.cli.options import check_at_least_one, check_folder_of, checked_device
+from snnllm.cli.checks import check_at_least_one, check_folder_of, check_usable, checked_device
 from snnllm.config import Operands, SpikeConfig
-from snnllm.locate import check_model
 from snnllm.shapes import SHAPES
 from snnllm.views import View
 
@@ -143,7 +142,7 @@ def _check(args: argparse.Namespace) -> None:
     elif args.blocks is not None or args.attention is not None:
         raise ValueError("--blocks and --attention go with --shape; a model has its own.")
     else:
-        check_model(args.model)
+        check_usable(args, args.model)
     if args.checkpoint is None:
         SpikeConfig.preset(args.preset)
 

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from snnllm.card import write_card
+from snnllm.cli.checks import check_at_least_one, check_calibration, check_usable, checked_device
 from snnllm.cli.options import (
     add_spike_options,
     calibration_windows,
-    check_at_least_one,
-    check_calibration,
-    checked_device,
     chosen_pipeline,
     pipeline_options,
     progress,
@@ -22,7 +20,6 @@ from snnllm.cli.options import (
     window_length,
 )
 from snnllm.durations import duration
-from snnllm.locate import check_model
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
 from snnllm.texts import check_text, load_text
@@ -73,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert, report, and write the model card."""
     spike = spike_config(args)
     _check(args, spike)
+    calibration, evaluation = _texts(args)  # take a moment, to open a model takes seconds
     # Here, not above: they load torch and transformers, which takes seconds.
     from snnllm.checks import check_windows
     from snnllm.conversion import convert, write_report
@@ -85,10 +83,10 @@ def run(args: argparse.Namespace) -> int:
     options = pipeline_options(args, pipeline, spike)
     device = checked_device(args.device)
     source = open_source(args.model)
-    windows = calibration_windows(args, source)
+    windows = calibration_windows(args, source, calibration)
     text_windows = None
-    if args.eval is not None:  # before the conversion: bad text should not cost its time
-        text_windows = _evaluation_windows(args, source, windows.shape[1])
+    if evaluation is not None:  # before the conversion: bad text should not cost its time
+        text_windows = _evaluation_windows(args, source, windows.shape[1], evaluation)
     blocks = source.config.num_hidden_layers
     epochs = options.epochs if isinstance(options, OmniQuantOptions) else 0
     count, length = windows.shape
@@ -142,20 +140,30 @@ def _check(args: argparse.Namespace, spike: SpikeConfig) -> None:
     check_output(args.output)
     if args.pipeline is not None:  # the default one needs more imports
         pipeline_options(args, Pipeline(args.pipeline), spike)
-    check_model(args.model)
-    calibration = load_text(args.calibration)  # takes a moment, to open a model seconds
-    if args.eval is not None and load_text(args.eval) == calibration:
+    check_usable(args, args.model)
+
+
+def _texts(args: argparse.Namespace) -> tuple[str, str | None]:
+    """The texts of `--calibration` and, if it is given, `--eval`.
+
+    Raises:
+        ValueError: They are the same.
+    """
+    calibration = load_text(args.calibration)
+    evaluation = None if args.eval is None else load_text(args.eval)
+    if evaluation == calibration:
         raise ValueError(
             f"--eval {args.eval} is the text of --calibration, which the model has been fitted to; "
             "calibrate on another one, such as wikitext2:train."
         )
+    return calibration, evaluation
 
 
-def _evaluation_windows(args: argparse.Namespace, source: Source, length: int) -> Tensor:
+def _evaluation_windows(args: argparse.Namespace, source: Source, length: int, text: str) -> Tensor:
     """The windows of `--eval`, as long as those of calibration or as the context allows."""
     from snnllm.data import token_windows, tokenize
 
-    ids = tokenize(load_text(args.eval), source.tokenizer())
+    ids = tokenize(text, source.tokenizer())
     return token_windows(ids, window_length(None, length, source.config), args.limit)
 
 

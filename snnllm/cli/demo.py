@@ -15,13 +15,12 @@ from tqdm import tqdm
 
 from snnllm.card import write_card
 from snnllm.checkpoint import check_output
+from snnllm.cli.checks import check_at_least_one, check_calibration, check_usable
 from snnllm.cli.convert import summary
 from snnllm.cli.options import (
     CALIBRATION_WINDOW,
     add_spike_options,
     calibration_windows,
-    check_at_least_one,
-    check_calibration,
     open_model,
     pipeline_options,
     progress,
@@ -31,7 +30,6 @@ from snnllm.cli.options import (
 from snnllm.cli.simulate import simulate
 from snnllm.config import SpikeConfig
 from snnllm.durations import duration
-from snnllm.locate import check_model
 from snnllm.pipelines import Pipeline
 from snnllm.texts import check_text, load_text
 
@@ -124,9 +122,9 @@ def run(args: argparse.Namespace) -> int:
     check_at_least_one(args, "limit")
     check_calibration(args)
     check_text(args.text)
-    check_model(args.model)
-    text = load_text(args.text)
-    load_text(args.calibration)  # so that what is missing is said before seconds are spent
+    check_usable(args, args.model)
+    # Now, so that what is missing is said before seconds are spent.
+    text, calibration = load_text(args.text), load_text(args.calibration)
     print(f"1/5 opening {args.model}")
     # Here, not above: they load torch and transformers, which takes seconds.
     from snnllm.data import token_windows, tokenize
@@ -140,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"2/5 dense perplexity on {args.text} and a sentence")
     dense = _measure("dense", dense_model(source), tokenizer, windows, args.prompt)
     print(f"3/5 converting to {spike.label}, pipeline {args.pipeline}")
-    report = _convert(args, source, spike, checkpoint)
+    report = _convert(args, source, spike, checkpoint, calibration)
     print("4/5 spiking perplexity and a sentence")
     model, tokenizer = open_model(str(checkpoint), args)
     spiking = _measure("spiking", model, tokenizer, windows, args.prompt)
@@ -200,7 +198,7 @@ def _measure(name: str, model: Any, tokenizer: Any, windows: Tensor, prompt: str
 
 
 def _convert(
-    args: argparse.Namespace, source: Source, spike: SpikeConfig, checkpoint: Path
+    args: argparse.Namespace, source: Source, spike: SpikeConfig, checkpoint: Path, calibration: str
 ) -> ConversionReport:
     from snnllm.conversion import convert
 
@@ -209,7 +207,7 @@ def _convert(
             source,
             checkpoint,
             spike,
-            calibration_windows(args, source),
+            calibration_windows(args, source, calibration),
             pipeline=args.pipeline,
             options=pipeline_options(args, Pipeline(args.pipeline), spike),
             seed=args.seed,

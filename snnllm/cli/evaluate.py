@@ -7,15 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from snnllm.cli.checks import check_at_least_one, check_folder_of, check_usable
 from snnllm.cli.options import (
     add_run_options,
-    check_at_least_one,
-    check_folder_of,
     open_model,
     progress,
     window_length,
 )
-from snnllm.locate import check_model
 from snnllm.texts import DATA_VARIABLE, check_text, load_text, local_tasks
 from snnllm.zeroshot import ZERO_SHOT_TASKS
 
@@ -88,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     source = args.text or (None if args.tasks is not None else _TEXT)
     if source is not None:
         check_text(source)
-    check_model(args.model, spiking=True)
+    check_usable(args, args.model, spiking=True)
     text = None if source is None else load_text(source)
     # Here, not above: they load torch and transformers, which takes seconds.
     from snnllm.data import token_windows, tokenize

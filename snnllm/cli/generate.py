@@ -6,7 +6,11 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from snnllm.cli.options import add_run_options, check_at_least_one, open_model
+from snnllm.cli.checks import check_at_least_one
+from snnllm.cli.options import (
+    add_run_options,
+    open_model,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from snnllm.cli.checks import check_usable, checked_device
 from snnllm.config import (
     PRESETS,
+    WEIGHT_SCORES,
     Capacity,
     MaskScope,
     Operands,
@@ -23,7 +25,7 @@ from snnllm.config import (
     ValueRange,
     WeightRange,
 )
-from snnllm.locate import SPIKING, check_model, kind_of
+from snnllm.locate import SPIKING, kind_of
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import (
     Execution,
@@ -31,19 +33,15 @@ from snnllm.pipelines.omniquant_options import (
     Recipe,
     recipe_config,
 )
-from snnllm.texts import check_text, load_text
 from snnllm.views import View
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from snnllm.pipelines.gptq import GptqOptions
     from snnllm.sources import Source
 
 CALIBRATION_WINDOW = 512
-COLUMN_SCORES = (Score.HESSIAN, Score.GAUSS_NEWTON, Score.RANDOM)
-"""`WEIGHT_SCORES` of `snnllm.pipelines.gptq`, which loads transformers."""
 _PRESET, _TERNARY_PRESET = "W4A4T2", "TW1.4A16"
 
 _OVERRIDES = {
@@ -153,7 +151,7 @@ def _add_gptq_options(parser: argparse.ArgumentParser) -> None:
         "--mean-steps", type=float, help="time steps of a weight on average, 1..7 (1.4: the preset)"
     )
     weights.add_argument(
-        "--column-score", choices=[*map(str, COLUMN_SCORES)], help="ranks the weight columns"
+        "--column-score", choices=[*map(str, WEIGHT_SCORES)], help="ranks the weight columns"
     )
     weights.add_argument(
         "--salient-column-steps",
@@ -271,46 +269,11 @@ def spike_config(args: argparse.Namespace) -> SpikeConfig:
     return recipe_config(args.recipe or Recipe.DEFAULT, preset, **given)
 
 
-def check_calibration(args: argparse.Namespace) -> None:
-    """Refuse calibration options that no model could make good.
-
-    Raises:
-        ValueError: A number out of range, or an unknown text.
-        FileNotFoundError: There is no such text file.
-    """
-    check_at_least_one(args, "nsamples", "seqlen")
-    check_text(args.calibration)
-
-
-def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Refuse counts below 1; options that were not given pass.
-
-    Raises:
-        ValueError: Names the option.
-    """
-    for name in names:
-        given = getattr(args, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value < 1:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} must be at least 1, got {value}.")
-
-
-def check_folder_of(option: str, path: Path | None) -> None:
-    """Refuse a file that could not be written at the end.
-
-    Raises:
-        ValueError: Its folder does not exist.
-    """
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"{option}: there is no folder {path.parent}; make it first.")
-
-
-def calibration_windows(args: argparse.Namespace, source: Source) -> Tensor:
-    """The calibration windows that the options describe."""
+def calibration_windows(args: argparse.Namespace, source: Source, text: str) -> Tensor:
+    """The windows of the calibration text that the options describe."""
     from snnllm.data import random_windows, tokenize
 
-    ids = tokenize(load_text(args.calibration), source.tokenizer())
+    ids = tokenize(text, source.tokenizer())
     length = window_length(args.seqlen, CALIBRATION_WINDOW, source.config)
     return random_windows(ids, length, args.nsamples, args.seed)
 
@@ -339,7 +302,7 @@ def open_model(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         ValueError: The model is unusable, or a view was asked of a dense model.
     """
-    check_model(name, spiking=True)
+    check_usable(args, name, spiking=True)
     device = checked_device(args.device)
     from snnllm.execution import set_view, spiking_modules
     from snnllm.sources import dense_model, open_source
@@ -360,23 +323,6 @@ def open_model(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
             raise ValueError(f"--view {args.view} needs a spiking checkpoint; {name} is dense.")
         set_view(model, args.view)
     return model.to(device).eval(), tokenizer
-
-
-def checked_device(name: str) -> torch.device:
-    """A device that exists.
-
-    Raises:
-        ValueError: Unknown device, or CUDA without a GPU.
-    """
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"Unknown device {name!r}; use cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA GPU (or a CPU build of torch).")
-    return device
 
 
 def progress(label: str, total: int | None = None, unit: str = "window") -> Any:

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from snnllm.cli.options import checked_device, progress, window_length
+from snnllm.cli.checks import checked_device
+from snnllm.cli.options import (
+    progress,
+    window_length,
+)
 from snnllm.durations import duration
 from snnllm.paper.jobs import Job, jobs_of
 from snnllm.paper.measures import Settings, standard_measures
@@ -167,11 +171,12 @@ def run(args: argparse.Namespace) -> int:
             print("\n".join(plan(tables, runner)))
             return 0
         workers, path = None, args.output / "source.pt"  # one name, whatever ended an earlier run
-        if args.jobs > 1:
+        jobs = jobs_of(tables)
+        if args.jobs > 1 and any(runner.pending(job) for job in jobs):
             torch.save(source, path)
             workers = Workers(args.jobs, partial(_worker, args, path))
         try:
-            done = runner.execute(jobs_of(tables), workers)
+            done = runner.execute(jobs, workers)
         finally:
             path.unlink(missing_ok=True)
         figures = drawing.figures(tables, runner.record, args.output / "figures")

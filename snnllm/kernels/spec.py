@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from neurons.encoder import Encoding
+from snnllm.config import MAX_GROUPS as MAX_GROUPS
 
 INT32_MAX = 2**31 - 1
 COUNT_MAX = 2**15 - 1
-MAX_GROUPS = 64
-"""Activation groups of a layer: the kernels are told by a 64-bit mask which of them are active."""
 ALL_GROUPS = 2**MAX_GROUPS - 1
 """Every group of a layer is active (`Backend.accumulate_counts`)."""
 ZERO_MAX = 2**15 - 9  # a kernel may shift levels and zero points by 8, and multiply int16

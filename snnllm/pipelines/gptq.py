@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from snnllm.checks import check_unfilled, linear_names
+from snnllm.config import WEIGHT_SCORES as WEIGHT_SCORES
 from snnllm.config import Score, SpikeConfig
 from snnllm.execution import choose_views
 from snnllm.modeling import spiking_linear
@@ -52,8 +53,6 @@ from snnllm.ternary import column_score, ternary_gptq
 from snnllm.ternary_linear import TernaryLinear
 
 _log = logging.getLogger(__name__)
-WEIGHT_SCORES = (Score.HESSIAN, Score.GAUSS_NEWTON, Score.RANDOM)
-"""Scores of weight columns."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from snnllm.cli.options import COLUMN_SCORES
+from snnllm.cli import options
 from snnllm.locate import SourceError, check_model, kind_of, locate
-from snnllm.pipelines.gptq import WEIGHT_SCORES
+from snnllm.pipelines import gptq
 
 
 def model(folder: Path, **config: Any) -> Path:
@@ -61,4 +61,4 @@ def test_a_gguf_file_is_opened_later(tmp_path: Path) -> None:
 
 
 def test_the_options_know_the_scores_of_the_pipeline() -> None:
-    assert COLUMN_SCORES == WEIGHT_SCORES
+    assert options.WEIGHT_SCORES is gptq.WEIGHT_SCORES
