@@ -42,6 +42,11 @@ INLINE Tile tile_at(int index, int tiles_m, int tiles_n, int height) {
   return {(first + inside % tall) * BM, inside / tall * BN};
 }
 
+// Where 8 outputs of a piece, 16 rows of 2 chunks, are transposed: without conflicts of banks.
+INLINE int turned(int piece, int row, int chunk) {
+  return piece * 512 + ((row * 32 + (chunk ^ row / 4 % 2) * 16) ^ piece * 64);
+}
+
 extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tiles(
     const __grid_constant__ Map counts, const __grid_constant__ Map weights, const float* threshold,
     const int* zero_point, const int* count_sum, const int* segments, const float* scale,
@@ -59,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
   unsigned char* turning = (unsigned char*)(bias_table + BN);  // 512 bytes a warp and piece
   const unsigned base = shared_address(memory);
   const unsigned full = shared_address(turning + WARPS * PIECES * 512), empty = full + 8 * STAGES;
-  const unsigned table_full = empty + 8 * STAGES, table_empty = table_full + 8;
+  const unsigned table_full = empty + 8 * STAGES, table_empty = table_full + 8 * SEGMENTS;
   const int group_of_warps = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int tiles_m = (rows + BM - 1) / BM, tiles_n = (columns + BN - 1) / BN;
   const int tiles = tiles_m * tiles_n;
@@ -69,8 +74,10 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, WARPS);
     }
-    barrier_init(table_full, 32);
-    barrier_init(table_empty, WARPS);
+    for (int s = 0; s < SEGMENTS; s++) {
+      barrier_init(table_full + 8 * s, 32);
+      barrier_init(table_empty + 8 * s, WARPS);
+    }
     barrier_fence();
   }
   __syncthreads();
@@ -110,45 +117,48 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
           if (++stage == STAGES) stage = 0, parity ^= 1;
         }
       }
-    } else if (warp == 1) {  // tables
-      wait_for_kernel_in_front();
+    } else if (warp == 1) {  // tables, those of the segment that comes first while the tile in front goes on
       int parity = 1;
       for (int index = blockIdx.x; index < tiles; index += gridDim.x, parity ^= 1) {
         const Tile tile = tile_at(index, tiles_m, tiles_n, height);
-        barrier_wait(table_empty, parity);
-        for (int m = tile.m + lane; RESIDUAL && m < min(tile.m + BM, rows); m += 32) {
-          constexpr int BYTES = OUT == 0 ? 4 : 2;
-          fetch((const unsigned char*)residual + ((i64)m * columns + tile.n) * BYTES,
-                min(BN, columns - tile.n) * BYTES);
-        }
-        for (int s = 0; s < SEGMENTS; s++) {
+        for (int s = SEGMENTS - 1; s >= 0; s--) {
           const int group = segments[4 * s + 2], weight_group = segments[4 * s + 3];
-#pragma unroll 4
-          for (int i = lane; i < BM; i += 32) {
-            const int m = min(tile.m + i, rows - 1);
-            row_table[s * BM + i] =
-                make_int4(__float_as_int(threshold[m * groups + group]),
-                          zero_point[m * groups + group], count_sum[m * SEGMENTS + s], 0);
-          }
-#pragma unroll 4
+          barrier_wait(table_empty + 8 * s, parity);
           for (int i = lane; i < BN; i += 32) {
-            const int n = min(tile.n + i, columns - 1);
-            column_table[s * BN + i] =
-                make_int4(__float_as_int(scale[n * weight_groups + weight_group]),
-                          weight_zero[n * weight_groups + weight_group], row_sum[n * SEGMENTS + s],
-                          SHIFT ? shift[n * SEGMENTS + s] : 0);
-            if (BIAS && s == 0) bias_table[i] = bias[n];
+            const int n = min(tile.n + i, columns - 1), of = n * weight_groups + weight_group;
+            const unsigned to = shared_address(column_table + s * BN + i);
+            copy_4(to, scale + of);
+            copy_4(to + 4, weight_zero + of);
+            copy_4(to + 8, row_sum + n * SEGMENTS + s);
+            if (SHIFT) copy_4(to + 12, shift + n * SEGMENTS + s);
+            if (BIAS && s == 0) copy_4(shared_address(bias_table + i), bias + n);
           }
+          wait_for_kernel_in_front();  // weights do not depend on it
+          for (int i = lane; i < BM; i += 32) {
+            const int m = min(tile.m + i, rows - 1), of = m * groups + group;
+            const unsigned to = shared_address(row_table + s * BM + i);
+            copy_4(to, threshold + of);
+            copy_4(to + 4, zero_point + of);
+            copy_4(to + 8, count_sum + m * SEGMENTS + s);
+          }
+          commit_copies();
+          for (int m = tile.m + lane; RESIDUAL && s == 0 && m < min(tile.m + BM, rows); m += 32) {
+            constexpr int BYTES = OUT == 0 ? 4 : 2;
+            fetch((const unsigned char*)residual + ((i64)m * columns + tile.n) * BYTES,
+                  min(BN, columns - tile.n) * BYTES);
+          }
+          finish_copies<0>();
+          barrier_arrive(table_full + 8 * s);
         }
-        barrier_arrive(table_full);
       }
     }
   } else {
     take_registers<WORKERS == 2 ? 232 : 160>();
     const int worker = group_of_warps - 1, thread = threadIdx.x - 128;
     const int g = lane / 4, t = lane % 4;
+    const int first_output = worker * OWN + warp * 16 * PIECES;  // of the warp in its tile
     // ldmatrix: lanes 0-7 give the rows of the first matrix, and so on; chunks of 16 bytes, swizzled.
-    const int matrix_row = worker * OWN + warp * 16 + lane % 16;
+    const int matrix_row = first_output + lane % 16;
     const int swizzle = matrix_row / 2 % 4;
     const unsigned weight_at = base + COUNT_BYTES + matrix_row * 64;
     const unsigned chunk_at[2] = {(unsigned)((lane / 16) ^ swizzle) * 16,
@@ -162,14 +172,16 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
     auto release = [&]() {  // the stage before the current one
       if (lane == 0) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1));
     };
-    auto multiply_block = [&](int i) {
+    unsigned packed[GROUPS][4];
+    auto load_block = [&]() {
       barrier_wait(full + 8 * stage, parity);
       const unsigned weights_here = weight_at + stage * STAGE_BYTES;
-      const u64 counts_here = descriptor + (u64)(stage * (STAGE_BYTES / 16));
-      unsigned packed[GROUPS][4];
 #pragma unroll
       for (int j = 0; j < GROUPS; j++)
-        load_matrices(packed[j], weights_here + j / 2 * (64 * 64) + chunk_at[j % 2]);
+        load_matrices(packed[j], weights_here + j / 2 * (16 * 64) + chunk_at[j % 2]);
+    };
+    auto multiply_block = [&](int i, bool more) {
+      const u64 counts_here = descriptor + (u64)(stage * (STAGE_BYTES / 16));
 #pragma unroll
       for (int j = 0; j < GROUPS; j++) {
         finish<1>();  // the product that reads this operand
@@ -186,9 +198,11 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
         commit();
       }
       if (++stage == STAGES) stage = 0, parity ^= 1;
+      if (more) load_block();  // while the products run
     };
     auto multiply_segment = [&](int count) {
-      for (int i = 0; i < count; i++) multiply_block(i);
+      load_block();
+      for (int i = 0; i < count; i++) multiply_block(i, i + 1 < count);
       finish<0>();
 #pragma unroll
       for (int p = 0; p < PIECES; p++)
@@ -196,12 +210,15 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
         for (int v = 0; v < VALUES; v++) finished(acc[p][v]);
       release();
     };
+    // The outputs of a row that a warp makes are CHUNKS times 16 bytes; it stores LINES rows at a time.
+    constexpr int CHUNKS = 2 * PIECES, LINES = 32 / CHUNKS;
+    const int line = lane / CHUNKS, chunk = lane % CHUNKS;
     auto copy_residual = [&](Tile tile, int j) {  // a lane copies what it adds
       const unsigned to = shared_address(turning + (thread / 32) * PIECES * 512 + lane * 16);
-      const int at_m = tile.m + 16 * j + lane / 2;
+      const int at_n = tile.n + first_output + chunk * 8;
 #pragma unroll
       for (int p = 0; p < PIECES; p++) {
-        const int at_n = tile.n + worker * OWN + p * 64 + warp * 16 + lane % 2 * 8;
+        const int at_m = tile.m + 16 * j + LINES * p + line;
         if (at_m < rows && at_n < columns)
           copy_16(to + p * 512, (const unsigned short*)residual + (i64)at_m * columns + at_n);
       }
@@ -215,14 +232,14 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
         const int s = SEGMENTS - 1 - turn;
         if (RESIDUAL && IN_PAIRS && s == 0) copy_residual(tile, 0);
         multiply_segment(s == 0 ? base_blocks : blocks - base_blocks);
-        if (turn == 0) barrier_wait(table_full, table_parity);
+        barrier_wait(table_full + 8 * s, table_parity);
         int4 of_column[PIECES][2];
         float add[PIECES][2];
 #pragma unroll
         for (int p = 0; p < PIECES; p++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
-            const int n = worker * OWN + p * 64 + warp * 16 + 8 * e + g;
+            const int n = first_output + p * 16 + 8 * e + g;
             of_column[p][e] = column_table[s * BN + n];
             add[p][e] = BIAS && s == 0 ? bias_table[n] : 0.0f;
           }
@@ -244,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
                               (SHIFT ? column.w : 0);
                 if (OUT == INTEGERS) {
                   const int at_m = tile.m + m + e % 2;
-                  const int at_n = tile.n + worker * OWN + p * 64 + warp * 16 + 8 * (e / 2) + g;
+                  const int at_n = tile.n + first_output + p * 16 + 8 * (e / 2) + g;
                   if (at_m < rows && at_n < columns)
                     ((int*)out)[((i64)s * rows + at_m) * columns + at_n] = a;
                 } else {
@@ -281,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                   const int at_m = tile.m + m + e % 2;
-                  const int at_n = tile.n + worker * OWN + p * 64 + warp * 16 + 8 * (e / 2) + g;
+                  const int at_n = tile.n + first_output + p * 16 + 8 * (e / 2) + g;
                   const i64 at = (i64)at_m * columns + at_n;
                   if (at_m < rows && at_n < columns)
                     ((float*)out)[at] = RESIDUAL ? plus(value[e], residual, at) : value[e];
@@ -305,30 +322,27 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
           __syncwarp();
 #pragma unroll
           for (int p = 0; p < PIECES; p++)
-            store_transposed(shared_address(mine + p * 512 + lane_row * 32 +
-                                            (lane_chunk ^ lane_row / 4 % 2) * 16),
-                             pairs[p]);
+            store_transposed(shared_address(mine + turned(p, lane_row, lane_chunk)), pairs[p]);
           __syncwarp();
-          const int at_m = tile.m + 16 * j + lane / 2;
+          const int at_n = tile.n + first_output + chunk * 8;
 #pragma unroll
           for (int p = 0; p < PIECES; p++) {
-            uint4 line = *(const uint4*)(mine + p * 512 + lane / 2 * 32 +
-                                         (lane % 2 ^ lane / 8 % 2) * 16);
+            const int of_16 = LINES * p + line, at_m = tile.m + 16 * j + of_16;
+            uint4 eight = *(const uint4*)(mine + turned(chunk / 2, of_16, chunk % 2));
             if (RESIDUAL)
-              line = {sums(line.x, more[p].x), sums(line.y, more[p].y), sums(line.z, more[p].z),
-                      sums(line.w, more[p].w)};
-            const int at_n = tile.n + worker * OWN + p * 64 + warp * 16 + lane % 2 * 8;
+              eight = {sums(eight.x, more[p].x), sums(eight.y, more[p].y),
+                       sums(eight.z, more[p].z), sums(eight.w, more[p].w)};
             if (at_m < rows && at_n < columns)
-              *(uint4*)((unsigned short*)out + (i64)at_m * columns + at_n) = line;
+              *(uint4*)((unsigned short*)out + (i64)at_m * columns + at_n) = eight;
           }
           if (RESIDUAL && j + 1 < BM / 16) {
             __syncwarp();
             copy_residual(tile, j + 1);
           }
         }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(table_empty + 8 * s);
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(table_empty);
     }
   }
 }
