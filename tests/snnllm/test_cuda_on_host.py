@@ -48,7 +48,7 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n) {
 extern "C" void launch(int blocks, int threads, void** p, const int* n) {
   Map counts, weights;
   *(HostMap*)&counts = {(const unsigned char*)p[0], n[0], n[2], BM, 128};
-  *(HostMap*)&weights = {(const unsigned char*)p[1], n[1], n[2] / 2, BN, 64};
+  *(HostMap*)&weights = {(const unsigned char*)p[1], n[1], n[2] / 2, SLICE, 64};
   run(blocks, threads, [&] {
     linear_tiles(counts, weights, (const float*)p[2], (const int*)p[3], (const int*)p[4],
                  (const int*)p[5], (const float*)p[6], (const int*)p[7], (const int*)p[8],
@@ -171,9 +171,9 @@ ROWS = [
     (32, {"ROWS8": 4, "STRIPS": 1, "STAGES": 2, "RESIDENT": 1}),
 ]
 TILES = [
-    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32}),
-    (130, {"BM": 128, "BN": 192, "WORKERS": 3, "STAGES": 2, "KEPT": 0}),
-    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 3, "KEPT": 56}),
+    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "COUNTS": 3, "WEIGHTS": 2, "KEPT": 32, "LAG": 0}),
+    (130, {"BM": 128, "BN": 192, "WORKERS": 3, "COUNTS": 2, "WEIGHTS": 3, "KEPT": 0, "LAG": 0}),
+    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "COUNTS": 4, "WEIGHTS": 3, "KEPT": 40, "LAG": 2}),
 ]
 
 

@@ -41,15 +41,19 @@ class Tiles(NamedTuple):
         bm: rows of a tile.
         bn: outputs of a tile.
         workers: warpgroups that multiply.
-        stages: of the ring.
+        counts: blocks of the ring of counts.
+        weights: blocks of the ring of weights, of one piece.
         kept: sums of the second segment that a thread keeps in registers.
+        lag: blocks that the first piece of outputs is ahead of the second.
     """
 
     bm: int
     bn: int
     workers: int
-    stages: int
+    counts: int
+    weights: int
     kept: int
+    lag: int
 
 
 def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> str | None:
@@ -79,9 +83,9 @@ def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
         # Few tiles: small ones, or what fills the multiprocessors once.
         once = -(-rows // 128) * -(-columns // 192)
         if processors // 2 < once <= processors:
-            return Tiles(128, 192, 3, 4, 0)
-        return Tiles(64, 128, 2, 8, 32)
-    return Tiles(128, 256, 2, 4, 56)
+            return Tiles(128, 192, 3, 4, 4, 0, 0)
+        return Tiles(64, 128, 2, 8, 8, 32, 0)
+    return Tiles(128, 256, 2, 5, 4, 32, 2)
 
 
 def launch(
@@ -126,7 +130,8 @@ def launch(
         kernel(-(-columns // (16 * shape.strips)), (count, weight, *parameters, out, *sizes), early)
         return
     kernel = _tiles_kernel(shape, tuple(macros.items()), count.device)
-    maps = (tensor_map(count, shape.bm, 128), tensor_map(weight, shape.bn, 64))
+    slice_ = shape.bn // cuda_tiles_source.pieces(shape.bn, shape.workers)
+    maps = (tensor_map(count, shape.bm, 128), tensor_map(weight, slice_, 64))
     tiles = -(-rows // shape.bm) * -(-columns // shape.bn)
     kernel(min(tiles, multiprocessors), (*maps, *parameters, out, *sizes, 2048 // shape.bm), early)
 
@@ -156,9 +161,7 @@ def _tiles_kernel(
     shape: Tiles, macros: tuple[tuple[str, int], ...], device: torch.device
 ) -> Kernel:
     segments = dict(macros)["SEGMENTS"]
-    shared = cuda_tiles_source.shared_bytes(
-        shape.bm, shape.bn, shape.stages, shape.kept * shape.workers, segments
-    )
+    shared = cuda_tiles_source.shared_bytes(*shape[:-1], segments)
     return load(
         *(cuda_tiles_source.SOURCE, macros + _macros(shape), "linear_tiles"),
         *(128 + 128 * shape.workers, shared, device),

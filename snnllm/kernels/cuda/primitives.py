@@ -107,8 +107,12 @@ INLINE void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memo
 template <int LEFT> INLINE void finish() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
-// The compiler may not read a sum before the wait above.
-INLINE void finished(int& sum) { asm volatile("" : "+r"(sum)::"memory"); }
+// A sum, which the compiler may not read before the wait above; as a copy, so that only products write sums.
+INLINE int finished(int sum) {
+  int copy;
+  asm volatile("mov.b32 %0, %1;" : "=r"(copy) : "r"(sum) : "memory");
+  return copy;
+}
 
 #define EVERY_LANE 0xffffffffu
 template <typename T> INLINE T of_lane(T x, int lane) { return __shfl_sync(EVERY_LANE, x, lane); }
