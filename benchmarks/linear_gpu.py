@@ -55,29 +55,35 @@ CANDIDATES: dict[int, list[tuple[int, ...]]] = {  # Triton
 _FEW = [
     Rows(*c) for c in ((2, 6, 1), (2, 4, 1), (2, 3, 2), (2, 2, 3), (4, 4, 1), (4, 2, 2), (1, 4, 3))
 ]
-_MANY = [Tiles(*c) for c in ((64, 128, 2, 8, 32), (128, 128, 2, 6, 64), (128, 192, 3, 4, 0))]
+_MANY = [
+    *(Tiles(64, 128, 2, n, n, 32, 0) for n in (6, 8)),
+    *(Tiles(*c, 0) for c in ((128, 128, 2, 6, 6, 64), (128, 192, 3, 4, 4, 0), (64, 192, 3, 8, 8, 0))),
+    Tiles(64, 256, 2, 6, 6, 64, 2),
+]
 CUDA_CANDIDATES: dict[int, list[Rows] | list[Tiles]] = {
     1: _FEW,
     16: _FEW,
     256: _MANY,
-    4096: [*_MANY[1:], Tiles(128, 256, 2, 4, 56)],
+    4096: [
+        *(Tiles(128, 256, 2, 5, 4, 32, lag) for lag in (1, 2, 3)),
+        *(Tiles(128, 256, 2, 6, 3, 40, lag) for lag in (2, 3)),
+        Tiles(128, 256, 2, 6, 2, 32, 2),
+        Tiles(128, 192, 3, 4, 4, 0, 0),
+    ],
 }
 
 
 def random_linear(n: int, k: int, salient: float, steps: int, bits: int) -> LinearSpec:
     """A linear with random codes on the GPU; about `salient` of the channels have T = `steps`.
 
-    As many as the pipeline `rotated` takes: a power of two (512 of 4096, 1024 of 11008 for 10 %).
+    As many as the pipeline `rotated` takes, a power of two (512 of 4096, 1024 of 11008 for 10 %), and where it puts
+    them, in front.
     """
     generator = torch.Generator("cuda").manual_seed(n + k)
     high = 2 ** (bits - 1)
     few = salient_count(k, salient)
     sizes, capacities = ((k - few, few), (15, 15 * steps)) if few else ((k,), (15,))
-    order = torch.randperm(k, generator=torch.Generator().manual_seed(0))
-    start = 0
-    for size in sizes:  # stable: the original order inside a group
-        order[start : start + size] = order[start : start + size].sort().values
-        start += size
+    order = torch.arange(k).roll(-few)  # the salient channels, the first ones, come last
     levels = torch.randint(-high, high, (n, k), generator=generator, device="cuda")
     return LinearSpec(
         encoder=EncoderSpec(order if few else None, sizes, capacities, False, "linear"),
