@@ -202,6 +202,22 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         prepare(self)
         return super().get_compiled_call(compile_config)
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Refuse an offloaded cache without CUDA, where transformers would die of a missing driver.
+
+        Raises:
+            ValueError: Says which caches there are.
+        """
+        asked = generation_config.cache_implementation or ""
+        if asked.startswith("offloaded") and not torch.cuda.is_available():
+            raise ValueError(
+                f"cache_implementation={asked!r} keeps the cache of a CUDA GPU in host memory, and torch "
+                "finds no such GPU. On a CPU every cache is there: use 'dynamic' or 'static'."
+            )
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
     def _sample(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Greedy decoding and sampling: recorded steps for a static cache on a GPU (`snnllm.decoding`).
 

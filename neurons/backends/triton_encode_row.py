@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from neurons.backends.device import interpreted
+from neurons.backends.triton_arithmetic import clipped_float, fused
 
 __all__ = [
     "charge_of",
@@ -54,14 +55,14 @@ def spike_parameters(lo, hi, capacity, clip):  # type: ignore[no-untyped-def]
     threshold = tl.maximum(tl.div_rn(hi - lo, capacity), 1e-5, propagate_nan=tl.PropagateNan.ALL)
     # Adding 3 * 2**22 rounds half to even; -lo / s is at most the capacity, up to rounding.
     zero = (tl.div_rn(-lo, threshold) + 12582912.0) - 12582912.0
-    return threshold, tl.minimum(tl.maximum(zero, 0.0), capacity)
+    return threshold, clipped_float(zero, capacity)
 
 
 @triton.jit
 def clipped(charged, capacity):  # type: ignore[no-untyped-def]
     """``clip(floor(charged), 0, capacity)`` as int32."""
     # Clipped first, the floor is the truncation of the conversion: the same integer.
-    return tl.minimum(tl.maximum(charged, 0.0), capacity).to(tl.int32)
+    return clipped_float(charged, capacity).to(tl.int32)
 
 
 @triton.jit
@@ -79,8 +80,8 @@ def quotient(x, divisor, inverse):  # type: ignore[no-untyped-def]
 def quotient_of(x, minus, inverse):  # type: ignore[no-untyped-def]
     """:func:`quotient` for minus the divisor: Triton negates by subtracting from zero."""
     first = x * inverse
-    second = tl.fma(tl.fma(first, minus, x), inverse, first)
-    return tl.fma(tl.fma(second, minus, x), inverse, second)
+    second = fused(fused(first, minus, x), inverse, first)
+    return fused(fused(second, minus, x), inverse, second)
 
 
 @triton.jit

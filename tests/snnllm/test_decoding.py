@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import weakref
@@ -217,15 +216,24 @@ def test_attention_with_masks_of_its_own_goes_to_transformers(
     assert not recorded
 
 
+@pytest.mark.gpu
 def test_offloaded_caches_go_to_transformers(model, prompts, recorded, monkeypatch):
-    # Not compiled: on a GPU, torch 2.11 dies in torch._dynamo of the stream on which such a cache is
-    # prefetched. (`disable_compile` would go to transformers by itself.)
+    # Not compiled: torch 2.11 dies in torch._dynamo of the stream on which such a cache is prefetched.
+    # (`disable_compile` would go to transformers by itself.)
     monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: self.__call__)
-    with contextlib.nullcontext() if CUDA else contextlib.suppress(AssertionError):
-        offloaded = generate(model, prompts, cache_implementation="offloaded_static")
-        expected = generate(model, prompts)
-        # On a GPU other kernels attend to a cache of another size: a rounding may turn random logits.
-        assert offloaded.shape == expected.shape if CUDA else torch.equal(offloaded, expected)
+    offloaded = generate(model, prompts, cache_implementation="offloaded_static")
+    expected = generate(model, prompts)
+    # Other kernels attend to a cache of another size: a rounding may turn random logits.
+    assert offloaded.shape == expected.shape
+    assert not recorded
+
+
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_without_a_gpu_are_refused(model, prompts, recorded, monkeypatch, cache):
+    # A CUDA build of torch would tell of its driver, another that it was not compiled with CUDA.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"'{cache}' .* no such GPU.* 'dynamic' or 'static'"):
+        generate(model, prompts, cache_implementation=cache)
     assert not recorded
 
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from neurons.backends.device import interpreted
+from neurons.backends.triton_arithmetic import fused
 from neurons.backends.triton_encode_row import (
     clipped,
     gated,
@@ -116,8 +117,8 @@ def _quotient_of_minus(x, divisor, minus, rest):  # type: ignore[no-untyped-def]
     The first quotient is nearly of twice the precision before it is rounded, and therefore faithful:
     one Newton step is enough.
     """
-    first = tl.fma(x, minus, x * rest)
-    return tl.fma(tl.fma(first, divisor, x), minus, first)
+    first = fused(x, minus, x * rest)
+    return fused(fused(first, divisor, x), minus, first)
 
 
 @triton.jit
@@ -181,7 +182,7 @@ def _piece_charges(  # type: ignore[no-untyped-def]
         minus_root = tl.full([TILE // WIDTH, WIDTH], -(P**-0.5), tl.float32)
         if HAS_OFFSET:
             offset = _columns(offset_ptr + first, MANY - first, TILE // WIDTH, WIDTH)
-            x = tl.fma(x, minus_root, offset) if EXACT else x * minus_root + offset
+            x = fused(x, minus_root, offset) if EXACT else x * minus_root + offset
         else:
             x *= minus_root
         tiles += (x,)
@@ -247,8 +248,8 @@ def _piece_counts(  # type: ignore[no-untyped-def]
     divisor = value_of(thresholds, number, 0) * scale
     other = value_of(thresholds, number, GROUPS - 1) * scale
     inverse, other_inverse = tl.div_rn(one, divisor), tl.div_rn(one, other)
-    rest = tl.fma(null - divisor, inverse, one) * inverse
-    other_rest = tl.fma(null - other, other_inverse, one) * other_inverse
+    rest = fused(null - divisor, inverse, one) * inverse
+    other_rest = fused(null - other, other_inverse, one) * other_inverse
     bias = value_of(zeros, number, 0) + 0.5
     other_bias = value_of(zeros, number, GROUPS - 1) + 0.5
     most = value_of(capacities, number, 0)
