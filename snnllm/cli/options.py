@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from snnllm.config import (
     ValueRange,
     WeightRange,
 )
-from snnllm.locate import SPIKING, kind_of
+from snnllm.locate import spiking_folder
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import (
     Execution,
@@ -296,32 +295,35 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
 
 
-def open_model(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
+def open_model(name: str, args: argparse.Namespace, only_spiking: bool = False) -> tuple[Any, Any]:
     """A spiking checkpoint, or a dense LLaMA, with its tokenizer.
 
     Raises:
-        ValueError: The model is unusable, or a view was asked of a dense model.
+        ValueError: The model is unusable, or a dense one where `only_spiking` or a view asks for spikes.
     """
     check_usable(args, name, spiking=True)
+    folder = spiking_folder(name)
+    if folder is None:  # told now: to open a dense model may take long
+        if only_spiking:
+            raise ValueError(f"{name} is dense; convert it first with `snnllm convert`.")
+        if args.view is not None:
+            raise ValueError(f"--view {args.view} needs a spiking checkpoint; {name} is dense.")
     device = checked_device(args.device)
-    from snnllm.execution import set_view, spiking_modules
-    from snnllm.sources import dense_model, open_source
+    if folder is None:
+        from snnllm.sources import dense_model, open_source
 
-    folder = Path(name)
-    if folder.is_dir() and kind_of(folder) == SPIKING:
+        source = open_source(name)
+        model, tokenizer = dense_model(source), source.tokenizer()
+    else:
         from transformers import AutoTokenizer
 
+        from snnllm.execution import set_view
         from snnllm.modeling import load
 
         model = load(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    else:
-        source = open_source(name)
-        model, tokenizer = dense_model(source), source.tokenizer()
-    if args.view is not None:
-        if not spiking_modules(model):
-            raise ValueError(f"--view {args.view} needs a spiking checkpoint; {name} is dense.")
-        set_view(model, args.view)
+        if args.view is not None:
+            set_view(model, args.view)
     return model.to(device).eval(), tokenizer
 
 

@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Record, count and write."""
-    model, tokenizer = open_model(str(args.model), args)
+    model, tokenizer = open_model(str(args.model), args, only_spiking=True)
     files = simulate(
         str(args.model),
         model,
@@ -76,16 +76,13 @@ def simulate(
     """Record a prompt and count its operations; returns the files written.
 
     Raises:
-        ValueError: The model is dense, or a layer, token or channel does not exist.
+        ValueError: A layer, token or channel does not exist.
     """
     # The one place where the command line reaches up to the scripts (architecture test).
     from sims import membrane, raster
     from sims.common import Subject, check_folder, recorder_of
-    from snnllm.execution import spiking_modules
     from snnllm.operations import count_operations
 
-    if not spiking_modules(model):
-        raise ValueError(f"{name} is dense; convert it first with `snnllm convert`.")
     check_folder(output)
     subject = Subject(name, model, tokenizer)
     # Of the two recordings the larger one, with all channels: refused before anything is written.
