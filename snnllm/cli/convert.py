@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     """Convert, report, and write the model card."""
     spike = spike_config(args)
     _check(args, spike)
-    calibration, evaluation = _texts(args)  # take a moment, to open a model takes seconds
+    # Before the model, which takes seconds to open, and may have to be downloaded first.
+    calibration, evaluation = _texts(args)
+    check_usable(args, args.model)
     # Here, not above: they load torch and transformers, which takes seconds.
     from snnllm.checks import check_windows
     from snnllm.conversion import convert, write_report
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, spike: SpikeConfig) -> None:
-    """Refuse what can be told from the options and a look at the files, the cheapest first."""
+    """Refuse what can be told from the options and the names of the files."""
     check_at_least_one(args, "limit")
     check_calibration(args)
     if args.eval is not None:
@@ -140,7 +142,6 @@ def _check(args: argparse.Namespace, spike: SpikeConfig) -> None:
     check_output(args.output)
     if args.pipeline is not None:  # the default one needs more imports
         pipeline_options(args, Pipeline(args.pipeline), spike)
-    check_usable(args, args.model)
 
 
 def _texts(args: argparse.Namespace) -> tuple[str, str | None]:

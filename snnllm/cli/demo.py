@@ -31,7 +31,7 @@ from snnllm.cli.simulate import simulate
 from snnllm.config import SpikeConfig
 from snnllm.durations import duration
 from snnllm.pipelines import Pipeline
-from snnllm.texts import check_text, load_text
+from snnllm.texts import load_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,10 +121,9 @@ def run(args: argparse.Namespace) -> int:
     spike = spike_config(args)
     check_at_least_one(args, "limit")
     check_calibration(args)
-    check_text(args.text)
-    check_usable(args, args.model)
     # Now, so that what is missing is said before seconds are spent.
     text, calibration = load_text(args.text), load_text(args.calibration)
+    check_usable(args, args.model)
     print(f"1/5 opening {args.model}")
     # Here, not above: they load torch and transformers, which takes seconds.
     from snnllm.data import token_windows, tokenize

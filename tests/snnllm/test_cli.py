@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import snnllm
-from snnllm import checkpoint
+from snnllm import checkpoint, locate
 from snnllm.cli import bench as cli_bench
 from snnllm.cli import build_parser, main
 from snnllm.cli import convert as cli_convert
@@ -406,7 +406,8 @@ def test_eval_refuses_bad_options(stories_checkpoint, tmp_path, failing, case):
     assert message in failing("eval", stories_checkpoint, *arguments)
 
 
-def test_a_view_needs_spikes(stories_dir, text_file, failing):
+def test_a_view_needs_spikes(stories_dir, text_file, failing, monkeypatch):
+    monkeypatch.setattr("snnllm.sources.open_source", lambda name: pytest.fail("opens the model"))
     error = failing("eval", stories_dir, "--text", text_file, "--view", "unrolled")
     assert "--view unrolled needs a spiking checkpoint" in error
     assert "is dense; convert it first" in failing("simulate", stories_dir, "Once upon a time")
@@ -440,6 +441,39 @@ def test_interrupted(monkeypatch, capsys):
     monkeypatch.setattr("snnllm.cli.inspect.open_model", interrupt)
     assert main(["inspect", "model"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is downloaded, and there is no WikiText-2."""
+    monkeypatch.setattr("snnllm.locate._download", lambda name: pytest.fail(f"downloads {name}"))
+    monkeypatch.setenv("SNNLLM_DATA", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "someone/model", "--text", "wikitext2:test"],
+        ["convert", "someone/model", "OUT", "--calibration", "wikitext2:train"],
+        ["convert", "someone/model", "OUT", "--eval", "wikitext2:test"],
+        ["demo", "--model", "someone/model", "--output", "OUT", "--text", "wikitext2:test"],
+    ],
+    ids=" ".join,
+)
+def test_texts_are_read_before_a_model_is_downloaded(tmp_path, failing, arguments):
+    error = failing(*[tmp_path / "out" if a == "OUT" else a for a in arguments])
+    assert f"WikiText-2 ({arguments[-1][10:]}) is not here" in error
+
+
+@pytest.mark.usefixtures("no_download")
+def test_tasks_are_checked_before_a_model_is_downloaded(tmp_path, failing, monkeypatch):
+    tasks = ["eval", "someone/model", "--tasks", "piqa"]
+    assert "no folder; --task-data" in failing(*tasks, "--task-data", tmp_path / "none")
+    assert "num_fewshot must be at least 0" in failing(*tasks, "--num-fewshot", "-1")
+    monkeypatch.setattr("snnllm.harness.find_spec", lambda name: None)
+    assert "lm-evaluation-harness is not installed" in failing(*tasks)
 
 
 # -- bench ---------------------------------------------------------------------------------------------------------
@@ -556,6 +590,18 @@ def test_inspect_prints_a_table_or_json(stories_checkpoint, stories_dir, capsys)
     assert sum(r["spiking"] for r in rows) == 45
     run("inspect", stories_dir)
     assert "0 of 46 matmuls are spiking" in capsys.readouterr().out
+
+
+def test_a_spiking_checkpoint_on_the_hub(stories_checkpoint, tmp_path, monkeypatch, capsys):
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for pattern in locate._HUB_PATTERNS:
+        for path in stories_checkpoint.glob(pattern):
+            shutil.copy(path, snapshot)
+    monkeypatch.setattr(locate, "_download", lambda name: snapshot)
+    run("inspect", "someone/spiking")
+    assert "45 of 46 matmuls are spiking" in capsys.readouterr().out
+    run("generate", "someone/spiking", "Once", "--view", "unrolled", "--max-new-tokens", "2")
 
 
 @pytest.fixture
