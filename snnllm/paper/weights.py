@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from snnllm.baselines import Rounded, bi_llm, pb_llm, plain_gptq
+from snnllm.checks import check_finite
 from snnllm.config import Score, SpikeConfig
 from snnllm.paper.lines import find, perplexities
 from snnllm.paper.recipes import (
@@ -152,6 +153,7 @@ def _build(
     device: torch.device,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A float model whose linears hold rounded weights, and what storing them would take."""
+    check_finite(source)
     cost = _Cost()
 
     def encode(name: str, linear: nn.Linear, wanted: Tensor, hessian: Tensor) -> nn.Module:
