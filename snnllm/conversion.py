@@ -28,9 +28,9 @@ from snnllm.config import SpikeConfig
 from snnllm.locate import SourceError
 from snnllm.memory import Estimate, estimate, plan, shard_bytes
 from snnllm.modeling import spiking_config
-from snnllm.pipelines import Pipeline
+from snnllm.pipelines import Pipeline, default_pipeline
 from snnllm.pipelines.report import BlockReport, peak_mib, with_weight_columns
-from snnllm.pipelines.start import Options, default_pipeline, options_of, start_pipeline
+from snnllm.pipelines.start import Options, options_of, start_pipeline
 from snnllm.pipelines.streaming import Run, stored
 from snnllm.saliency import allocate_map
 from snnllm.sources import ModelSource, Source, open_source
@@ -105,7 +105,7 @@ def convert(
         spike: The spiking configuration.
         windows: Calibration token ids `[n, S]` (`random_windows` of `snnllm.data`); never test text.
         pipeline: `rtn`, `rotated`, `omniquant` or `gptq`; None for `rotated`, or what the configuration
-            needs (`pipelines.start.default_pipeline`).
+            needs (`pipelines.default_pipeline`).
         seed: Seed of everything random.
         device: Where a block runs during conversion.
         allocation: Explicit maps channel -> steps per full module name (`model.layers.0.mlp...`).

@@ -122,6 +122,7 @@ ANSWERS = {
     "text": ["convert", "model", "out", "--calibration", "no/such.txt"],
     "output": ["convert", "model", "snnllm"],
     "recipe": ["convert", "model", "out", "--pipeline", "rtn", "--recipe", "paper"],
+    "budget": ["convert", "model", "out", "--pipeline", "gptq", "--mean-steps", "9"],
     "convert": ["convert", "no/such/model", "out"],
     "eval": ["eval", "no/such/model"],
     "generate": ["generate", "no/such/model", "Once"],

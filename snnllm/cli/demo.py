@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from snnllm.conversion import ConversionReport
     from snnllm.evaluate import PerplexityResult
+    from snnllm.pipelines.start import Options
     from snnllm.sources import Source
 
 _PROMPT = "The capital of France is"
@@ -119,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
         raise FileExistsError(f"{checkpoint} exists; remove {output} or choose another --output.")
     check_output(checkpoint)
     spike = spike_config(args)
+    options = pipeline_options(args, Pipeline(args.pipeline), spike)
     check_at_least_one(args, "limit")
     check_calibration(args)
     # Now, so that what is missing is said before seconds are spent.
@@ -137,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"2/5 dense perplexity on {args.text} and a sentence")
     dense = _measure("dense", dense_model(source), tokenizer, windows, args.prompt)
     print(f"3/5 converting to {spike.label}, pipeline {args.pipeline}")
-    report = _convert(args, source, spike, checkpoint, calibration)
+    report = _convert(args, source, spike, options, checkpoint, calibration)
     print("4/5 spiking perplexity and a sentence")
     model, tokenizer = open_model(str(checkpoint), args)
     spiking = _measure("spiking", model, tokenizer, windows, args.prompt)
@@ -197,7 +199,12 @@ def _measure(name: str, model: Any, tokenizer: Any, windows: Tensor, prompt: str
 
 
 def _convert(
-    args: argparse.Namespace, source: Source, spike: SpikeConfig, checkpoint: Path, calibration: str
+    args: argparse.Namespace,
+    source: Source,
+    spike: SpikeConfig,
+    options: Options | None,
+    checkpoint: Path,
+    calibration: str,
 ) -> ConversionReport:
     from snnllm.conversion import convert
 
@@ -208,7 +215,7 @@ def _convert(
             spike,
             calibration_windows(args, source, calibration),
             pipeline=args.pipeline,
-            options=pipeline_options(args, Pipeline(args.pipeline), spike),
+            options=options,
             seed=args.seed,
             on_block=lambda _: bar.update(),
         )

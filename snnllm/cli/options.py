@@ -25,19 +25,20 @@ from snnllm.config import (
     WeightRange,
 )
 from snnllm.locate import spiking_folder
-from snnllm.pipelines import Pipeline
+from snnllm.pipelines import Pipeline, check_makes, default_pipeline
+from snnllm.pipelines.gptq_options import GptqOptions, check_budget
 from snnllm.pipelines.omniquant_options import (
     Execution,
     OmniQuantOptions,
     Recipe,
     recipe_config,
 )
+from snnllm.step_budget import MAX_STEPS, SCORED_STEPS
 from snnllm.views import View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from snnllm.pipelines.gptq import GptqOptions
     from snnllm.sources import Source
 
 CALIBRATION_WINDOW = 512
@@ -147,7 +148,10 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
 def _add_gptq_options(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_argument_group("how ternary weights are found (pipeline gptq)")
     weights.add_argument(
-        "--mean-steps", type=float, help="time steps of a weight on average, 1..7 (1.4: the preset)"
+        "--mean-steps",
+        type=float,
+        help=f"time steps of a weight on average, 1..{SCORED_STEPS}, with two classes of columns up to their "
+        "steps (default: as the preset says)",
     )
     weights.add_argument(
         "--column-score", choices=[*map(str, WEIGHT_SCORES)], help="ranks the weight columns"
@@ -155,7 +159,8 @@ def _add_gptq_options(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--salient-column-steps",
         type=int,
-        help="two classes of columns, this many steps and one (default: any number, by the score)",
+        help=f"two classes of columns, this many steps (2..{MAX_STEPS}) and one (default: any number up to "
+        f"{SCORED_STEPS}, by the score)",
     )
     weights.add_argument(
         "--damping", type=float, help="of the Hessian, in units of its mean diagonal"
@@ -185,11 +190,7 @@ _GPTQ = {
 
 def chosen_pipeline(args: argparse.Namespace, spike: SpikeConfig) -> Pipeline:
     """The pipeline that the user named, else the default of the configuration."""
-    if args.pipeline is not None:
-        return Pipeline(args.pipeline)
-    from snnllm.pipelines.start import default_pipeline
-
-    return default_pipeline(spike, {})
+    return default_pipeline(spike, {}) if args.pipeline is None else Pipeline(args.pipeline)
 
 
 def pipeline_options(
@@ -198,8 +199,10 @@ def pipeline_options(
     """The options of the pipeline that was chosen; None for one that has none here.
 
     Raises:
-        ValueError: Options of another pipeline, or out of range, or a budget of steps that cannot be met.
+        ValueError: Options or a configuration of another pipeline, or out of range, or a budget of steps
+            that cannot be met.
     """
+    check_makes(pipeline, spike)
     given = {
         field: getattr(args, option)
         for option, field in _GPTQ.items()
@@ -207,8 +210,6 @@ def pipeline_options(
     }
     training = training_options(args, pipeline)
     if pipeline is Pipeline.GPTQ:
-        from snnllm.pipelines.gptq import GptqOptions, check_budget
-
         options = GptqOptions(**given)
         check_budget(spike, options)
         return options

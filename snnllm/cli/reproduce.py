@@ -74,7 +74,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="few rows, little data, one epoch")
     parser.add_argument(
-        "--rows", nargs="+", default=[], metavar="TEXT", help="only rows whose name contains a text"
+        "--rows",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="only rows whose name contains one of the texts, or several of them (as --dry-run lists them)",
     )
     parser.add_argument(
         "--dry-run",

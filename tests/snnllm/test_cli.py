@@ -185,7 +185,9 @@ def test_convert_makes_ternary_weights(stories_dir, text_file, tmp_path, capsys)
     given += ["--refinements", "1", "--damping", "0.02", "--no-compensate", "--ridge", "1"]
     given += ["--salient-column-steps", "4", "--max-memory", "100000"]
     run("convert", stories_dir, output, *common, *given)
-    assert "bits per converted weight" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "bits per converted weight" in text
+    assert re.search(r"time steps of a weight +(2\.0\d\d|1\.9\d\d)\n", text)
     values = json.loads((output / "conversion.json").read_text())
     assert values["spike"]["mean_steps"] == 2.0
     assert values["spike"]["weight_group_size"] == 64
@@ -337,10 +339,40 @@ def test_a_missing_model(tmp_path, text_file, failing, name):
     assert name in failing("eval", name, "--text", text_file)
 
 
-@pytest.mark.parametrize("given", [["--mean-steps", "99"], ["--preset", "TW99A16"]])
-def test_a_budget_of_steps_is_checked_before_the_model(tmp_path, failing, given):
-    arguments = ["convert", "no/such/folder/here", tmp_path / "out", "--pipeline", "gptq", *given]
-    assert "mean_steps must be in 1..7, got 99" in failing(*arguments)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--mean-steps", "99"], "mean_steps must be in 1..7, got 99.0; more, up to 127, go with"),
+        (["--preset", "TW99A16"], "mean_steps must be in 1..7, got 99.0; more, up to 127, go with"),
+        (["--mean-steps", "200"], "mean_steps must be in 1..7, or up to 127 with two classes"),
+        (["--mean-steps", "9", "--salient-column-steps", "8"], "cannot average 9.0"),
+        (["--salient-column-steps", "128"], "weight columns must be in 2..127, got 128"),
+        (["--pipeline", "rtn", "--mean-steps", "2"], "the pipeline rtn makes integer levels"),
+        (["--pipeline", "rotated", "--preset", "W4A16"], "rotated pipeline needs spiking"),
+    ],
+)
+def test_a_budget_of_steps_is_checked_before_the_model(tmp_path, failing, given, message):
+    if "--pipeline" not in given:
+        given = ["--pipeline", "gptq", *given]
+    assert message in failing("convert", "no/such/folder/here", tmp_path / "out", *given)
+    if "rtn" in given:
+        assert message in failing("demo", "--output", tmp_path / "out", *given)
+
+
+def test_the_demo_checks_its_pipeline_before_the_model(tmp_path, failing):
+    given = ["demo", "--model", "no/such/folder/here", "--output", tmp_path / "out"]
+    assert "epochs: nothing is trained" in failing(*given, "--pipeline", "rtn", "--epochs", "2")
+
+
+def test_help_states_ranges(capsys):
+    for command, *texts in (
+        ("convert", "on average, 1..7, with two classes", "this many steps (2..127) and one"),
+        ("reproduce", "name contains one of the texts"),
+    ):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(expected in text for expected in texts)
 
 
 def test_another_architecture(tmp_path, text_file, failing):

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from snnllm.cli import options
 from snnllm.locate import SourceError, check_model, kind_of, locate, spiking_folder
-from snnllm.pipelines import gptq
 
 
 def model(folder: Path, **config: Any) -> Path:
@@ -60,7 +58,3 @@ def test_a_gguf_file_is_opened_later(tmp_path: Path) -> None:
     path.touch()
     assert locate(str(path)) == path
     check_model(path)
-
-
-def test_the_options_know_the_scores_of_the_pipeline() -> None:
-    assert options.WEIGHT_SCORES is gptq.WEIGHT_SCORES
