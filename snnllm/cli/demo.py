@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from snnllm.card import write_card
 from snnllm.checkpoint import check_output
-from snnllm.cli.checks import check_at_least_one, check_calibration, check_usable
+from snnllm.cli.checks import check_at_least_one, check_calibration, check_prompt, check_usable
 from snnllm.cli.convert import summary
 from snnllm.cli.options import (
     CALIBRATION_WINDOW,
@@ -122,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
     spike = spike_config(args)
     options = pipeline_options(args, Pipeline(args.pipeline), spike)
     check_at_least_one(args, "limit")
+    check_prompt(args.prompt)
     check_calibration(args)
     # Now, so that what is missing is said before seconds are spent.
     text, calibration = load_text(args.text), load_text(args.calibration)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from snnllm.cli.checks import check_prompt
 from snnllm.cli.options import open_model
 
 
@@ -46,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Record, count and write."""
+    check_prompt(args.prompt)
     model, tokenizer = open_model(str(args.model), args, only_spiking=True)
     files = simulate(
         str(args.model),

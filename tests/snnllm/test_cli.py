@@ -602,6 +602,19 @@ def test_generate_refuses(stories_checkpoint, failing):
     assert "tokenizer of this model has no chat template" in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "no/model", "Once", "--temperature", "0"], "--temperature must be above 0"),
+        (["generate", "no/model", " "], "The prompt is empty"),
+        (["simulate", "no/model", " "], "The prompt is empty"),
+        (["demo", "--model", "no/model", "--output", "no", "--prompt", ""], "The prompt is empty"),
+    ],
+)
+def test_prompts_and_sampling_are_checked_before_the_model(failing, arguments, message):
+    assert message in failing(*arguments)
+
+
 def test_a_chat_prompt_is_wrapped_by_the_template(stories_tokenizer):
     stories_tokenizer.chat_template = "user: {{ messages[0]['content'] }} bot:"
     try:
