@@ -78,10 +78,11 @@ def run(args: argparse.Namespace) -> int:
     from snnllm.checks import check_windows
     from snnllm.conversion import convert, write_report
     from snnllm.evaluate import token_perplexity
-    from snnllm.memory import estimate
+    from snnllm.memory import estimate, return_freed_memory
     from snnllm.modeling import load
     from snnllm.sources import dense_model, open_source
 
+    return_freed_memory()
     device = checked_device(args.device)
     source = open_source(args.model)
     windows = calibration_windows(args, source, calibration)
