@@ -22,10 +22,11 @@ from snnllm.config import SpikeConfig
 from snnllm.modeling import LINEARS
 from snnllm.paper.jobs import jobs_of
 from snnllm.paper.lines import perplexity_lines
-from snnllm.paper.measures import Settings, standard_measures
+from snnllm.paper.measures import standard_measures
 from snnllm.paper.recipes import Conversion, Measure, Row, Table, Training
 from snnllm.paper.report import markdown
 from snnllm.paper.runner import Reporter, Runner
+from snnllm.paper.settings import Settings
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import PAPER_FIELDS, Execution, OmniQuantOptions
 from snnllm.pipelines.rotated import RotatedOptions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,8 @@ from sims.traces import Recording
 from snnllm.config import PRESETS, SpikeConfig
 from snnllm.conversion import convert
 from snnllm.data import load_text, random_windows, tokenize
-from snnllm.modeling import MODEL_TYPE, load, register
+from snnllm.locate import spiking_folder
+from snnllm.modeling import load, register
 from snnllm.pipelines import Pipeline
 from snnllm.sources import DEMO_MODEL, Source, open_source
 
@@ -82,20 +82,11 @@ class Subject:
     tokenizer: Any
 
 
-def is_spiking(folder: Path) -> bool:
-    """Whether a folder holds a converted checkpoint rather than a dense model."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # opening it as a dense model says what is wrong with it
-    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
-
-
 def load_subject(name: str, conversion: Conversion) -> Subject:
     """Load a converted checkpoint, or convert a dense model into a temporary folder and load that.
 
     Args:
-        name: Folder of a converted checkpoint, or a dense model as in `snnllm.open_source`.
+        name: Folder or hub id of a converted checkpoint, or a dense model as in `snnllm.open_source`.
         conversion: How to convert; not used for a converted checkpoint.
 
     Returns:
@@ -105,8 +96,8 @@ def load_subject(name: str, conversion: Conversion) -> Subject:
         ValueError: The checkpoint or the dense model is unusable, or the preset is unknown.
         FileNotFoundError: ``smollm2`` or the calibration text is missing.
     """
-    if is_spiking(Path(name)):
-        return _load(Path(name), name)
+    if (folder := spiking_folder(name)) is not None:
+        return _load(folder, name)
     spike = SpikeConfig.preset(conversion.preset)
     with converted(open_source(name), spike, conversion) as folder:
         return _load(folder, f"{name} ({conversion.preset})")

@@ -124,6 +124,18 @@ def check_converts(source: Source, spike: SpikeConfig) -> None:
         )
 
 
+def check_finite(source: Source) -> None:
+    """Refuse a broken model, by one pass over its tensors: seconds beside the hours of a conversion.
+
+    Raises:
+        ValueError: A tensor holds NaN or infinity; names it.
+    """
+    for name in sorted(source.names()):
+        # Both ends are NaN if any value is; many times faster than `isfinite` of every one.
+        if not all(bool(end.isfinite()) for end in source.tensor(name).aminmax()):
+            raise ValueError(f"{name} holds NaN or infinite values; the source is broken.")
+
+
 def check_unfilled(spike: SpikeConfig, pipeline: str) -> None:
     """Refuse what only another pipeline fills; left at its initial values it would be wrong.
 

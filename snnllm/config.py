@@ -12,14 +12,13 @@ from typing import Any
 
 from neurons import Capacity as Capacity
 from neurons import ValueRange as ValueRange
+from snnllm.step_budget import MAX_STEPS, SCORED_STEPS
 
 SCHEMA_VERSION = 4
 MAX_GROUPS = 64
 """Activation groups of a layer: the kernels are told by a 64-bit mask which of them are active."""
 GROUP_SIZE = 128
 """Columns of ternary weights that share a threshold."""
-MAX_STEPS = 127
-"""Steps of a column whose levels fit int8."""
 FLOAT_BITS = 16
 """Bit width that stands for "left in floating point" (`W16`: float weights, `A16`: float activations)."""
 
@@ -197,7 +196,10 @@ class SpikeConfig:
             return
         object.__setattr__(self, "mean_steps", _number("mean_steps", self.mean_steps))
         if not 1.0 <= self.mean_steps <= MAX_STEPS:
-            raise ValueError(f"mean_steps must be in 1..{MAX_STEPS}, got {self.mean_steps}.")
+            raise ValueError(
+                f"mean_steps must be in 1..{SCORED_STEPS}, or up to {MAX_STEPS} with two classes of columns "
+                f"(salient_steps, --salient-column-steps), got {self.mean_steps}."
+            )
         if self.weight_bits != _TERNARY_BITS or self.segment_scales:
             raise ValueError(
                 "mean_steps makes the weights ternary spike trains: weight_bits must be 2 and "

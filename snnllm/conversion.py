@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from snnllm import checkpoint
 from snnllm.checks import (
     check_converts,
+    check_finite,
     check_names,
     check_windows,
     linear_names,
@@ -27,9 +28,9 @@ from snnllm.config import SpikeConfig
 from snnllm.locate import SourceError
 from snnllm.memory import Estimate, estimate, plan, shard_bytes
 from snnllm.modeling import spiking_config
-from snnllm.pipelines import Pipeline
+from snnllm.pipelines import Pipeline, default_pipeline
 from snnllm.pipelines.report import BlockReport, peak_mib, with_weight_columns
-from snnllm.pipelines.start import Options, default_pipeline, options_of, start_pipeline
+from snnllm.pipelines.start import Options, options_of, start_pipeline
 from snnllm.pipelines.streaming import Run, stored
 from snnllm.saliency import allocate_map
 from snnllm.sources import ModelSource, Source, open_source
@@ -104,7 +105,7 @@ def convert(
         spike: The spiking configuration.
         windows: Calibration token ids `[n, S]` (`random_windows` of `snnllm.data`); never test text.
         pipeline: `rtn`, `rotated`, `omniquant` or `gptq`; None for `rotated`, or what the configuration
-            needs (`pipelines.start.default_pipeline`).
+            needs (`pipelines.default_pipeline`).
         seed: Seed of everything random.
         device: Where a block runs during conversion.
         allocation: Explicit maps channel -> steps per full module name (`model.layers.0.mlp...`).
@@ -138,6 +139,7 @@ def convert(
     provenance = make_provenance(source, spike, windows, seed, pipeline)
     if options is not None:
         provenance["options"] = dataclasses.asdict(options)
+    check_finite(source)  # the last check, because it takes longest
     run = Run(windows, seed, torch.device(device))
     work = WorkFolder(target, make_job(source, spike, run, provenance, allocation or {}), restart)
     provenance["job_sha256"] = work.job_sha256
@@ -208,7 +210,7 @@ def publish(
     modules = linear_bytes = linear_weights = 0
     with checkpoint.published(target, within=work.folder) as folder:
         writer = ShardWriter(folder, shard)
-        writer.add(_finite(source, "model.embed_tokens.weight"))
+        writer.add({"model.embed_tokens.weight": source.tensor("model.embed_tokens.weight")})
         for index in range(source.config.num_hidden_layers):
             saved = work.load(index)
             assert saved is not None  # every block was saved or restored before
@@ -226,14 +228,6 @@ def publish(
         "linear_bytes": linear_bytes,
         "linear_weights": linear_weights,
     }
-
-
-def _finite(source: Source, name: str) -> dict[str, Tensor]:
-    """A tensor outside of the blocks, by its name; ValueError if it holds NaN or infinity."""
-    tensor = source.tensor(name)
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} holds NaN or infinite values; the source is broken.")
-    return {name: tensor}
 
 
 def spiking_names(state: Mapping[str, Tensor]) -> set[str]:
@@ -257,9 +251,9 @@ def _finish(
     spike: SpikeConfig,
     provenance: dict[str, Any],
 ) -> int:
-    writer.add(_finite(source, "model.norm.weight"))
+    writer.add({"model.norm.weight": source.tensor("model.norm.weight")})
     if not source.config.tie_word_embeddings:
-        writer.add(_finite(source, "lm_head.weight"))
+        writer.add({"lm_head.weight": source.tensor("lm_head.weight")})
     writer.close()
     config = spiking_config(source.config, spike)
     config.dtype = source.tensor("model.norm.weight").dtype

@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from snnllm.zeroshot import DEFINITIONS, ZERO_SHOT_TASKS
 
-__all__ = ["TaskResults", "TaskScore", "evaluate_tasks", "mean_accuracy"]
+__all__ = ["TaskResults", "TaskScore", "check_tasks", "evaluate_tasks", "mean_accuracy"]
 
 _LOCAL = "_local"
 _INSTALL = "lm-evaluation-harness is not installed; run `pip install 'snnllm[eval]'` (or lm_eval)."
@@ -144,16 +145,9 @@ def evaluate_tasks(
         ValueError: An unknown task, no task, or an argument out of range.
         OSError: The rows of a task cannot be read.
     """
-    _check_arguments(tasks, limit, batch_size, num_fewshot)
-    if task_data is not None and not task_data.is_dir():
-        raise FileNotFoundError(f"{task_data} is no folder; --task-data needs one with JSONL rows.")
-    local = [t for t in tasks if task_data is not None and t in ZERO_SHOT_TASKS]
+    check_tasks(tasks, task_data, limit, batch_size, num_fewshot)
+    local = _local(tasks, task_data)
     names = [f"{t}{_LOCAL}" if t in local else t for t in tasks]
-    if num_fewshot and local:
-        raise ValueError(
-            f"The local rows of {', '.join(local)} are all test samples: there are none to show as "
-            "examples. Leave num_fewshot at 0, or use the harness's own tasks."
-        )
     start = time.perf_counter()
     with _quiet_harness():
         try:
@@ -184,9 +178,20 @@ def evaluate_tasks(
     return TaskResults(scores, lm_eval.__version__, num_fewshot, time.perf_counter() - start)
 
 
-def _check_arguments(
-    tasks: Sequence[str], limit: int | None, batch_size: int, num_fewshot: int | None
+def check_tasks(
+    tasks: Sequence[str],
+    task_data: Path | None,
+    limit: int | None,
+    batch_size: int,
+    num_fewshot: int | None,
 ) -> None:
+    """Refuse what `evaluate_tasks` would, as far as that can be told without harness and model.
+
+    Raises:
+        ImportError: The harness is not installed.
+        ValueError: No task, or an argument out of range.
+        FileNotFoundError: There is no folder `task_data`.
+    """
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks must name at least one task, got {tasks!r}.")
     if len(set(tasks)) < len(tasks):
@@ -198,6 +203,20 @@ def _check_arguments(
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if task_data is not None and not task_data.is_dir():
+        raise FileNotFoundError(f"{task_data} is no folder; --task-data needs one with JSONL rows.")
+    if num_fewshot and (local := _local(tasks, task_data)):
+        raise ValueError(
+            f"The local rows of {', '.join(local)} are all test samples: there are none to show as "
+            "examples. Leave num_fewshot at 0, or use the harness's own tasks."
+        )
+    if find_spec("lm_eval") is None:
+        raise ImportError(_INSTALL)
+
+
+def _local(tasks: Sequence[str], task_data: Path | None) -> list[str]:
+    """The tasks whose rows are read from a folder."""
+    return [t for t in tasks if task_data is not None and t in ZERO_SHOT_TASKS]
 
 
 def _check_known(names: Sequence[str], manager: Any) -> None:

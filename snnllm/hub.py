@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, asked once a process and briefly."""
+"""Whether the Hugging Face hub can be reached, asked briefly and at most once a minute."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
+from time import monotonic
 from typing import Any
 
 __all__ = ["hub_answers", "offline_unless_it_answers"]
 
 _log = logging.getLogger(__name__)
-_SECONDS = 5.0
+_SECONDS, _REMEMBERED = 5.0, 60.0
+_offline = threading.RLock()
 
 
-@cache
 def hub_answers() -> bool:
-    """Whether the hub answers at all, whatever it says.
+    """Whether the hub answers at all, whatever it says; remembered until the minute is over.
 
     The clients of the hub retry for half a minute before they give up; this asks once, and waits for
     `HF_HUB_ETAG_TIMEOUT` seconds (5 without it) in all, name look-up included.
     """
+    return _asked(int(monotonic() / _REMEMBERED))
+
+
+@lru_cache(maxsize=1)
+def _asked(minute: int) -> bool:
     from huggingface_hub import constants, get_session
 
     answers = []
@@ -45,18 +51,22 @@ def hub_answers() -> bool:
 def offline_unless_it_answers(*configs: Any) -> Iterator[None]:
     """Run a block in the hub client's offline mode, where caches still serve, if the hub is silent.
 
+    The mode belongs to the process: threads take turns, and a block inside of another one changes nothing
+    that outlasts it.
+
     Args:
         configs: Modules that hold a `HF_HUB_OFFLINE` of their own, as `datasets.config` does.
     """
     from huggingface_hub import constants
 
     modules = (constants, *configs)
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    offline = any(before) or not hub_answers()
-    try:
-        for module in modules:
-            module.HF_HUB_OFFLINE = offline
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
+    with _offline:
+        before = [module.HF_HUB_OFFLINE for module in modules]
+        offline = any(before) or not hub_answers()
+        try:
+            for module in modules:
+                module.HF_HUB_OFFLINE = offline
+            yield
+        finally:
+            for module, value in zip(modules, before, strict=True):
+                module.HF_HUB_OFFLINE = value

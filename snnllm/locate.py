@@ -18,6 +18,7 @@ __all__ = [
     "demo_model_path",
     "kind_of",
     "locate",
+    "spiking_folder",
     "unreadable",
 ]
 
@@ -53,6 +54,19 @@ def locate(model: str | Path) -> Path:
     if path.suffix == ".gguf":
         raise SourceError(f"There is no file {path}.")
     return _download(str(model))
+
+
+def spiking_folder(model: str | Path) -> Path | None:
+    """The folder of a spiking checkpoint; None for any other model.
+
+    Args:
+        model: Its folder or hub id, or what `open_source` takes.
+
+    Raises:
+        SourceError: Nothing is there, or a folder without a readable configuration.
+    """
+    path = locate(model)
+    return path if path.is_dir() and kind_of(path) == SPIKING else None
 
 
 def check_model(model: str | Path, spiking: bool = False) -> None:

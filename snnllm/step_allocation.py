@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from snnllm.config import GROUP_SIZE as GROUP_SIZE
-from snnllm.config import MAX_STEPS
+from snnllm.step_budget import MAX_STEPS, check_mean_steps
 from snnllm.weights import run_sizes
 
 DISTORTION = (1.0, 0.1902, 0.0822, 0.0469, 0.0307, 0.0218, 0.0164, 0.0128)
@@ -45,9 +45,7 @@ def allocate_steps(score: Tensor, mean_steps: float) -> Tensor:
     Raises:
         ValueError: The budget is out of range, or a score is negative or not finite.
     """
-    most = len(DISTORTION) - 1
-    if not 1.0 <= mean_steps <= most:
-        raise ValueError(f"mean_steps must be in 1..{most}, got {mean_steps}.")
+    check_mean_steps(mean_steps)
     if not bool(torch.isfinite(score).all()) or bool((score < 0).any()):
         raise ValueError("scores of columns must be finite and not negative.")
     distortion = torch.tensor(DISTORTION, dtype=torch.float64, device=score.device)
@@ -72,11 +70,7 @@ def allocate_salient(score: Tensor, mean_steps: float, steps: int) -> Tensor:
     Raises:
         ValueError: The budget cannot be met.
     """
-    if not 1.0 <= mean_steps <= steps <= MAX_STEPS or steps < 2:
-        raise ValueError(
-            f"salient columns of {steps} steps and others of one cannot average {mean_steps}; "
-            f"choose 1 <= mean_steps <= steps <= {MAX_STEPS}, steps >= 2."
-        )
+    check_mean_steps(mean_steps, steps)
     salient = round((mean_steps - 1.0) / (steps - 1) * len(score))
     out = torch.ones(len(score), dtype=torch.int64, device=score.device)
     out[torch.argsort(score, descending=True, stable=True)[:salient]] = steps

@@ -23,7 +23,7 @@ MAX_LINES = 400
 # neurons -> snnllm -> sims: what each package may not import. Exceptions: `snnllm simulate`
 # (and `demo`) and `snnllm reproduce` are the command line's doors to the scripts, imported when the
 # command runs.
-REACHES_UP = {"snnllm/cli/simulate.py", "snnllm/cli/reproduce.py"}
+REACHES_UP = {"snnllm/cli/simulate.py", "snnllm/cli/reproduction.py"}
 FORBIDDEN = {"neurons": {"snnllm", "sims"}, "snnllm": {"sims"}, "sims": set[str]()}
 NEURONS_MAY_IMPORT = {"neurons", "torch", "spikingjelly", *sys.stdlib_module_names}
 # Optional, and imported when a kernel is launched only.
@@ -108,13 +108,23 @@ def test_importing_snnllm_is_light() -> None:
 
 # What a user waits for; a command that ends before it needs any of it answers at once.
 HEAVY = {"torch", "transformers", "spikingjelly", "triton", "matplotlib", "torchvision", "lm_eval"}
+TEXTS = ["--text", "pydoc:test", "--calibration", "pydoc:train"]
 ANSWERS = {
     "help": ["--help"],
     "version": ["--version"],
     "no command": ["nothing"],
     **{
         f"{name} --help": [name, "--help"]
-        for name in ("convert", "eval", "generate", "simulate", "inspect", "bench", "demo")
+        for name in [
+            "convert",
+            "eval",
+            "generate",
+            "simulate",
+            "inspect",
+            "bench",
+            "reproduce",
+            "demo",
+        ]
     },
     "option": ["convert", "model", "out", "--score", "x"],
     "preset": ["convert", "model", "out", "--preset", "int4"],
@@ -122,12 +132,18 @@ ANSWERS = {
     "text": ["convert", "model", "out", "--calibration", "no/such.txt"],
     "output": ["convert", "model", "snnllm"],
     "recipe": ["convert", "model", "out", "--pipeline", "rtn", "--recipe", "paper"],
+    "budget": ["convert", "model", "out", "--pipeline", "gptq", "--mean-steps", "9"],
     "convert": ["convert", "no/such/model", "out"],
     "eval": ["eval", "no/such/model"],
     "generate": ["generate", "no/such/model", "Once"],
     "simulate": ["simulate", "no/such/model", "Once"],
     "inspect": ["inspect", "snnllm"],
     "bench": ["bench", "--model", "no/such/model"],
+    "table": ["reproduce", "none"],
+    "jobs": ["reproduce", "all", "--jobs", "0"],
+    "number": ["reproduce", "all", "--limit", "0"],
+    "text of rows": ["reproduce", "all", "--text", "no/such.txt"],
+    "reproduce": ["reproduce", "all", "--model", "no/such/model", *TEXTS],
     "demo": ["demo", "--model", "no/such/model"],
 }
 

@@ -54,6 +54,16 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
                 raise ValueError(f"--{option} must be at least 1, got {value}.")
 
 
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt without text.
+
+    Raises:
+        ValueError: It is blank.
+    """
+    if not prompt.strip():
+        raise ValueError("The prompt is empty; give some text to continue.")
+
+
 def check_folder_of(option: str, path: Path | None) -> None:
     """Refuse a file that could not be written at the end.
 

@@ -20,15 +20,14 @@ from snnllm.cli.options import (
     window_length,
 )
 from snnllm.durations import duration
-from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
+from snnllm.step_budget import mean_steps_of
 from snnllm.texts import check_text, load_text
 from snnllm.work import check_output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from snnllm.config import SpikeConfig
     from snnllm.conversion import ConversionReport
     from snnllm.memory import Estimate
     from snnllm.sources import Source
@@ -69,18 +68,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, report, and write the model card."""
     spike = spike_config(args)
-    _check(args, spike)
-    calibration, evaluation = _texts(args)  # take a moment, to open a model takes seconds
+    pipeline = chosen_pipeline(args, spike)
+    options = pipeline_options(args, pipeline, spike)
+    _check(args)
+    # Before the model, which takes seconds to open, and may have to be downloaded first.
+    calibration, evaluation = _texts(args)
+    check_usable(args, args.model)
     # Here, not above: they load torch and transformers, which takes seconds.
     from snnllm.checks import check_windows
     from snnllm.conversion import convert, write_report
     from snnllm.evaluate import token_perplexity
-    from snnllm.memory import estimate
+    from snnllm.memory import estimate, return_freed_memory
     from snnllm.modeling import load
     from snnllm.sources import dense_model, open_source
 
-    pipeline = chosen_pipeline(args, spike)
-    options = pipeline_options(args, pipeline, spike)
+    return_freed_memory()
     device = checked_device(args.device)
     source = open_source(args.model)
     windows = calibration_windows(args, source, calibration)
@@ -131,16 +133,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace, spike: SpikeConfig) -> None:
-    """Refuse what can be told from the options and a look at the files, the cheapest first."""
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be told from the options and the names of the files."""
     check_at_least_one(args, "limit")
     check_calibration(args)
     if args.eval is not None:
         check_text(args.eval)
     check_output(args.output)
-    if args.pipeline is not None:  # the default one needs more imports
-        pipeline_options(args, Pipeline(args.pipeline), spike)
-    check_usable(args, args.model)
 
 
 def _texts(args: argparse.Namespace) -> tuple[str, str | None]:
@@ -182,12 +181,15 @@ def summary(report: ConversionReport) -> dict[str, str]:
     trained = {"time of a training step": f"{sum(steps) / len(steps):.1f} ms"} if steps else {}
     rates = [b.spike_rate for b in report.blocks if b.spike_rate is not None]
     spiking = {"spike rate, mean of blocks": f"{sum(rates) / len(rates):.4f}"} if rates else {}
+    columns = report.spike.weight_columns
+    trains = {"time steps of a weight": f"{mean_steps_of(columns):.3f}"} if columns else {}
     device = report.blocks[-1].device_mib
     accelerator = {"peak memory of the device": f"{device:.0f} MiB"} if device else {}
     return {
         "spiking modules": str(report.spiking_modules),
         "weights on disk": f"{report.weight_bytes / 2**20:.1f} MiB",
         "bits per converted weight": f"{8 * report.linear_bytes / max(1, report.linear_weights):.3f}",
+        **trains,
         "block SQNR, mean / worst": f"{sum(sqnr) / len(sqnr):.1f} / {min(sqnr):.1f} dB",
         **spiking,
         "conversion time": f"{report.seconds:.1f} s",

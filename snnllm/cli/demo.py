@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from snnllm.card import write_card
 from snnllm.checkpoint import check_output
-from snnllm.cli.checks import check_at_least_one, check_calibration, check_usable
+from snnllm.cli.checks import check_at_least_one, check_calibration, check_prompt, check_usable
 from snnllm.cli.convert import summary
 from snnllm.cli.options import (
     CALIBRATION_WINDOW,
@@ -31,13 +31,14 @@ from snnllm.cli.simulate import simulate
 from snnllm.config import SpikeConfig
 from snnllm.durations import duration
 from snnllm.pipelines import Pipeline
-from snnllm.texts import check_text, load_text
+from snnllm.texts import load_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from snnllm.conversion import ConversionReport
     from snnllm.evaluate import PerplexityResult
+    from snnllm.pipelines.start import Options
     from snnllm.sources import Source
 
 _PROMPT = "The capital of France is"
@@ -119,12 +120,13 @@ def run(args: argparse.Namespace) -> int:
         raise FileExistsError(f"{checkpoint} exists; remove {output} or choose another --output.")
     check_output(checkpoint)
     spike = spike_config(args)
+    options = pipeline_options(args, Pipeline(args.pipeline), spike)
     check_at_least_one(args, "limit")
+    check_prompt(args.prompt)
     check_calibration(args)
-    check_text(args.text)
-    check_usable(args, args.model)
     # Now, so that what is missing is said before seconds are spent.
     text, calibration = load_text(args.text), load_text(args.calibration)
+    check_usable(args, args.model)
     print(f"1/5 opening {args.model}")
     # Here, not above: they load torch and transformers, which takes seconds.
     from snnllm.data import token_windows, tokenize
@@ -138,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"2/5 dense perplexity on {args.text} and a sentence")
     dense = _measure("dense", dense_model(source), tokenizer, windows, args.prompt)
     print(f"3/5 converting to {spike.label}, pipeline {args.pipeline}")
-    report = _convert(args, source, spike, checkpoint, calibration)
+    report = _convert(args, source, spike, options, checkpoint, calibration)
     print("4/5 spiking perplexity and a sentence")
     model, tokenizer = open_model(str(checkpoint), args)
     spiking = _measure("spiking", model, tokenizer, windows, args.prompt)
@@ -198,7 +200,12 @@ def _measure(name: str, model: Any, tokenizer: Any, windows: Tensor, prompt: str
 
 
 def _convert(
-    args: argparse.Namespace, source: Source, spike: SpikeConfig, checkpoint: Path, calibration: str
+    args: argparse.Namespace,
+    source: Source,
+    spike: SpikeConfig,
+    options: Options | None,
+    checkpoint: Path,
+    calibration: str,
 ) -> ConversionReport:
     from snnllm.conversion import convert
 
@@ -209,7 +216,7 @@ def _convert(
             spike,
             calibration_windows(args, source, calibration),
             pipeline=args.pipeline,
-            options=pipeline_options(args, Pipeline(args.pipeline), spike),
+            options=options,
             seed=args.seed,
             on_block=lambda _: bar.update(),
         )

@@ -14,7 +14,8 @@ from snnllm.cli.options import (
     progress,
     window_length,
 )
-from snnllm.texts import DATA_VARIABLE, check_text, load_text, local_tasks
+from snnllm.harness import check_tasks, evaluate_tasks
+from snnllm.texts import DATA_VARIABLE, load_text, local_tasks
 from snnllm.zeroshot import ZERO_SHOT_TASKS
 
 _TEXT = "pydoc:test"
@@ -84,22 +85,22 @@ def run(args: argparse.Namespace) -> int:
     check_at_least_one(args, "window", "limit", "batch_size")
     check_folder_of("--json", args.json)
     source = args.text or (None if args.tasks is not None else _TEXT)
-    if source is not None:
-        check_text(source)
-    check_usable(args, args.model, spiking=True)
+    batch, data = args.batch_size, args.task_data or local_tasks()
+    # Before the model, which may have to be downloaded first.
+    if args.tasks is not None:
+        check_tasks(args.tasks, data, args.limit, batch or 8, args.num_fewshot)
     text = None if source is None else load_text(source)
+    check_usable(args, args.model, spiking=True)
     # Here, not above: they load torch and transformers, which takes seconds.
     from snnllm.data import token_windows, tokenize
     from snnllm.evaluate import token_perplexity
-    from snnllm.harness import evaluate_tasks
 
     model, tokenizer = open_model(args.model, args)
     values: dict[str, Any] = {}
     if text is not None:
         length = window_length(args.window, _WINDOW, model.config)
         windows = token_windows(tokenize(text, tokenizer), length, args.limit)
-        batch = 1 if args.batch_size is None else args.batch_size
-        result = token_perplexity(model, windows, batch, progress("eval"))
+        result = token_perplexity(model, windows, batch or 1, progress("eval"))
         values = result.to_dict()
         print(
             f"{result.metric} {result.perplexity:.4f}  ({source}, {result.windows} windows, "
@@ -110,9 +111,9 @@ def run(args: argparse.Namespace) -> int:
             model,
             tokenizer,
             args.tasks,
-            task_data=args.task_data or local_tasks(),
+            task_data=data,
             limit=args.limit,
-            batch_size=8 if args.batch_size is None else args.batch_size,
+            batch_size=batch or 8,
             num_fewshot=args.num_fewshot,
         )
         values["tasks"] = scores.to_dict()

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from snnllm.cli.checks import check_at_least_one
+from snnllm.cli.checks import check_at_least_one, check_prompt
 from snnllm.cli.options import (
     add_run_options,
     open_model,
@@ -38,7 +38,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate, stream to standard output, and print the speed."""
     check_at_least_one(args, "max_new_tokens")
-    _check_prompt(args.prompt)
+    check_prompt(args.prompt)
+    if not args.temperature > 0:
+        raise ValueError(f"--temperature must be above 0, got {args.temperature}.")
     model, tokenizer = open_model(args.model, args)
     import torch
     from transformers import TextStreamer
@@ -64,7 +66,7 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     Raises:
         ValueError: An empty prompt, or `chat` with a tokenizer that has no chat template.
     """
-    _check_prompt(prompt)
+    check_prompt(prompt)
     if not chat:
         ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
         return ids
@@ -74,8 +76,3 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     chat_ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     return chat_ids
-
-
-def _check_prompt(prompt: str) -> None:
-    if not prompt.strip():
-        raise ValueError("The prompt is empty; give some text to continue.")

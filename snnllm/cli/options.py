@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -25,20 +24,21 @@ from snnllm.config import (
     ValueRange,
     WeightRange,
 )
-from snnllm.locate import SPIKING, kind_of
-from snnllm.pipelines import Pipeline
+from snnllm.locate import spiking_folder
+from snnllm.pipelines import Pipeline, check_makes, default_pipeline
+from snnllm.pipelines.gptq_options import GptqOptions, check_budget
 from snnllm.pipelines.omniquant_options import (
     Execution,
     OmniQuantOptions,
     Recipe,
     recipe_config,
 )
+from snnllm.step_budget import MAX_STEPS, SCORED_STEPS
 from snnllm.views import View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from snnllm.pipelines.gptq import GptqOptions
     from snnllm.sources import Source
 
 CALIBRATION_WINDOW = 512
@@ -148,7 +148,10 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
 def _add_gptq_options(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_argument_group("how ternary weights are found (pipeline gptq)")
     weights.add_argument(
-        "--mean-steps", type=float, help="time steps of a weight on average, 1..7 (1.4: the preset)"
+        "--mean-steps",
+        type=float,
+        help=f"time steps of a weight on average, 1..{SCORED_STEPS}, with two classes of columns up to their "
+        "steps (default: as the preset says)",
     )
     weights.add_argument(
         "--column-score", choices=[*map(str, WEIGHT_SCORES)], help="ranks the weight columns"
@@ -156,7 +159,8 @@ def _add_gptq_options(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--salient-column-steps",
         type=int,
-        help="two classes of columns, this many steps and one (default: any number, by the score)",
+        help=f"two classes of columns, this many steps (2..{MAX_STEPS}) and one (default: any number up to "
+        f"{SCORED_STEPS}, by the score)",
     )
     weights.add_argument(
         "--damping", type=float, help="of the Hessian, in units of its mean diagonal"
@@ -186,11 +190,7 @@ _GPTQ = {
 
 def chosen_pipeline(args: argparse.Namespace, spike: SpikeConfig) -> Pipeline:
     """The pipeline that the user named, else the default of the configuration."""
-    if args.pipeline is not None:
-        return Pipeline(args.pipeline)
-    from snnllm.pipelines.start import default_pipeline
-
-    return default_pipeline(spike, {})
+    return default_pipeline(spike, {}) if args.pipeline is None else Pipeline(args.pipeline)
 
 
 def pipeline_options(
@@ -199,8 +199,10 @@ def pipeline_options(
     """The options of the pipeline that was chosen; None for one that has none here.
 
     Raises:
-        ValueError: Options of another pipeline, or out of range, or a budget of steps that cannot be met.
+        ValueError: Options or a configuration of another pipeline, or out of range, or a budget of steps
+            that cannot be met.
     """
+    check_makes(pipeline, spike)
     given = {
         field: getattr(args, option)
         for option, field in _GPTQ.items()
@@ -208,8 +210,6 @@ def pipeline_options(
     }
     training = training_options(args, pipeline)
     if pipeline is Pipeline.GPTQ:
-        from snnllm.pipelines.gptq import GptqOptions, check_budget
-
         options = GptqOptions(**given)
         check_budget(spike, options)
         return options
@@ -296,32 +296,35 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
 
 
-def open_model(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
+def open_model(name: str, args: argparse.Namespace, only_spiking: bool = False) -> tuple[Any, Any]:
     """A spiking checkpoint, or a dense LLaMA, with its tokenizer.
 
     Raises:
-        ValueError: The model is unusable, or a view was asked of a dense model.
+        ValueError: The model is unusable, or a dense one where `only_spiking` or a view asks for spikes.
     """
     check_usable(args, name, spiking=True)
+    folder = spiking_folder(name)
+    if folder is None:  # told now: to open a dense model may take long
+        if only_spiking:
+            raise ValueError(f"{name} is dense; convert it first with `snnllm convert`.")
+        if args.view is not None:
+            raise ValueError(f"--view {args.view} needs a spiking checkpoint; {name} is dense.")
     device = checked_device(args.device)
-    from snnllm.execution import set_view, spiking_modules
-    from snnllm.sources import dense_model, open_source
+    if folder is None:
+        from snnllm.sources import dense_model, open_source
 
-    folder = Path(name)
-    if folder.is_dir() and kind_of(folder) == SPIKING:
+        source = open_source(name)
+        model, tokenizer = dense_model(source), source.tokenizer()
+    else:
         from transformers import AutoTokenizer
 
+        from snnllm.execution import set_view
         from snnllm.modeling import load
 
         model = load(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    else:
-        source = open_source(name)
-        model, tokenizer = dense_model(source), source.tokenizer()
-    if args.view is not None:
-        if not spiking_modules(model):
-            raise ValueError(f"--view {args.view} needs a spiking checkpoint; {name} is dense.")
-        set_view(model, args.view)
+        if args.view is not None:
+            set_view(model, args.view)
     return model.to(device).eval(), tokenizer
 
 

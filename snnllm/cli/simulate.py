@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from snnllm.cli.checks import check_prompt
 from snnllm.cli.options import open_model
 
 
@@ -46,7 +47,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Record, count and write."""
-    model, tokenizer = open_model(str(args.model), args)
+    check_prompt(args.prompt)
+    model, tokenizer = open_model(str(args.model), args, only_spiking=True)
     files = simulate(
         str(args.model),
         model,
@@ -76,16 +78,13 @@ def simulate(
     """Record a prompt and count its operations; returns the files written.
 
     Raises:
-        ValueError: The model is dense, or a layer, token or channel does not exist.
+        ValueError: A layer, token or channel does not exist.
     """
     # The one place where the command line reaches up to the scripts (architecture test).
     from sims import membrane, raster
     from sims.common import Subject, check_folder, recorder_of
-    from snnllm.execution import spiking_modules
     from snnllm.operations import count_operations
 
-    if not spiking_modules(model):
-        raise ValueError(f"{name} is dense; convert it first with `snnllm convert`.")
     check_folder(output)
     subject = Subject(name, model, tokenizer)
     # Of the two recordings the larger one, with all channels: refused before anything is written.

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnllm.checkpoint import file_digest
 from snnllm.config import FLOAT_BITS
 from snnllm.data import load_text, random_windows, token_windows, tokenize
 from snnllm.evaluate import Progress, token_perplexity
@@ -22,74 +21,11 @@ from snnllm.harness import evaluate_tasks
 from snnllm.linear import SpikingLinear
 from snnllm.operations import count_operations
 from snnllm.paper.recipes import Baseline, Conversion, Measure
+from snnllm.paper.settings import Settings, short_name
 from snnllm.sources import Source, dense_model
 from snnllm.speed import Contender, time_contenders
 
-__all__ = ["Data", "Measures", "Settings", "Subject", "standard_measures", "stated_steps"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """On what the rows are calibrated and measured.
-
-    Attributes:
-        texts: Evaluation texts, files or data set names.
-        calibration: Calibration text; never an evaluation text.
-        calibration_windows: Windows at random offsets.
-        calibration_window: Tokens of one.
-        window: Tokens of an evaluation window.
-        limit: Evaluation windows of a text; None for all.
-        sample_limit: The same for tables that compare many variants.
-        tasks: Zero-shot tasks.
-        task_data: Folder with local rows of the tasks; None for those of the harness.
-        task_limit: Samples of a task; None for all.
-        prompt_tokens: Tokens for operations, equivalence and figures.
-        speed_prompt: Tokens of the timed prefill; decoding starts after a quarter of it.
-        speed_tokens: Decoded tokens of a repetition.
-        repeat: Timed repetitions.
-        batch_size: Windows of a forward pass.
-        task_batch: Task requests of a forward pass.
-        seed: Seed of everything random.
-    """
-
-    texts: tuple[str, ...]
-    calibration: str
-    calibration_windows: int
-    calibration_window: int
-    window: int
-    limit: int | None = None
-    sample_limit: int | None = 40
-    tasks: tuple[str, ...] = ()
-    task_data: Path | None = None
-    task_limit: int | None = None
-    prompt_tokens: int = 256
-    speed_prompt: int = 512
-    speed_tokens: int = 16
-    repeat: int = 5
-    batch_size: int = 1
-    task_batch: int = 8
-    seed: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types; files and folders by their last name, which means the same elsewhere."""
-        values = dataclasses.asdict(self)
-        values["texts"] = [_short(text) for text in self.texts]
-        values["calibration"] = _short(self.calibration)
-        values["task_data"] = "local rows" if self.task_data is not None and self.tasks else None
-        return values
-
-    def rows_digest(self) -> str | None:
-        """SHA-256 of the local rows of the tasks; None without local rows or without tasks."""
-        if self.task_data is None or not self.tasks:
-            return None
-        digest = hashlib.sha256()
-        for path in sorted(self.task_data.glob("*.jsonl")):
-            digest.update(f"{path.name} {file_digest(path)}\n".encode())
-        return digest.hexdigest()
-
-
-def _short(text: str) -> str:
-    return Path(text).name if Path(text).exists() else text
+__all__ = ["Data", "Measures", "Subject", "standard_measures", "stated_steps"]
 
 
 @dataclass(frozen=True)
@@ -126,9 +62,9 @@ class Data:
                     f"{name} is the calibration text, too; a perplexity on it would mean nothing. "
                     "Give another --calibration, for example wikitext2:train."
                 )
-            if _short(name) in ids:
-                raise ValueError(f"Two evaluation texts are called {_short(name)}; rename one.")
-            ids[_short(name)] = tokenize(text, tokenizer)
+            if short_name(name) in ids:
+                raise ValueError(f"Two evaluation texts are called {short_name(name)}; rename one.")
+            ids[short_name(name)] = tokenize(text, tokenizer)
         first = next(iter(ids.values()))
         windows = {n: token_windows(v, settings.window, settings.limit) for n, v in ids.items()}
         sample = token_windows(first, settings.window, settings.sample_limit)

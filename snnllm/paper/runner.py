@@ -26,8 +26,9 @@ from snnllm.conversion import ConversionReport, convert, package_versions
 from snnllm.evaluate import Progress
 from snnllm.modeling import load
 from snnllm.paper.jobs import CONVERSION, Job, Timing
-from snnllm.paper.measures import Data, Measures, Settings, Subject, stated_steps
+from snnllm.paper.measures import Data, Measures, Subject, stated_steps
 from snnllm.paper.recipes import Baseline, Conversion, Measure, Row
+from snnllm.paper.settings import Settings
 from snnllm.pipelines.report import BlockReport, device_mib
 from snnllm.sources import Source, dense_model
 from snnllm.work import differences, locked, source_digest, write_durably

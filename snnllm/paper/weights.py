@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from snnllm.baselines import Rounded, bi_llm, pb_llm, plain_gptq
+from snnllm.checks import check_finite
 from snnllm.config import Score, SpikeConfig
 from snnllm.paper.lines import find, perplexities
 from snnllm.paper.recipes import (
@@ -26,9 +27,11 @@ from snnllm.paper.recipes import (
     settings_digest,
 )
 from snnllm.pipelines import Pipeline
-from snnllm.pipelines.gptq import GptqOptions, convert_blocks
+from snnllm.pipelines.gptq import convert_blocks
+from snnllm.pipelines.gptq_options import GptqOptions
 from snnllm.pipelines.streaming import Run
 from snnllm.sources import Source, dense_model
+from snnllm.step_budget import mean_steps_of
 
 __all__ = ["gptq", "weight_lines"]
 
@@ -152,6 +155,7 @@ def _build(
     device: torch.device,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A float model whose linears hold rounded weights, and what storing them would take."""
+    check_finite(source)
     cost = _Cost()
 
     def encode(name: str, linear: nn.Linear, wanted: Tensor, hessian: Tensor) -> nn.Module:
@@ -185,10 +189,8 @@ def _costs(record: Record) -> Line:
     """Of a ternary checkpoint by its conversion, of another model by what its builder said."""
     columns = find(record, "conversion", "spike", "weight_columns")
     if columns:
-        classes = [c for of_linear in columns.values() for c in of_linear]
-        total = sum(n for _, n in classes)
         return {
-            "steps": sum(t * n for t, n in classes) / total,
+            "steps": mean_steps_of(columns),
             "stored bits": 8 * find(record, "conversion", "bytes_per_weight"),
             "additive MACs %": 100.0,
         }

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from snnllm.checks import check_unfilled, linear_names
-from snnllm.config import WEIGHT_SCORES as WEIGHT_SCORES
 from snnllm.config import Score, SpikeConfig
 from snnllm.execution import choose_views
 from snnllm.modeling import spiking_linear
 from snnllm.pipelines.fitting import Moments
+from snnllm.pipelines.gptq_options import GptqOptions as GptqOptions
+from snnllm.pipelines.gptq_options import check_budget
 from snnllm.pipelines.inputs import InputData, bias_of, each_input
 from snnllm.pipelines.report import (
     BlockReport,
@@ -53,46 +53,6 @@ from snnllm.ternary import column_score, ternary_gptq
 from snnllm.ternary_linear import TernaryLinear
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class GptqOptions:
-    """How the spike trains of the weights are found.
-
-    Attributes:
-        score: Ranks the columns: `hessian` (second order), `gauss_newton` or `random`.
-        salient_steps: Two classes of columns, this many steps and one; None spends every step where
-            it helps most.
-        damping: Fraction of the mean diagonal that is added to the diagonal of the Hessian.
-        refinements: Passes over all thresholds and columns after the sweep.
-        compensate: Fit the weights to the outputs of the float model first, so that they take back
-            what the converted layers in front did wrong; without it GPTQ encodes the original ones.
-        ridge: Weight of the original weights in that fit, in units of the mean input variance.
-        steps: Explicit maps channel -> T of single linears, by their full names.
-    """
-
-    score: Score = Score.HESSIAN
-    salient_steps: int | None = None
-    damping: float = 0.05
-    refinements: int = 2
-    compensate: bool = True
-    ridge: float = 1.0
-    steps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "score", Score(self.score))
-        object.__setattr__(self, "steps", {k: tuple(v) for k, v in self.steps.items()})
-        if self.score not in WEIGHT_SCORES:
-            names = ", ".join(map(str, WEIGHT_SCORES))
-            raise ValueError(f"score of weight columns must be one of {names}, got {self.score}.")
-        if not (math.isfinite(self.damping) and self.damping > 0.0):
-            raise ValueError(f"damping must be finite and > 0, got {self.damping}.")
-        if not (math.isfinite(self.ridge) and self.ridge >= 0.0):
-            raise ValueError(f"ridge must be finite and >= 0, got {self.ridge}.")
-        if self.refinements < 0:
-            raise ValueError(f"refinements must be >= 0, got {self.refinements}.")
-        if self.salient_steps is not None and self.salient_steps < 2:
-            raise ValueError(f"salient_steps must be >= 2, got {self.salient_steps}.")
 
 
 Encode = Callable[[str, nn.Linear, Tensor, Tensor], nn.Module]
@@ -138,19 +98,6 @@ def check_ternary(source: Source, spike: SpikeConfig, options: GptqOptions) -> N
                 f"steps[{name!r}] needs one step count for each of {channels} channels, got "
                 f"{len(steps)}."
             )
-
-
-def check_budget(spike: SpikeConfig, options: GptqOptions) -> None:
-    """Refuse a budget of steps that cannot be met, for which no model is needed.
-
-    Raises:
-        ValueError: No budget, or one out of range.
-    """
-    if spike.mean_steps is None:
-        raise ValueError(
-            "The gptq pipeline makes ternary weights; choose a preset such as TW1.4A16, or mean_steps."
-        )
-    allocate_with(torch.ones(2), spike, options)
 
 
 def allocate_with(score: Tensor, spike: SpikeConfig, options: GptqOptions) -> Tensor:

@@ -31,6 +31,7 @@ from snnllm.execution import choose_views
 from snnllm.gptq import gptq
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import spiking_linear
+from snnllm.pipelines import Pipeline, check_makes
 from snnllm.pipelines.basis import Basis, find_basis, rotate_source
 from snnllm.pipelines.fitting import Moments, clip_ratios, weighted_mean
 from snnllm.pipelines.inputs import InputData, bias_of, each_input
@@ -90,10 +91,7 @@ class RotatedOptions:
 
 def rotated_config(spike: SpikeConfig, options: RotatedOptions) -> SpikeConfig:
     """The configuration of a rotated model."""
-    if not spike.encodes_activations:
-        raise ValueError(
-            "The rotated pipeline needs spiking activations; choose activation bits <= 8."
-        )
+    check_makes(Pipeline.ROTATED, spike)
     return dataclasses.replace(
         spike,
         rotation=Rotation.GROUPS,

@@ -1,4 +1,4 @@
-"""From the name of a pipeline to its blocks: defaults, options, and what goes with which pipeline."""
+"""From the name of a pipeline to its blocks: options, and what goes with which pipeline."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from snnllm.checks import check_unfilled
 from snnllm.config import SpikeConfig
-from snnllm.pipelines import Pipeline, gptq, omniquant, rotated, rtn
-from snnllm.pipelines.gptq import GptqOptions
+from snnllm.pipelines import Pipeline, check_makes, gptq, omniquant, rotated, rtn
+from snnllm.pipelines.gptq_options import GptqOptions
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
 from snnllm.pipelines.report import BlockReport
 from snnllm.pipelines.rotated import RotatedOptions
@@ -17,18 +17,6 @@ from snnllm.pipelines.streaming import Run
 from snnllm.sources import Source
 
 Options = RotatedOptions | OmniQuantOptions | GptqOptions
-
-
-def default_pipeline(spike: SpikeConfig, allocation: Mapping[str, Tensor]) -> Pipeline:
-    """The best pipeline without training that can make a configuration.
-
-    Returns:
-        `gptq` for ternary weights, `rtn` for float activations or explicit maps of steps, else
-        `rotated`.
-    """
-    if spike.mean_steps is not None:
-        return Pipeline.GPTQ
-    return Pipeline.ROTATED if spike.encodes_activations and not allocation else Pipeline.RTN
 
 
 def start_pipeline(
@@ -44,13 +32,9 @@ def start_pipeline(
     Raises:
         ValueError: Something that belongs to the other pipeline.
     """
+    check_makes(pipeline, spike)
     if isinstance(options, GptqOptions):
         return source, spike, gptq.start(source, spike, run, options, allocation)
-    if spike.mean_steps is not None:
-        raise ValueError(
-            f"mean_steps: the pipeline {pipeline} makes integer levels; ternary weights go with "
-            "pipeline='gptq'."
-        )
     if isinstance(options, OmniQuantOptions):
         return omniquant.start(source, spike, run, options, allocation)
     if isinstance(options, RotatedOptions):

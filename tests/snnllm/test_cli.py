@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import snnllm
-from snnllm import checkpoint
+from snnllm import checkpoint, locate
 from snnllm.cli import bench as cli_bench
 from snnllm.cli import build_parser, main
 from snnllm.cli import convert as cli_convert
@@ -185,7 +185,9 @@ def test_convert_makes_ternary_weights(stories_dir, text_file, tmp_path, capsys)
     given += ["--refinements", "1", "--damping", "0.02", "--no-compensate", "--ridge", "1"]
     given += ["--salient-column-steps", "4", "--max-memory", "100000"]
     run("convert", stories_dir, output, *common, *given)
-    assert "bits per converted weight" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "bits per converted weight" in text
+    assert re.search(r"time steps of a weight +(2\.0\d\d|1\.9\d\d)\n", text)
     values = json.loads((output / "conversion.json").read_text())
     assert values["spike"]["mean_steps"] == 2.0
     assert values["spike"]["weight_group_size"] == 64
@@ -337,10 +339,40 @@ def test_a_missing_model(tmp_path, text_file, failing, name):
     assert name in failing("eval", name, "--text", text_file)
 
 
-@pytest.mark.parametrize("given", [["--mean-steps", "99"], ["--preset", "TW99A16"]])
-def test_a_budget_of_steps_is_checked_before_the_model(tmp_path, failing, given):
-    arguments = ["convert", "no/such/folder/here", tmp_path / "out", "--pipeline", "gptq", *given]
-    assert "mean_steps must be in 1..7, got 99" in failing(*arguments)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--mean-steps", "99"], "mean_steps must be in 1..7, got 99.0; more, up to 127, go with"),
+        (["--preset", "TW99A16"], "mean_steps must be in 1..7, got 99.0; more, up to 127, go with"),
+        (["--mean-steps", "200"], "mean_steps must be in 1..7, or up to 127 with two classes"),
+        (["--mean-steps", "9", "--salient-column-steps", "8"], "cannot average 9.0"),
+        (["--salient-column-steps", "128"], "weight columns must be in 2..127, got 128"),
+        (["--pipeline", "rtn", "--mean-steps", "2"], "the pipeline rtn makes integer levels"),
+        (["--pipeline", "rotated", "--preset", "W4A16"], "rotated pipeline needs spiking"),
+    ],
+)
+def test_a_budget_of_steps_is_checked_before_the_model(tmp_path, failing, given, message):
+    if "--pipeline" not in given:
+        given = ["--pipeline", "gptq", *given]
+    assert message in failing("convert", "no/such/folder/here", tmp_path / "out", *given)
+    if "rtn" in given:
+        assert message in failing("demo", "--output", tmp_path / "out", *given)
+
+
+def test_the_demo_checks_its_pipeline_before_the_model(tmp_path, failing):
+    given = ["demo", "--model", "no/such/folder/here", "--output", tmp_path / "out"]
+    assert "epochs: nothing is trained" in failing(*given, "--pipeline", "rtn", "--epochs", "2")
+
+
+def test_help_states_ranges(capsys):
+    for command, *texts in (
+        ("convert", "on average, 1..7, with two classes", "this many steps (2..127) and one"),
+        ("reproduce", "name contains one of the texts"),
+    ):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(expected in text for expected in texts)
 
 
 def test_another_architecture(tmp_path, text_file, failing):
@@ -406,7 +438,8 @@ def test_eval_refuses_bad_options(stories_checkpoint, tmp_path, failing, case):
     assert message in failing("eval", stories_checkpoint, *arguments)
 
 
-def test_a_view_needs_spikes(stories_dir, text_file, failing):
+def test_a_view_needs_spikes(stories_dir, text_file, failing, monkeypatch):
+    monkeypatch.setattr("snnllm.sources.open_source", lambda name: pytest.fail("opens the model"))
     error = failing("eval", stories_dir, "--text", text_file, "--view", "unrolled")
     assert "--view unrolled needs a spiking checkpoint" in error
     assert "is dense; convert it first" in failing("simulate", stories_dir, "Once upon a time")
@@ -440,6 +473,39 @@ def test_interrupted(monkeypatch, capsys):
     monkeypatch.setattr("snnllm.cli.inspect.open_model", interrupt)
     assert main(["inspect", "model"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is downloaded, and there is no WikiText-2."""
+    monkeypatch.setattr("snnllm.locate._download", lambda name: pytest.fail(f"downloads {name}"))
+    monkeypatch.setenv("SNNLLM_DATA", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+
+@pytest.mark.usefixtures("no_download")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "someone/model", "--text", "wikitext2:test"],
+        ["convert", "someone/model", "OUT", "--calibration", "wikitext2:train"],
+        ["convert", "someone/model", "OUT", "--eval", "wikitext2:test"],
+        ["demo", "--model", "someone/model", "--output", "OUT", "--text", "wikitext2:test"],
+    ],
+    ids=" ".join,
+)
+def test_texts_are_read_before_a_model_is_downloaded(tmp_path, failing, arguments):
+    error = failing(*[tmp_path / "out" if a == "OUT" else a for a in arguments])
+    assert f"WikiText-2 ({arguments[-1][10:]}) is not here" in error
+
+
+@pytest.mark.usefixtures("no_download")
+def test_tasks_are_checked_before_a_model_is_downloaded(tmp_path, failing, monkeypatch):
+    tasks = ["eval", "someone/model", "--tasks", "piqa"]
+    assert "no folder; --task-data" in failing(*tasks, "--task-data", tmp_path / "none")
+    assert "num_fewshot must be at least 0" in failing(*tasks, "--num-fewshot", "-1")
+    monkeypatch.setattr("snnllm.harness.find_spec", lambda name: None)
+    assert "lm-evaluation-harness is not installed" in failing(*tasks)
 
 
 # -- bench ---------------------------------------------------------------------------------------------------------
@@ -536,6 +602,19 @@ def test_generate_refuses(stories_checkpoint, failing):
     assert "tokenizer of this model has no chat template" in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "no/model", "Once", "--temperature", "0"], "--temperature must be above 0"),
+        (["generate", "no/model", " "], "The prompt is empty"),
+        (["simulate", "no/model", " "], "The prompt is empty"),
+        (["demo", "--model", "no/model", "--output", "no", "--prompt", ""], "The prompt is empty"),
+    ],
+)
+def test_prompts_and_sampling_are_checked_before_the_model(failing, arguments, message):
+    assert message in failing(*arguments)
+
+
 def test_a_chat_prompt_is_wrapped_by_the_template(stories_tokenizer):
     stories_tokenizer.chat_template = "user: {{ messages[0]['content'] }} bot:"
     try:
@@ -556,6 +635,18 @@ def test_inspect_prints_a_table_or_json(stories_checkpoint, stories_dir, capsys)
     assert sum(r["spiking"] for r in rows) == 45
     run("inspect", stories_dir)
     assert "0 of 46 matmuls are spiking" in capsys.readouterr().out
+
+
+def test_a_spiking_checkpoint_on_the_hub(stories_checkpoint, tmp_path, monkeypatch, capsys):
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for pattern in locate._HUB_PATTERNS:
+        for path in stories_checkpoint.glob(pattern):
+            shutil.copy(path, snapshot)
+    monkeypatch.setattr(locate, "_download", lambda name: snapshot)
+    run("inspect", "someone/spiking")
+    assert "45 of 46 matmuls are spiking" in capsys.readouterr().out
+    run("generate", "someone/spiking", "Once", "--view", "unrolled", "--max-new-tokens", "2")
 
 
 @pytest.fixture

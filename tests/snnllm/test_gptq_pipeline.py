@@ -236,7 +236,8 @@ def test_what_it_cannot_do_is_refused(make_llama, token_ids, tmp_path) -> None:
         ({"damping": 0.0}, "damping must be finite and > 0"),
         ({"ridge": -1.0}, "ridge must be finite and >= 0"),
         ({"refinements": -1}, "refinements must be >= 0"),
-        ({"salient_steps": 1}, "salient_steps must be >= 2"),
+        ({"salient_steps": 1}, r"salient_steps of weight columns must be in 2\.\.127, got 1"),
+        ({"salient_steps": 128}, r"salient_steps of weight columns must be in 2\.\.127, got 128"),
     ],
 )
 def test_options_out_of_range(values: dict[str, Any], message: str) -> None:

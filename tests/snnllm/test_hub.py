@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import constants
 
+from snnllm import hub
 from snnllm.hub import hub_answers, offline_unless_it_answers
 
 
@@ -19,7 +20,7 @@ from snnllm.hub import hub_answers, offline_unless_it_answers
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
-    hub_answers.cache_clear()
+    hub._asked.cache_clear()
 
 
 @pytest.fixture
@@ -82,3 +83,41 @@ def test_nobody_is_asked_who_wants_to_be_offline(monkeypatch: pytest.MonkeyPatch
     with offline_unless_it_answers(config):
         assert config.HF_HUB_OFFLINE
     assert not config.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_comes_back_is_seen(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(hub, "monotonic", lambda: now)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    assert not hub_answers()
+    request.getfixturevalue("endpoint")
+    assert not hub_answers()  # asked a moment ago
+    now += 60.0
+    assert hub_answers()
+
+
+def test_threads_take_turns_and_leave_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
+    inside, leave, done = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with offline_unless_it_answers(), offline_unless_it_answers():
+            inside.set()
+            leave.wait(5)
+
+    def second() -> None:
+        with offline_unless_it_answers():
+            done.wait(5)  # leaves last
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    threads[0].start()
+    assert inside.wait(5)
+    threads[1].start()
+    time.sleep(0.1)  # until the second one waits, or without a lock runs
+    leave.set()
+    threads[0].join()
+    done.set()
+    threads[1].join()
+    assert not constants.HF_HUB_OFFLINE

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from snnllm.cli import options
-from snnllm.locate import SourceError, check_model, kind_of, locate
-from snnllm.pipelines import gptq
+from snnllm.locate import SourceError, check_model, kind_of, locate, spiking_folder
 
 
 def model(folder: Path, **config: Any) -> Path:
@@ -24,11 +22,13 @@ def test_a_llama_passes(tmp_path: Path) -> None:
     assert locate(folder) == folder
     assert kind_of(folder) == "llama"
     check_model(folder)
+    assert spiking_folder(folder) is None
 
 
 def test_a_spiking_checkpoint_passes_where_one_will_do(tmp_path: Path) -> None:
     folder = model(tmp_path / "a", model_type="spiking_llama")
     check_model(folder, spiking=True)
+    assert spiking_folder(folder) == folder
     with pytest.raises(SourceError, match="is a spiking LLaMA already"):
         check_model(folder)
 
@@ -58,7 +58,3 @@ def test_a_gguf_file_is_opened_later(tmp_path: Path) -> None:
     path.touch()
     assert locate(str(path)) == path
     check_model(path)
-
-
-def test_the_options_know_the_scores_of_the_pipeline() -> None:
-    assert options.WEIGHT_SCORES is gptq.WEIGHT_SCORES

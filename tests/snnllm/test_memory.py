@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,31 @@ def test_too_little_memory_is_refused(make_llama, token_ids, tmp_path):
         )
     assert shard_bytes(None) == 1 << 30
     assert shard_bytes(80.0) == 10 << 20
+
+
+FREED = """
+import sys, torch
+from snnllm.memory import return_freed_memory
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) / 256  # MiB of pages of 4 KiB
+if "return" in sys.argv:
+    return_freed_memory()
+torch.ones(8 << 18)  # once freed, glibc keeps what is as small
+tensors, before = [torch.ones(1 << 18) for _ in range(256)], resident()
+del tensors[:-1]  # the last one lies on top
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="an allocator of another kind")
+def test_freed_memory_is_returned():
+    freed = [
+        subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True).stdout
+        for how in ("keep", "return")
+    ]
+    assert float(freed[0]) < 64
+    assert float(freed[1]) > 192
 
 
 def synthetic(folder: Path, blocks: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from snnllm.cli import build_parser, main, reproduce
+from snnllm.cli import build_parser, main, reproduce, reproduction
 from snnllm.config import SpikeConfig
 from snnllm.data import load_text
 from snnllm.paper import parallel
@@ -297,14 +297,14 @@ def test_rows_at_once_give_the_same_results(command, tmp_path, monkeypatch):
 def test_workers_take_the_gpus_in_turn(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [str(reproduce.device_of("cuda", n)) for n in (0, 1, 2)] == [
+    assert [str(reproduction.device_of("cuda", n)) for n in (0, 1, 2)] == [
         "cuda:0",
         "cuda:1",
         "cuda:0",
     ]
-    assert str(reproduce.device_of("cuda:1", 0)) == "cuda:1"
-    assert str(reproduce.device_of("cuda", None)) == "cuda"
-    assert str(reproduce.device_of("cpu", 1)) == "cpu"
+    assert str(reproduction.device_of("cuda:1", 0)) == "cuda:1"
+    assert str(reproduction.device_of("cuda", None)) == "cuda"
+    assert str(reproduction.device_of("cpu", 1)) == "cpu"
 
 
 def test_a_worker_that_dies_is_a_failed_row(command, tmp_path, monkeypatch, capsys):
@@ -324,7 +324,7 @@ def test_a_worker_that_dies_is_a_failed_row(command, tmp_path, monkeypatch, caps
 def test_a_worker_that_dies_loses_no_measurement(command, tmp_path):
     """What it has written is newer than what the leader read in the beginning."""
     args = build_parser().parse_args(command(tmp_path, "--rows", "float", "rtn"))
-    runner, tables = reproduce._opened(args, reproduce.open_source(args.model))
+    runner, tables = reproduction._opened(args, reproduction.open_source(args.model))
     jobs = jobs_of(tables)
 
     class Dying:
@@ -379,14 +379,14 @@ def test_an_interrupted_run_ends_its_workers(command, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     args = build_parser().parse_args([*command(tmp_path), "--jobs", "2"])
-    source, path = reproduce.open_source(args.model), tmp_path / "source.pt"
+    source, path = reproduction.open_source(args.model), tmp_path / "source.pt"
     torch.save(source, path)
-    runner, tables = reproduce._opened(args, source)
+    runner, tables = reproduction._opened(args, source)
     runner.records = Interrupting()
     jobs = [job for job in jobs_of(tables) if Measure.SPEED not in job.measures]
     assert len(jobs) > 3
     with pytest.raises(KeyboardInterrupt):
-        runner.execute(jobs, parallel.Workers(2, partial(reproduce._worker, args, path)))
+        runner.execute(jobs, parallel.Workers(2, partial(reproduction._worker, args, path)))
     runner.close()
     assert not multiprocessing.active_children()
     assert len(list((tmp_path / "rows").glob("*.json"))) < len(jobs)
@@ -429,9 +429,9 @@ def test_a_baseline_needs_no_checkpoint(command, tmp_path, monkeypatch):
         rows = (Row("float model", "FP", None, True), Row("rounded", "W4", made, True))
         return dataclasses.replace(TABLES["main"](training), name="own", rows=rows)
 
-    monkeypatch.setitem(reproduce.TABLES, "own", table)
+    monkeypatch.setitem(reproduction.TABLES, "saliency", table)
     arguments = command(tmp_path)
-    arguments[1] = "own"
+    arguments[1] = "saliency"
     assert main(arguments) == 0
     dense, rounded = json.loads((tmp_path / "own.json").read_text())["lines"]
     assert rounded["test.txt token_ppl@24"] != dense["test.txt token_ppl@24"]
@@ -482,7 +482,7 @@ def test_a_dry_run_changes_nothing(command, tmp_path, capsys):
 
 def test_estimates_of_conversions_are_those_of_a_cpu(command, tmp_path):
     args = build_parser().parse_args(command(tmp_path, "--rows", "rtn", "SpikeLLM"))
-    runner, tables = reproduce._opened(args, reproduce.open_source(args.model))
+    runner, tables = reproduction._opened(args, reproduction.open_source(args.model))
     rtn, trained, *_ = jobs_of(tables)
     expected = runner.timing.expected_seconds
     assert 0 < expected(rtn, "conversion") < expected(trained, "conversion")
@@ -522,7 +522,9 @@ def test_a_dry_run_lists_rows_and_measures_nothing(command, tmp_path, capsys):
         (["--text", "TEXT", "TEXT"], "Two evaluation texts are called"),
     ],
 )
-def test_bad_options(command, texts, tmp_path, capsys, options, message):
+def test_bad_options(command, texts, tmp_path, capsys, options, message, monkeypatch):
+    if options[0] == "--rows":
+        monkeypatch.setattr(reproduction, "open_source", lambda name: pytest.fail("opens a model"))
     options = [texts[1] if o == "TEXT" else o for o in options]
     assert main([*command(tmp_path), *options]) == 2
     assert message in capsys.readouterr().err
@@ -531,7 +533,7 @@ def test_bad_options(command, texts, tmp_path, capsys, options, message):
 def test_tasks_without_the_harness_are_refused_before_anything_runs(
     command, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(reproduce, "find_spec", lambda name: None)
+    monkeypatch.setattr(reproduction, "find_spec", lambda name: None)
     arguments = [a for a in command(tmp_path) if a != "--no-tasks"]
     assert main(arguments) == 2
     assert "--no-tasks" in capsys.readouterr().err
@@ -568,7 +570,7 @@ def test_measures_that_nobody_takes_are_refused(stories_dir, texts, tmp_path):
     silent = paper_runner.Reporter(lambda _: None, lambda _: None, lambda *_: lambda _: None)
     runner = paper_runner.Runner(source, settings, {}, tmp_path, torch.device("cpu"), silent)
     with pytest.raises(ValueError, match="Nothing here measures equivalence"):
-        runner.execute(jobs_of(reproduce.chosen_tables(args, settings)))
+        runner.execute(jobs_of(reproduction.chosen_tables(args)))
     runner.close()
 
 

@@ -26,6 +26,7 @@ from snnllm.step_allocation import (
     column_steps,
     threshold_runs,
 )
+from snnllm.step_budget import SCORED_STEPS
 from snnllm.ternary import (
     TernaryCoder,
     column_score,
@@ -140,6 +141,7 @@ def test_salient_columns_get_the_steps() -> None:
 
 def test_budgets_and_maps_out_of_range_are_refused() -> None:
     score = torch.ones(4)
+    assert len(DISTORTION) == SCORED_STEPS + 1  # of 0..7 steps
     for mean in (0.9, 7.5, float("nan")):
         with pytest.raises(ValueError, match=r"mean_steps must be in 1\.\.7"):
             allocate_steps(score, mean)
