@@ -38,7 +38,7 @@ SHAPES = [
 def macros(shape: Rows | Tiles, rows8: int = 1, segments: int = 2) -> dict[str, int]:
     own = {name.upper(): int(value) for name, value in shape._asdict().items()}
     more = {"ROWS8": rows8} if isinstance(shape, Rows) else {}
-    return {**own, **more, "SEGMENTS": segments, "SHIFT": 1, "BIAS": 1, "RESIDUAL": 0}
+    return {**own, **more, "SEGMENTS": segments, "SHIFT": 1, "BIAS": 1, "RESIDUAL": 0, "JOINT": 1}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_shared_memory_of_many_rows_fits(rows: int) -> None:
     for columns in (64, 4096, 11008, 28672):
         shape = choose_shape(rows, columns, 132)
         assert isinstance(shape, Tiles)
-        assert cuda_tiles_source.shared_bytes(*shape[:-1], 2) <= MOST_SHARED
+        assert cuda_tiles_source.shared_bytes(*shape[:5], 2) <= MOST_SHARED
         assert 0 <= shape.kept <= shape.bm * shape.bn // 128 // shape.workers
 
 

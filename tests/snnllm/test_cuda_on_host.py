@@ -48,11 +48,12 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n) {
 extern "C" void launch(int blocks, int threads, void** p, const int* n) {
   Map counts, weights;
   *(HostMap*)&counts = {(const unsigned char*)p[0], n[0], n[2], BM, 128};
-  *(HostMap*)&weights = {(const unsigned char*)p[1], n[1], n[2] / 2, SLICE, 64};
+  *(HostMap*)&weights = {(const unsigned char*)p[1], n[1], n[2] / 2, BN, 64};
   run(blocks, threads, [&] {
     linear_tiles(counts, weights, (const float*)p[2], (const int*)p[3], (const int*)p[4],
                  (const int*)p[5], (const float*)p[6], (const int*)p[7], (const int*)p[8],
-                 (const int*)p[9], (const float*)p[10], p[11], p[12], n[0], n[1], n[2], n[3], n[4], 2);
+                 (const int*)p[9], (const float*)p[10], p[11], p[12], n[0], n[1], n[2], n[3], n[4], 2, 0,
+                 (n[0] + BM - 1) / BM * ((n[1] + BN * SPLIT - 1) / (BN * SPLIT)) * SPLIT);
   });
 }
 """,
@@ -146,6 +147,7 @@ def run(
         "SHIFT": int(layer.shifted),
         "BIAS": int(bias is not None),
         "RESIDUAL": int(residual is not None),
+        "JOINT": int(scale.shape[1] == 1),
         "OUT": OUTPUTS[dtype],
     }
     tensors = [count ^ 128 if layer.shifted else count, weight, threshold, zero_point, count_sum]
@@ -163,6 +165,7 @@ def run(
 CASES = [
     ((300,), (15,), torch.bfloat16),
     ((130, 33), (15, 30), torch.float32),
+    ((256, 128), (15, 30), torch.bfloat16),  # whole blocks
     ((700, 150), (127, 255), torch.int32),
 ]
 ROWS = [
@@ -171,13 +174,15 @@ ROWS = [
     (32, {"ROWS8": 4, "STRIPS": 1, "STAGES": 2, "RESIDENT": 1}),
 ]
 TILES = [
-    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "COUNTS": 3, "WEIGHTS": 2, "KEPT": 32, "LAG": 0}),
-    (130, {"BM": 128, "BN": 192, "WORKERS": 3, "COUNTS": 2, "WEIGHTS": 3, "KEPT": 0, "LAG": 0}),
-    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "COUNTS": 4, "WEIGHTS": 3, "KEPT": 40, "LAG": 2}),
+    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32, "SPLIT": 2}),
+    (130, {"BM": 128, "BN": 192, "WORKERS": 3, "STAGES": 2, "KEPT": 0, "SPLIT": 1}),
+    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 3, "KEPT": 20, "SPLIT": 1}),
 ]
 
 
-@pytest.mark.parametrize(("sizes", "capacities", "dtype"), CASES, ids=["one", "two", "shifted"])
+@pytest.mark.parametrize(
+    ("sizes", "capacities", "dtype"), CASES, ids=["one", "two", "whole", "shifted"]
+)
 @pytest.mark.parametrize(
     ("name", "rows", "shape"),
     [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TILES)],

@@ -7,7 +7,7 @@ whose kernels run wherever these cannot: other devices, other widths of weights,
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,19 +41,22 @@ class Tiles(NamedTuple):
         bm: rows of a tile.
         bn: outputs of a tile.
         workers: warpgroups that multiply.
-        counts: blocks of the ring of counts.
-        weights: blocks of the ring of weights, of one piece.
+        stages: of the ring.
         kept: sums of the second segment that a thread keeps in registers.
-        lag: blocks that the first piece of outputs is ahead of the second.
+        split: tiles of this shape that are one of the raster.
     """
 
     bm: int
     bn: int
     workers: int
-    counts: int
-    weights: int
+    stages: int
     kept: int
-    lag: int
+    split: int = 1
+
+
+_LARGE = Tiles(128, 256, 2, 4, 52)
+_HALF = Tiles(128, 128, 2, 6, 64, split=2)
+"""Half a large tile, for the last ones where they would leave half the device idle."""
 
 
 def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> str | None:
@@ -83,9 +86,9 @@ def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
         # Few tiles: small ones, or what fills the multiprocessors once.
         once = -(-rows // 128) * -(-columns // 192)
         if processors // 2 < once <= processors:
-            return Tiles(128, 192, 3, 4, 4, 0, 0)
-        return Tiles(64, 128, 2, 8, 8, 32, 0)
-    return Tiles(128, 256, 2, 5, 4, 32, 2)
+            return Tiles(128, 192, 3, 4, 0)
+        return Tiles(64, 128, 2, 8, 32)
+    return _LARGE
 
 
 def launch(
@@ -129,11 +132,40 @@ def launch(
         kernel = _rows_kernel(shape, rows, tuple(macros.items()), count.device)
         kernel(-(-columns // (16 * shape.strips)), (count, weight, *parameters, out, *sizes), early)
         return
-    kernel = _tiles_kernel(shape, tuple(macros.items()), count.device)
-    slice_ = shape.bn // cuda_tiles_source.pieces(shape.bn, shape.workers)
-    maps = (tensor_map(count, shape.bm, 128), tensor_map(weight, slice_, 64))
+    macros["JOINT"] = int(weight_groups == 1)
     tiles = -(-rows // shape.bm) * -(-columns // shape.bn)
-    kernel(min(tiles, multiprocessors), (*maps, *parameters, out, *sizes, 2048 // shape.bm), early)
+    whole = tiles
+    if (
+        shape == _LARGE
+        and tiles > multiprocessors
+        and tiles % multiprocessors <= multiprocessors // 2
+    ):
+        whole -= (
+            tiles % multiprocessors
+        )  # the rest fills less than half the device: as half tiles, all
+    _launch_tiles(shape, macros, (count, weight), parameters, (out, *sizes), (0, whole), early)
+    if whole < tiles:  # early: it waits itself, and takes the multiprocessors that are done
+        _launch_tiles(
+            _HALF, macros, (count, weight), parameters, (out, *sizes), (whole, tiles), True
+        )
+
+
+def _launch_tiles(
+    shape: Tiles,
+    macros: dict[str, int],
+    operands: tuple[Tensor, Tensor],
+    parameters: tuple[Tensor | None, ...],
+    out_and_sizes: tuple[Any, ...],
+    tiles: tuple[int, int],
+    early: bool,
+) -> None:
+    """Launch for a range of the large tiles, which are two of the small ones each."""
+    count, weight = operands
+    kernel = _tiles_kernel(shape, tuple(macros.items()), count.device)
+    maps = (tensor_map(count, shape.bm, 128), tensor_map(weight, shape.bn, 64))
+    first, last = (shape.split * i for i in tiles)
+    rest = (*maps, *parameters, *out_and_sizes, 2048 // shape.bm, first, last)
+    kernel(min(last - first, processors(count.device)), rest, early)
 
 
 def _rows_kernel(
@@ -160,8 +192,7 @@ def _macros(shape: Rows | Tiles) -> tuple[tuple[str, int], ...]:
 def _tiles_kernel(
     shape: Tiles, macros: tuple[tuple[str, int], ...], device: torch.device
 ) -> Kernel:
-    segments = dict(macros)["SEGMENTS"]
-    shared = cuda_tiles_source.shared_bytes(*shape[:-1], segments)
+    shared = cuda_tiles_source.shared_bytes(*shape[:5], dict(macros)["SEGMENTS"])
     return load(
         *(cuda_tiles_source.SOURCE, macros + _macros(shape), "linear_tiles"),
         *(128 + 128 * shape.workers, shared, device),

@@ -110,7 +110,7 @@ template <int LEFT> INLINE void finish() {
 // A sum, which the compiler may not read before the wait above; as a copy, so that only products write sums.
 INLINE int finished(int sum) {
   int copy;
-  asm volatile("mov.b32 %0, %1;" : "=r"(copy) : "r"(sum) : "memory");
+  asm volatile("mov.b32 %0, %1;" : "=r"(copy) : "r"(sum));
   return copy;
 }
 
