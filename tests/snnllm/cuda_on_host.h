@@ -241,6 +241,7 @@ template <int LEFT> static void finish() {
   }
 }
 static int finished(int sum) { return sum; }
+static void not_before(unsigned&) {}
 static unsigned pair(float low, float high) {  // bfloat16, to nearest even
   auto half = [](float f) {
     const unsigned u = __float_as_int(f);

@@ -114,6 +114,9 @@ INLINE int finished(int sum) {
   return copy;
 }
 
+// What is made of x is made behind the wait above: else the compiler may write an operand that a product still reads.
+INLINE void not_before(unsigned& x) { asm volatile("" : "+r"(x)); }
+
 #define EVERY_LANE 0xffffffffu
 template <typename T> INLINE T of_lane(T x, int lane) { return __shfl_sync(EVERY_LANE, x, lane); }
 template <typename T> INLINE T of_partner(T x, int step) { return __shfl_xor_sync(EVERY_LANE, x, step); }

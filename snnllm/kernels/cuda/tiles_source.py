@@ -197,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
         unsigned(&a)[8] = operand[j % 2];
 #pragma unroll
         for (int e = 0; e < 4; e++) {
+          not_before(packed[j][e]);
           a[e] = packed[j][e] & NIBBLES;
           a[4 + e] = packed[j][e] >> 4 & NIBBLES;
         }
