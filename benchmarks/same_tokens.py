@@ -7,7 +7,8 @@ The collapsed view of one checkpoint continues the same prompts on both. Spike c
 and equal wherever the float numbers in front of the encoders are; these differ between devices by
 rounding, so that a tie between two tokens may be broken otherwise. At the first difference the table
 says how far the two tokens were apart: `gap` is the logit of the token chosen on a device minus that
-of the other device's token, computed there. Without the second device the exit status is 77 (skipped).
+of the other device's token, computed there. Without a checkpoint or the second device the exit status
+is 77 (skipped).
 """
 
 from __future__ import annotations
@@ -89,12 +90,18 @@ def continuation(model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tenso
 def main(argv: list[str] | None = None) -> int:
     """Print a row per prompt."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="of `snnllm convert`")
+    parser.add_argument("checkpoint", nargs="?", help="of `snnllm convert`")
     parser.add_argument("--devices", nargs=2, default=["cpu", "cuda"])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt", nargs="+", default=list(PROMPTS))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args(argv)
+    if args.checkpoint is None:
+        print(
+            "same_tokens compares what a checkpoint writes: none is given; skipped.",
+            file=sys.stderr,
+        )
+        return SKIPPED
     if any(d.startswith("cuda") for d in args.devices) and not torch.cuda.is_available():
         print("same_tokens compares with a GPU: there is no CUDA device; skipped.", file=sys.stderr)
         return SKIPPED

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from snnllm.kernels.cuda import driver as cuda_driver
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
-from snnllm.kernels.cuda.linear import Rows, Tiles, choose_shape, unsuitable
+from snnllm.kernels.cuda.linear import Rows, Tiles, choose_shape, unsuitable, whole_tiles
 from snnllm.kernels.cuda.primitives import OUTPUTS
 from snnllm.kernels.triton.backend import TritonBackend, encode_plan, multiply
 
@@ -109,6 +109,17 @@ def test_shared_memory_of_many_rows_fits(rows: int) -> None:
         assert isinstance(shape, Tiles)
         assert cuda_tiles_source.shared_bytes(*shape[:5], 2) <= MOST_SHARED
         assert 0 <= shape.kept <= shape.bm * shape.bn // 128 // shape.workers
+
+
+@pytest.mark.parametrize(
+    ("tiles", "whole"),
+    [(1, 1), (132, 132), (133, 132), (198, 132), (199, 199), (512, 512), (1376, 1320)],
+)
+def test_the_last_tiles_are_halved_where_they_fill_less_than_half_the_device(
+    tiles: int, whole: int
+) -> None:
+    assert whole_tiles(tiles, 132) == whole
+    assert 2 * (tiles - whole) <= 132  # the halves are one round
 
 
 @pytest.mark.skipif(cuda_driver.compiler_missing() is not None, reason="NVRTC is not installed")

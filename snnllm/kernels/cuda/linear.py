@@ -127,27 +127,24 @@ def launch(
         "RESIDUAL": int(residual is not None),
         "OUT": OUTPUTS[out.dtype],
     }
-    sizes = (rows, columns, width, groups, weight_groups)
+    sizes: tuple[Any, ...] = (rows, columns, width, groups, weight_groups)
     if isinstance(shape, Rows):
         kernel = _rows_kernel(shape, rows, tuple(macros.items()), count.device)
         kernel(-(-columns // (16 * shape.strips)), (count, weight, *parameters, out, *sizes), early)
         return
     macros["JOINT"] = int(weight_groups == 1)
+    operands, sizes = (count, weight), (out, *sizes)
     tiles = -(-rows // shape.bm) * -(-columns // shape.bn)
-    whole = tiles
-    if (
-        shape == _LARGE
-        and tiles > multiprocessors
-        and tiles % multiprocessors <= multiprocessors // 2
-    ):
-        whole -= (
-            tiles % multiprocessors
-        )  # the rest fills less than half the device: as half tiles, all
-    _launch_tiles(shape, macros, (count, weight), parameters, (out, *sizes), (0, whole), early)
+    whole = whole_tiles(tiles, multiprocessors) if shape == _LARGE else tiles
+    _launch_tiles(shape, macros, operands, parameters, sizes, (0, whole), early)
     if whole < tiles:  # early: it waits itself, and takes the multiprocessors that are done
-        _launch_tiles(
-            _HALF, macros, (count, weight), parameters, (out, *sizes), (whole, tiles), True
-        )
+        _launch_tiles(_HALF, macros, operands, parameters, sizes, (whole, tiles), True)
+
+
+def whole_tiles(tiles: int, processors: int) -> int:
+    """How many of some large tiles are made whole: the last ones are halved if whole they idle half the device."""
+    rest = tiles % processors
+    return tiles - rest if tiles > processors and 2 * rest <= processors else tiles
 
 
 def _launch_tiles(
