@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -81,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 when done, 1 when a check failed, 2 on bad input (one line on standard error says what).
+        0 when done, 1 when a check failed, 2 on bad input (one line on standard error says what), 130 when
+        interrupted, 141 when nobody reads the output.
     """
     args = build_parser().parse_args(argv)
     level = logging.INFO if args.verbose else logging.WARNING
@@ -92,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `snnllm inspect MODEL | head`: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return 141
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
         if args.verbose:
             raise
