@@ -22,9 +22,7 @@
 
 struct int4 { int x, y, z, w; };
 struct __align__(16) uint4 { unsigned x, y, z, w; };
-struct __align__(16) float4 { float x, y, z, w; };
 static int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static int min(int a, int b) { return a < b ? a : b; }
 static unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 static int __float_as_int(float f) { int i; memcpy(&i, &f, 4); return i; }
@@ -41,7 +39,7 @@ alignas(1024) unsigned char shared_memories[8][256 * 1024];
 #define SHARED_MEMORY (shared_memories[blockIdx.x % cluster])
 
 struct Copy { unsigned to; const void* from; int bytes; };
-struct Product { int* d; int columns; unsigned a[4]; u64 counts; int add; };
+struct Product { int* d; int columns; const unsigned* a; u64 counts; int add; };  // a: registers, read late
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
@@ -214,7 +212,7 @@ static void fence() {}
 static void commit() { me().products.emplace_back(); }
 template <int SIZE> static void multiply(int (&d)[SIZE], const unsigned* a, u64 counts, int add) {
   me().products.back().push_back(
-      {d, 2 * SIZE, {a[0], a[1], a[2], a[3]}, counts, add});
+      {d, 2 * SIZE, a, counts, add});
 }
 static void run_product(int index) {
   const int lane = threadIdx.x % 32;

@@ -17,6 +17,7 @@ from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_o
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 from snnllm.kernels.cuda import driver as cuda_driver
+from snnllm.kernels.cuda import linear as cuda_linear
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
 from snnllm.kernels.cuda.linear import Rows, Tiles, choose_shape, unsuitable, whole_tiles
@@ -28,10 +29,13 @@ CPU = torch.device("cpu")
 
 MOST_SHARED = 227 * 1024
 SHAPES = [
-    choose_shape(m, n, 132)
-    for m, n in itertools.product(
-        (1, 8, 16, 17, 32, 33, 64, 256, 512, 513, 4096), (512, 4096, 11008)
-    )
+    cuda_linear._HALF,
+    *(
+        choose_shape(m, n, 132)
+        for m, n in itertools.product(
+            (1, 8, 16, 17, 32, 33, 64, 256, 512, 513, 4096), (512, 4096, 11008)
+        )
+    ),
 ]
 
 
@@ -107,7 +111,8 @@ def test_shared_memory_of_many_rows_fits(rows: int) -> None:
     for columns in (64, 4096, 11008, 28672):
         shape = choose_shape(rows, columns, 132)
         assert isinstance(shape, Tiles)
-        assert cuda_tiles_source.shared_bytes(*shape[:5], 2) <= MOST_SHARED
+        for one in (shape, cuda_linear._HALF):
+            assert cuda_tiles_source.shared_bytes(*one[:5], 2) <= MOST_SHARED
         assert 0 <= shape.kept <= shape.bm * shape.bn // 128 // shape.workers
 
 
@@ -120,6 +125,43 @@ def test_the_last_tiles_are_halved_where_they_fill_less_than_half_the_device(
 ) -> None:
     assert whole_tiles(tiles, 132) == whole
     assert 2 * (tiles - whole) <= 132  # the halves are one round
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(4096, 11008), (1030, 4096), (600, 1032), (520, 264)]
+)
+def test_the_tiles_of_both_launches_cover_the_outputs_once(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[tuple[Tiles, int, tuple[int, int], bool]] = []
+
+    def kernel_of(shape: Tiles, macros: object, device: torch.device) -> object:
+        return lambda blocks, arguments, early: launched.append(
+            (shape, blocks, arguments[-2:], early)
+        )
+
+    monkeypatch.setattr(cuda_linear, "processors", lambda _device: 20)
+    monkeypatch.setattr(cuda_linear, "_tiles_kernel", kernel_of)
+    monkeypatch.setattr(cuda_linear, "tensor_map", lambda *_: None)
+    count, weight = torch.zeros(rows, 128), torch.zeros(columns, 64)
+    parameters = (*(torch.zeros(1, 1) for _ in range(7)), None, None, None)
+    out = torch.zeros(1, dtype=torch.bfloat16)
+    cuda_linear.launch(count, weight, parameters, out, 1, 1, early=False)
+    covered = torch.zeros(-(-rows // 128), -(-columns // 256), 2, dtype=torch.int32)
+    raster = -(-columns // 256)
+    for shape, blocks, (first, last), early in launched:
+        assert 0 < blocks <= min(20, last - first)
+        assert early == (shape == cuda_linear._HALF)
+        for index in range(
+            first, last
+        ):  # as `tile_at` of the kernel does, with rasters of 16 tiles
+            top = index // shape.split // (16 * raster) * 16
+            tall, inside = min(len(covered) - top, 16), index // shape.split % (16 * raster)
+            halves = slice(None) if shape.split == 1 else index % 2
+            covered[top + inside % tall, inside // tall, halves] += 1
+    assert bool((covered == 1).all())
+    rest = len(covered) * raster % 20
+    assert len(launched) == (2 if 0 < rest <= 10 and len(covered) * raster > 20 else 1)
 
 
 @pytest.mark.skipif(cuda_driver.compiler_missing() is not None, reason="NVRTC is not installed")

@@ -157,7 +157,8 @@ def run(
     if name == "rows":
         blocks, threads = -(-n // (16 * shape["STRIPS"])), cuda_rows_source.ROW_THREADS
     else:
-        blocks, threads = 2, 128 + 128 * shape["WORKERS"]  # more tiles than blocks
+        # More tiles than blocks.
+        blocks, threads = 1 if shape["BN"] == 256 else 2, 128 + 128 * shape["WORKERS"]
     build(name, macros)(blocks, threads, pointers, numbers)
     return out
 
@@ -176,7 +177,7 @@ ROWS = [
 TILES = [
     (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32, "SPLIT": 2}),
     (130, {"BM": 128, "BN": 192, "WORKERS": 3, "STAGES": 2, "KEPT": 0, "SPLIT": 1}),
-    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 3, "KEPT": 20, "SPLIT": 1}),
+    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 4, "KEPT": 52, "SPLIT": 1}),
 ]
 
 

@@ -56,7 +56,7 @@ class Tiles(NamedTuple):
 
 _LARGE = Tiles(128, 256, 2, 4, 52)
 _HALF = Tiles(128, 128, 2, 6, 64, split=2)
-"""Half a large tile, for the last ones where they would leave half the device idle."""
+"""Half a large tile, for the last ones where they fill at most half the device."""
 
 
 def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> str | None:
@@ -135,14 +135,15 @@ def launch(
     macros["JOINT"] = int(weight_groups == 1)
     operands, sizes = (count, weight), (out, *sizes)
     tiles = -(-rows // shape.bm) * -(-columns // shape.bn)
-    whole = whole_tiles(tiles, multiprocessors) if shape == _LARGE else tiles
+    divisible = (shape.bm, shape.bn) == (_HALF.bm, _HALF.split * _HALF.bn)
+    whole = whole_tiles(tiles, multiprocessors) if divisible else tiles
     _launch_tiles(shape, macros, operands, parameters, sizes, (0, whole), early)
-    if whole < tiles:  # early: it waits itself, and takes the multiprocessors that are done
+    if whole < tiles:  # early: it waits itself, and must, for what comes behind waits for it only
         _launch_tiles(_HALF, macros, operands, parameters, sizes, (whole, tiles), True)
 
 
 def whole_tiles(tiles: int, processors: int) -> int:
-    """How many of some large tiles are made whole: the last ones are halved if whole they idle half the device."""
+    """How many of some large tiles are made whole: the last ones are halved if they fill at most half the device."""
     rest = tiles % processors
     return tiles - rest if tiles > processors and 2 * rest <= processors else tiles
 
@@ -156,7 +157,7 @@ def _launch_tiles(
     tiles: tuple[int, int],
     early: bool,
 ) -> None:
-    """Launch for a range of the large tiles, which are two of the small ones each."""
+    """Launch for a range of tiles of the raster, of which a shape with split = 2 makes two each."""
     count, weight = operands
     kernel = _tiles_kernel(shape, tuple(macros.items()), count.device)
     maps = (tensor_map(count, shape.bm, 128), tensor_map(weight, shape.bn, 64))

@@ -9,7 +9,7 @@ are the right operand, in shared memory. While a product runs, the next operand 
 Of two segments the second (few salient channels) comes first; its sums wait in registers and in shared memory (KEPT
 of them in registers) for those of the first, and are scaled with them. A float sum of two does not depend on the order.
 
-A residual of 16 bits goes to the L2 cache while the tile is multiplied, and from there to registers, 16 rows at a time.
+A residual goes to the L2 cache while the tile is multiplied, one of 16 bits from there to registers, 16 rows at a time.
 The tiles from `first_tile` up to `last_tile` are made: the last ones may be split for another launch (SPLIT = 2).
 
 Macros: BM, BN, WORKERS, STAGES, KEPT, SPLIT, SEGMENTS (1 or 2), SHIFT, BIAS, RESIDUAL, JOINT (one scale and zero point
@@ -23,11 +23,11 @@ __all__ = ["BODY", "SOURCE", "shared_bytes"]
 
 def shared_bytes(bm: int, bn: int, workers: int, stages: int, kept: int, segments: int) -> int:
     """Shared memory of a block: ring, waiting sums, tables, transposition, barriers, alignment."""
-    values = bm * bn // 128 - workers * kept  # sums of all warpgroups, a thread's each
+    values = bm * bn // 128 - workers * kept  # that wait here, a thread's of every warpgroup
     waiting = values * 512 if segments == 2 else 0
     tables = 8 * bm * (segments + 1) + 16 * bn * segments + 4 * bn
-    many = segments == 1 or kept > bm * (bn // workers - 64) // 128
-    turning = bn * 32 * (2 if many else 1)
+    two_places = segments == 1 or kept > bm * (bn // workers - 64) // 128
+    turning = bn * 32 * (2 if two_places else 1)
     return stages * (bm * 128 + bn * 64) + waiting + tables + turning + 256 + 1024
 
 
@@ -36,6 +36,9 @@ constexpr int OWN = BN / WORKERS, PIECES = OWN / 64, VALUES = BM / 2, WAITING = 
 constexpr int COUNT_BYTES = BM * 128, STAGE_BYTES = COUNT_BYTES + BN * 64, WARPS = 4 * WORKERS;
 constexpr int GROUPS = 2 * PIECES, PARTS = BM / 16, TURNING = PIECES * 512;
 constexpr int TURNS = SEGMENTS == 2 && KEPT <= (PIECES - 1) * VALUES ? 1 : 2;
+static_assert(PIECES == 1 || PIECES == 2, "a piece is 64 outputs, of which a warp handles 16");
+static_assert(KEPT % 4 == 0 && KEPT <= PIECES * VALUES, "sums wait in fours");
+static_assert(STAGES >= 2 && 16 * STAGES + 16 <= 256 && STAGE_BYTES % 1024 == 0, "the ring");
 constexpr bool IN_PAIRS = OUT != 0 && OUT != INTEGERS;  // outputs of 16 bits
 
 struct Tile { int m, n; };
@@ -68,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
   int4* row_table = (int4*)after_waiting;                         // [BM / 2][SEGMENTS + 1]
   int4* column_table = row_table + BM / 2 * (SEGMENTS + 1);       // [SEGMENTS][BN]: sw, zu, row sum, shift
   float* bias_table = (float*)(column_table + SEGMENTS * BN);
-  unsigned char* turning = (unsigned char*)(bias_table + BN);     // TURNS times TURNING bytes a warp
+  unsigned char* turning = (unsigned char*)(bias_table + BN);     // TURNS times, of every warp, TURNING bytes
   const unsigned base = shared_address(memory);
   const unsigned full = shared_address(turning + WARPS * TURNS * TURNING), empty = full + 8 * STAGES;
   const unsigned table_full = empty + 8 * STAGES, table_empty = table_full + 8;
