@@ -7,10 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from snnllm.cli.checks import check_at_least_one, check_prompt
-from snnllm.cli.options import (
-    add_run_options,
-    open_model,
-)
+from snnllm.cli.options import add_run_options, open_model
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -120,7 +120,7 @@ def test_shared_memory_of_many_rows_fits(rows: int) -> None:
     ("tiles", "whole"),
     [(1, 1), (132, 132), (133, 132), (198, 132), (199, 199), (512, 512), (1376, 1320)],
 )
-def test_the_last_tiles_are_halved_where_they_fill_less_than_half_the_device(
+def test_the_last_tiles_are_halved_where_they_fill_at_most_half_the_device(
     tiles: int, whole: int
 ) -> None:
     assert whole_tiles(tiles, 132) == whole

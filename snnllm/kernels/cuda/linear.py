@@ -115,7 +115,7 @@ def launch(
     (rows, width), columns = count.shape, len(weight)
     *others, row_sum, shift, bias, residual = parameters
     assert row_sum is not None
-    if residual is not None and residual.data_ptr() % 16:  # copied 16 bytes at a time
+    if residual is not None and residual.data_ptr() % 16:  # read 16 bytes at a time
         parameters = (*others, row_sum, shift, bias, residual.clone())
     segments = row_sum.shape[1]
     multiprocessors = processors(count.device)

@@ -282,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * WORKERS, 1) linear_tile
       multiply_segment(base_blocks);
       barrier_wait(table_full, table_parity);
       if (RESIDUAL && IN_PAIRS) load_residual(tile, 0);
-      int4 of_column[PIECES][2][SEGMENTS];
+      int4 of_column[PIECES][2][SEGMENTS];  // zu and the row sum with the sign that they are added with
       float add[PIECES][2];
 #pragma unroll
       for (int p = 0; p < PIECES; p++)
