@@ -150,7 +150,7 @@ def _summary(stated: Mapping[str, Any]) -> list[str]:
     at_once = max((row["at_once"] for row in stated["rows"].values()), default=1)
     if at_once > 1:
         lines += [
-            f"{at_once} rows ran at once, but those whose speed is measured: times are shared."
+            f"{at_once} rows ran at once (speed was measured alone): minutes and times are shared."
         ]
     if s["tasks"]:
         lines += [f"Zero-shot tasks: {samples} of {', '.join(s['tasks'])}."]

@@ -175,7 +175,7 @@ class Runner:
 
         Args:
             jobs: The models.
-            workers: Several at once; those whose speed is measured wait until they are alone.
+            workers: Several at once; speed is measured afterwards, when nothing else runs.
 
         Returns:
             Whether everything is done now; errors stand in the records.
@@ -185,14 +185,15 @@ class Runner:
             raise ValueError(f"Nothing here measures {', '.join(sorted(unknown))}.")
         say = self._reporter.say
         todo = [job for job in jobs if self.pending(job)]
-        together = [job for job in todo if Measure.SPEED not in self.pending(job)]
+        together = [job for job in todo if self.pending(job) != [Measure.SPEED]]
         if workers is not None and len(together) > 1:
             with closing(workers.run(together)) as results:
                 for number, (job, result) in enumerate(results, start=1):
                     self._take_over(job, result)
                     say(f"[{number}/{len(together)}, {workers.count} at once] {job.row.title}")
                     self._say_errors(job)
-            todo = [job for job in todo if job not in together]
+            failed = [job for job in together if self.record(job.row)["errors"]]
+            todo = [job for job in todo if self.pending(job) and job not in failed]
         for number, job in enumerate(todo, start=1):
             say(f"[{number}/{len(todo)}] {job.row.title}; {self.timing.outlook(jobs)}")
             start = time.perf_counter()
@@ -224,7 +225,7 @@ class Runner:
         record = self.records.setdefault(name, self.record(row))
         record["title"], record["kind"], record["errors"] = row.title, job.kind, {}
         record["versions"] = package_versions()
-        record["at_once"] = self._at_once
+        record["at_once"] = max(self._at_once, record.get("at_once", 1))
         if row.conversion is not None:
             record["recipe"] = row.conversion.to_dict()
         folder = self.output / "checkpoints" / name
@@ -232,7 +233,7 @@ class Runner:
             self._measure(job, folder)
         finally:
             self._forget()
-        if not self._keep and not record["errors"]:
+        if not self._keep and not self.pending(job):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _measure(self, job: Job, folder: Path) -> None:
@@ -252,6 +253,8 @@ class Runner:
             figures=self.output / "figures",
         )
         for measure in self.pending(job):
+            if measure is Measure.SPEED and self._at_once > 1:
+                continue  # the run that has started this one measures it alone
             result = self._attempt(name, measure, partial(self._measures[measure], subject))
             if result is not None:
                 self.records[name]["measures"][str(measure)] = result

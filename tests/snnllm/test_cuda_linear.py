@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of
+from snnllm.kernels.disk_cache import CACHE_VARIABLE
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 from snnllm.kernels.cuda import driver as cuda_driver
@@ -186,6 +189,33 @@ def test_a_broken_source_is_refused_with_the_log() -> None:
         pytest.skip("NVRTC is not installed")
     with pytest.raises(RuntimeError, match="NVRTC refuses"):
         cuda_driver.compiled("int f( {", (("WRONG", 1),), "sm_90a")
+
+
+def test_machine_code_is_kept_for_the_next_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By source, macros, architecture and version of the compiler; a cache that cannot be written is none."""
+    version, made = [0, 13, 0], []
+
+    def compiled(source: str, *given: Any) -> tuple[bytes, str]:
+        made.append((source, *given))
+        return f"code of {len(made)}".encode(), ""
+
+    nvrtc = SimpleNamespace(nvrtcVersion=lambda: tuple(version))
+    monkeypatch.setattr(cuda_driver, "_nvrtc", lambda: nvrtc)
+    monkeypatch.setattr(cuda_driver, "compiled", compiled)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    wanted = [("a", (("M", 1),), "sm_90a"), ("a", (("M", 2),), "sm_90a"), ("b", (), "sm_90a")]
+    wanted.append(("b", (), "sm_100a"))
+    first = [cuda_driver.machine_code(*given) for given in wanted]
+    assert first == [cuda_driver.machine_code(*given) for given in wanted]
+    assert made == wanted
+    assert len(list((tmp_path / "cache").iterdir())) == len(wanted)
+    version[2] = 1
+    assert cuda_driver.machine_code(*wanted[0]) not in first
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
+    assert cuda_driver.machine_code(*wanted[0]) == f"code of {len(made)}".encode()
 
 
 def spec_of(

@@ -30,6 +30,7 @@ from snnllm.kernels import (
 )
 from snnllm.kernels.cpu import backend as native_module
 from snnllm.kernels.cpu import compiler
+from snnllm.kernels.disk_cache import CACHE_VARIABLE, cache_directory
 from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.reference import OperandKind, int_mm
 from snnllm.kernels.spec import MAX_GROUPS
@@ -530,7 +531,7 @@ def test_linear_spec_refuses_an_int32_overflow() -> None:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No library loaded yet, and an empty cache; restored afterwards."""
-    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(native_module, "library", native_module.library.__wrapped__)
     monkeypatch.setattr(kernels, "_native", NativeBackend)
     monkeypatch.setattr(kernels, "_choose", kernels._choose.__wrapped__)
@@ -601,7 +602,7 @@ def test_cache_is_reused_and_must_be_writable(fresh: Path, monkeypatch: pytest.M
     assert [path.name for path in fresh.iterdir()] == [first.name]
     blocked = fresh / "file"
     blocked.touch()
-    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(blocked))
+    monkeypatch.setenv(CACHE_VARIABLE, str(blocked))
     with pytest.raises(compiler.CompilerError, match="is not writable"):
         compiler.build()
     with pytest.raises(compiler.CompilerError, match="cannot be loaded"):
@@ -609,9 +610,9 @@ def test_cache_is_reused_and_must_be_writable(fresh: Path, monkeypatch: pytest.M
 
 
 def test_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(compiler.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiler.cache_directory() == tmp_path / "snnllm"
+    assert cache_directory() == tmp_path / "snnllm"
 
 
 def test_get_backend() -> None:

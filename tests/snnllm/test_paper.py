@@ -25,8 +25,9 @@ import torch
 
 from snnllm.cli import build_parser, main, reproduce, reproduction
 from snnllm.config import SpikeConfig
+from snnllm.conversion import convert
 from snnllm.data import load_text
-from snnllm.paper import parallel
+from snnllm.paper import measures, parallel
 from snnllm.paper import runner as paper_runner
 from snnllm.paper.jobs import jobs_of
 from snnllm.paper.lines import efficiency_lines, find, speed_lines
@@ -226,8 +227,6 @@ def test_a_failing_row_is_reported_and_the_others_stay(command, tmp_path, monkey
 
 
 def test_a_failing_measure_keeps_the_others(command, tmp_path, monkeypatch):
-    from snnllm.paper import measures
-
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
@@ -283,13 +282,32 @@ def test_a_killed_run_continues(command, tmp_path):
 
 
 def test_rows_at_once_give_the_same_results(command, tmp_path, monkeypatch):
+    """And speed is measured by the leader, on the checkpoint that a worker has made."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
-    rows = ("--rows", "float", "rtn")
+    rows = ("main", "speed", "--rows", "float", "rotated (ours), T = 2")
+    leader = os.getpid()
+    alone: list[bool] = []
+    timed = measures.time_contenders
+
+    def time_contenders(*given: Any) -> Any:
+        alone.append(os.getpid() == leader and not multiprocessing.active_children())
+        return timed(*given)
+
+    monkeypatch.setattr(measures, "time_contenders", time_contenders)
+    converted = []
+    monkeypatch.setattr(
+        paper_runner, "convert", lambda *a, **k: converted.append(a) or convert(*a, **k)
+    )
     assert main([*command(tmp_path / "two", *rows), "--jobs", "2"]) == 0
+    assert alone == [True]
+    assert not converted
+    assert not list((tmp_path / "two" / "checkpoints").iterdir())
     assert main(command(tmp_path / "one", *rows)) == 0
     two, one = untimed(tmp_path / "two"), untimed(tmp_path / "one")
     assert {record.pop("at_once") for record in two.values()} == {2}
     assert {record.pop("at_once") for record in one.values()} == {1}
+    for record in (*two.values(), *one.values()):
+        record["measures"].pop("speed", None)
     assert two == one
     assert "2 rows ran at once" in (tmp_path / "two" / "results.md").read_text()
 

@@ -16,9 +16,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from snnllm.kernels.disk_cache import CACHE_VARIABLE, cache_directory
+
 LOGGER = logging.getLogger("snnllm.kernels")
 SOURCES = ("kernels.c", "attention.h", "encode.h", "rotation.h", "tile.h")
-CACHE_VARIABLE = "SNNLLM_CACHE_DIR"
 _COMPILERS = ("cc", "gcc", "clang")
 # -ffp-contract=off: a fused multiply-add rounds differently from the reference.
 _BASE_FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared")
@@ -47,15 +48,6 @@ def find_compiler() -> list[str]:
             return [path, *options]
     names = chosen[:1] or _COMPILERS
     raise CompilerError(f"no C compiler found (looked for {', '.join(names)})")
-
-
-def cache_directory() -> Path:
-    """Return the directory of compiled libraries: `SNNLLM_CACHE_DIR`, else the user's cache."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "snnllm"
 
 
 def build(definitions: tuple[str, ...] = ()) -> Path:

@@ -1,12 +1,13 @@
 """CUDA C++ at run time: compiled by NVRTC for the device at hand, launched through the driver.
 
-Needs the package cuda-bindings and NVRTC. Compiled once a source, set of macros and device; the driver
-is asked for what CuPy cannot launch: tensor maps and programmatic dependent launch.
+Needs the package cuda-bindings and NVRTC. Compiled once a source, set of macros and device, and kept for
+other processes; the driver is asked for what CuPy cannot launch: tensor maps and programmatic dependent launch.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib
 import logging
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from snnllm.kernels.disk_cache import cache_directory, store
 
 _LOG = logging.getLogger(__name__)
 SWIZZLES = {64: 2, 128: 3}
@@ -118,7 +121,7 @@ def missing() -> str | None:
 def compiler_missing() -> str | None:
     """Return None when sources can be compiled here, also without a GPU, else the reason why not."""
     try:
-        importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+        _nvrtc().nvrtcVersion()
     except (ImportError, OSError, RuntimeError) as error:
         return (
             f"no CUDA compiler at run time ({error}); pip install cuda-bindings nvidia-cuda-nvrtc"
@@ -126,7 +129,6 @@ def compiler_missing() -> str | None:
     return None
 
 
-@cache
 def compiled(
     source: str, macros: tuple[tuple[str, int], ...], architecture: str
 ) -> tuple[bytes, str]:
@@ -140,14 +142,7 @@ def compiled(
     Raises:
         RuntimeError: with the compiler's messages.
     """
-    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
-    options = [
-        f"--gpu-architecture={architecture}",
-        "--std=c++17",
-        "--fmad=false",
-        "-default-device",
-    ]
-    options += [f"-D{name}={value}" for name, value in macros]
+    nvrtc, options = _nvrtc(), _options(macros, architecture)
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"linear.cu", 0, [], [])
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     raw = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
@@ -161,6 +156,31 @@ def compiled(
     return code, log
 
 
+def machine_code(source: str, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+    """As `compiled`, from the cache if any process has compiled it before."""
+    _, *version = _nvrtc().nvrtcVersion()
+    parts = "\0".join([*map(str, version), *_options(macros, architecture), source])
+    path = cache_directory() / f"{hashlib.sha256(parts.encode()).hexdigest()[:20]}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        code, _ = compiled(source, macros, architecture)
+    try:
+        store(path, code)
+    except OSError as error:
+        _LOG.info("compiled kernels are not kept for the next process: %s", error)
+    return code
+
+
+def _nvrtc() -> Any:
+    return importlib.import_module("cuda.bindings.nvrtc")
+
+
+def _options(macros: tuple[tuple[str, int], ...], architecture: str) -> list[str]:
+    fixed = (f"--gpu-architecture={architecture}", "--std=c++17", "--fmad=false", "-default-device")
+    return [*fixed, *(f"-D{name}={value}" for name, value in macros)]
+
+
 @cache
 def load(
     source: str,
@@ -172,7 +192,7 @@ def load(
 ) -> Kernel:
     """The kernel `name` of a source on a device; arguments as `compiled` and `Kernel`."""
     major, minor = torch.cuda.get_device_capability(device)
-    code, _ = compiled(source, macros, f"sm_{major}{minor}a")
+    code = machine_code(source, macros, f"sm_{major}{minor}a")
     driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
     torch.cuda.current_stream(device)  # torch's context is the current one from here on
     _check(driver.cuModuleLoadData(ctypes.byref(module), code))
