@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -37,10 +38,12 @@ class Timing:
     Attributes:
         prefill_seconds: From the prompt to the first token.
         decode_seconds: Of one more token.
+        repetitions: How many were timed.
     """
 
     prefill_seconds: float
     decode_seconds: float
+    repetitions: int
 
 
 def generate(model: Any, ids: Tensor, tokens: int, **options: Any) -> float:
@@ -87,7 +90,12 @@ def decode(model: Any, ids: Tensor, tokens: int, **options: Any) -> float:
 
 
 def time_contenders(
-    contenders: Mapping[str, Contender], prompt: Tensor, context: Tensor, tokens: int, repeat: int
+    contenders: Mapping[str, Contender],
+    prompt: Tensor,
+    context: Tensor,
+    tokens: int,
+    repeat: int,
+    patience: float = math.inf,
 ) -> dict[str, Timing]:
     """Time every contender, interleaved so that a busy machine troubles all of them alike.
 
@@ -97,6 +105,8 @@ def time_contenders(
         context: Ids before the decoded tokens, `[B, S']`.
         tokens: Decoded tokens of a repetition.
         repeat: Repetitions, at least 1; one more warms up.
+        patience: Seconds after which a contender is not repeated any more. If the warm-up alone takes so
+            long, its times count.
 
     Returns:
         The medians by name.
@@ -107,16 +117,22 @@ def time_contenders(
     if tokens < 1 or repeat < 1:
         raise ValueError(f"tokens and repeat must be at least 1, got {tokens} and {repeat}.")
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    used = dict.fromkeys(contenders, 0.0)
     for repetition in range(repeat + 1):
         for name, contender in contenders.items():
+            if used[name] > patience and times[name]:
+                continue
+            start = time.perf_counter()
             with contender.using():
                 pair = (
                     prefill(contender.model, prompt, **contender.options),
                     decode(contender.model, context, tokens, **contender.options),
                 )
-            if repetition > 0:
+            used[name] += time.perf_counter() - start
+            if repetition > 0 or used[name] > patience:
                 times[name].append(pair)
-    return {
-        name: Timing(*(statistics.median(column) for column in zip(*pairs, strict=True)))
-        for name, pairs in times.items()
-    }
+    timings = {}
+    for name, pairs in times.items():
+        first, later = (statistics.median(column) for column in zip(*pairs, strict=True))
+        timings[name] = Timing(first, later, len(pairs))
+    return timings

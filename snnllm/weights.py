@@ -49,9 +49,11 @@ def run_sizes(channels: int, groups: int | Sequence[int] | None) -> tuple[int, .
 def expand_groups(
     values: Tensor, channels: int, groups: int | Sequence[int] | None = None
 ) -> Tensor:
-    """Repeat values per weight group `[N, J]` over their input channels to `[N, K]`."""
-    sizes = torch.tensor(run_sizes(channels, groups), device=values.device)
-    return values.repeat_interleave(sizes, dim=1)
+    """Repeat values per weight group `[N, J]` over their input channels to `[N, K]`; waits for no device."""
+    sizes = run_sizes(channels, groups)
+    if len(set(sizes)) == 1:
+        return values.repeat_interleave(sizes[0], dim=1)
+    return torch.cat([v.expand(-1, n) for v, n in zip(values.split(1, 1), sizes, strict=True)], 1)
 
 
 def weight_parameters(

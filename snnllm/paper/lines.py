@@ -211,5 +211,6 @@ def speed_lines(rows: Sequence[tuple[Row, Record]]) -> list[Line]:
                 line[header] = 1e3 * timing[f"{what}_seconds"]
                 own = timing[f"{what}_seconds"]  # of decoding: a difference, of noise if very short
                 line[f"{what}, dense / this"] = base[f"{what}_seconds"] / own if own > 0 else None
+            line["repetitions"] = timing.get("repetitions")
             made.append(line)
     return made

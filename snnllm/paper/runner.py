@@ -40,6 +40,7 @@ __all__ = ["Reporter", "Runner"]
 
 _log = logging.getLogger(__name__)
 _LOADING = "loading"
+_NO_MEMORY = torch.OutOfMemoryError.__name__
 Made = Conversion | Baseline | None
 
 
@@ -175,7 +176,8 @@ class Runner:
 
         Args:
             jobs: The models.
-            workers: Several at once; speed is measured afterwards, when nothing else runs.
+            workers: Several at once; speed is measured afterwards, when nothing else runs, and what had
+                too little memory beside the others is tried again.
 
         Returns:
             Whether everything is done now; errors stand in the records.
@@ -192,8 +194,7 @@ class Runner:
                     self._take_over(job, result)
                     say(f"[{number}/{len(together)}, {workers.count} at once] {job.row.title}")
                     self._say_errors(job)
-            failed = [job for job in together if self.record(job.row)["errors"]]
-            todo = [job for job in todo if self.pending(job) and job not in failed]
+            todo = [job for job in todo if self.pending(job) and self._may_go_on(job)]
         for number, job in enumerate(todo, start=1):
             say(f"[{number}/{len(todo)}] {job.row.title}; {self.timing.outlook(jobs)}")
             start = time.perf_counter()
@@ -201,6 +202,11 @@ class Runner:
             say(f"    {time.perf_counter() - start:.1f} s")
             self._say_errors(job)
         return not any(self.pending(job) for job in jobs)
+
+    def _may_go_on(self, job: Job) -> bool:
+        """Whether nothing failed on a model, or only because others had the memory."""
+        errors = self.record(job.row)["errors"].values()
+        return all(message.startswith(_NO_MEMORY) for message in errors)
 
     def _take_over(self, job: Job, result: dict[str, Any] | str) -> None:
         """The record that a worker has written, or what it had written and its end as an error."""

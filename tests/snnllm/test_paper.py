@@ -312,6 +312,27 @@ def test_rows_at_once_give_the_same_results(command, tmp_path, monkeypatch):
     assert "2 rows ran at once" in (tmp_path / "two" / "results.md").read_text()
 
 
+def test_what_had_no_memory_beside_others_is_tried_again_alone(command, tmp_path, capsys):
+    args = build_parser().parse_args(command(tmp_path, "--rows", "float", "rtn"))
+    runner, tables = reproduction._opened(args, reproduction.open_source(args.model))
+    jobs = jobs_of(tables)
+
+    class Failing:
+        count = 2
+
+        def run(self, todo: Any) -> Any:
+            for job, message in zip(
+                todo, ("OutOfMemoryError: CUDA", "ValueError: no"), strict=True
+            ):
+                yield job, {"measures": {}, "seconds": {}, "errors": {"perplexity": message}}
+
+    assert not runner.execute(jobs, Failing())
+    runner.close()
+    first, second = (runner.record(job.row) for job in jobs)
+    assert (set(first["measures"]), first["errors"]) == ({"perplexity"}, {})
+    assert (second["measures"], second["errors"]) == ({}, {"perplexity": "ValueError: no"})
+
+
 def test_workers_take_the_gpus_in_turn(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

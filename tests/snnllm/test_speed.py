@@ -1,0 +1,51 @@
+"""Timing of several models side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from snnllm import speed
+from snnllm.speed import Contender, Timing, time_contenders
+
+IDS = torch.zeros(1, 4, dtype=torch.int64)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """A clock that moves on by as many seconds as a model is called; what was timed."""
+    now, seen = [0.0], []
+
+    def timed(kind: str) -> Any:
+        def run(model: Any, *_: Any) -> float:
+            seen.append((model, kind))
+            now[0] += float(model)
+            return float(model)
+
+        return run
+
+    monkeypatch.setattr(speed, "prefill", timed("prefill"))
+    monkeypatch.setattr(speed, "decode", timed("decode"))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    return seen
+
+
+def test_who_is_slow_is_not_repeated(clock: list[tuple[str, str]]) -> None:
+    contenders = {name: Contender(name) for name in ("1", "4", "30")}
+    timings = time_contenders(contenders, IDS, IDS, 2, 5, patience=20)
+    assert timings == {"1": Timing(1, 1, 5), "4": Timing(4, 4, 2), "30": Timing(30, 30, 1)}
+    assert len(clock) == 2 * (6 + 3 + 1)
+
+
+def test_without_a_limit_all_are_repeated_alike(clock: list[tuple[str, str]]) -> None:
+    timings = time_contenders({n: Contender(n) for n in ("1", "30")}, IDS, IDS, 2, 3)
+    assert [timing.repetitions for timing in timings.values()] == [3, 3]
+    assert clock[:4] == [("1", "prefill"), ("1", "decode"), ("30", "prefill"), ("30", "decode")]
+
+
+@pytest.mark.parametrize(("tokens", "repeat"), [(0, 1), (1, 0)])
+def test_nothing_to_time_is_refused(tokens: int, repeat: int) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        time_contenders({}, IDS, IDS, tokens, repeat)
