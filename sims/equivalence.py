@@ -44,7 +44,8 @@ from sims.common import (
 )
 from sims.plots import save_figure
 from sims.probes import observed
-from snnllm.attention import SpikingLlamaAttention, query_key_accumulators
+from snnllm.attention import SpikingLlamaAttention
+from snnllm.attention_products import query_key_accumulators
 from snnllm.cache import RowEncoder, from_payload
 from snnllm.config import FLOAT_BITS
 from snnllm.execution import SpikingModule, View, set_view, spiking_modules, use_view

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, LlamaConfig
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from neurons import Encoding
-from neurons.functional import count_to_spikes, spikes_to_events
+from snnllm.attention_products import spiking_scores, step_payloads
 from snnllm.block import CACHE_ARGUMENT, ProjectedAttention, static_layer
 from snnllm.cache import EncodeOnWrite, RowEncoder, from_payload, to_payload
 from snnllm.config import Rotation, SpikeConfig
@@ -31,7 +31,6 @@ from snnllm.float_attention import CALIBRATION_ATTENTION, calibration_attention,
 from snnllm.head_rotation import HeadRotation
 from snnllm.kernels.attention.backend import TritonAttention
 from snnllm.kernels.cpu.attention import NativeAttention
-from snnllm.kernels.products import integer_product
 from snnllm.precision import keeping_float32
 from snnllm.transforms import salient_count
 
@@ -161,6 +160,9 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
             return None
         if not torch.compiler.is_compiling() and any(e.watched for e in encoders):
             return None  # who records from the neurons wants to see them run
+        return self._prepared()
+
+    def _prepared(self) -> TritonAttention | None:
         if self._kernels is _UNKNOWN:
             self._kernels = self._prepare_kernels()
         return cast("TritonAttention | None", self._kernels)
@@ -168,8 +170,14 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
     def kernels_for(
         self, x: Tensor, mask: Tensor | None, dropout: float, **asked: Any
     ) -> TritonAttention | None:
-        """The kernels, where they run on activations and a mask; they never have P for `output_attentions`."""
+        """The kernels, where they run on activations and a mask; they never have P for `output_attentions`.
+
+        Outside of the collapsed view they sum over the steps of K, of many queries.
+        """
         kernels = self.kernels()
+        if self.view is not View.COLLAPSED and not torch.compiler.is_compiling():
+            kernels = self._prepared()
+            kernels = None if kernels is None or kernels.few(x) else kernels
         dropped = self.training and dropout > 0.0
         # transformers refuses `output_attentions` in the configuration.
         if kernels is None or dropped or asked.get("output_attentions"):
@@ -255,54 +263,6 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         return encoding._replace(count=spikes.sum(0).to(encoding.count.dtype))
 
 
-def query_key_accumulators(
-    module: SpikingLlamaAttention, query: Encoding, key: Encoding
-) -> list[Tensor]:
-    """Centred integer products of Q and K, one per channel group of K.
-
-        A_g[i, j] = sum_{c in g} (q_ic - z_ig) (k_jc - z_jg),   z_ig = z_i if Q has one group
-
-    Args:
-        module: The attention layer; its view decides how the sum is executed.
-        query: Counts `[B, H, S_q, D]`.
-        key: Counts `[B, H_kv, S_k, D]`.
-
-    Returns:
-        int32 `[B, H_kv, H/H_kv * S_q, S_k]` per group, the same integers in every view.
-    """
-    batch, kv_heads, _, dim = key.count.shape
-    q = module.q_encoder.centre(query).reshape(batch, kv_heads, -1, dim)
-    encoder = module.k_encoder
-    groups = encoder.channel_group.unsqueeze(1)  # [H_kv, 1, D]
-    bound_q, capacity = max(module.q_encoder.capacities), max(encoder.capacities)
-    if module.view is View.COLLAPSED:
-        centred = encoder.centre(key)
-        return [
-            integer_product(q, centred.masked_fill(groups != g, 0), bound_q, capacity)
-            for g in range(len(encoder.steps))
-        ]
-    steps = torch.tensor(encoder.steps, device=groups.device)[groups.long()]
-    spikes = count_to_spikes(key.count, encoder.levels, max(encoder.steps), steps)
-    length = 1  # slots of a step
-    if module.view is View.BINARY:
-        length = encoder.levels - 1
-        spikes = spikes_to_events(spikes.float(), encoder.levels)
-    total = []
-    for g in range(len(encoder.steps)):
-        member = groups == g
-        silent = member.to(torch.int16).expand(batch, kv_heads, 1, dim)
-        summed = torch.stack(
-            [
-                integer_product(q, s.masked_fill(~member, 0), bound_q, capacity)
-                for s in spikes[: length * encoder.steps[g]]  # later steps are silent
-            ]
-        ).sum(0, dtype=torch.int32)
-        # sum_c (q_c - z) over the group: what the bias charge of K multiplies.
-        row = integer_product(q, silent, bound_q, 1)
-        total.append(summed - row * key.zero_point[..., g].unsqueeze(-2))
-    return total
-
-
 def spiking_attention(
     module: SpikingLlamaAttention,
     query: Tensor,
@@ -329,14 +289,18 @@ def spiking_attention(
 
     Returns:
         `[B, S_q, H, D]` in the dtype of the query; and P, or None from the kernels on a GPU, which never
-        have all of it. They run when nobody asks for P, and differ by the rounding of float sums.
+        have all of it. They run when nobody asks for P; float sums are rounded in another order than torch's, but
+    in the same one in every view (outside of the collapsed view, of a few queries torch sums).
     """
     batch, heads, tokens, _ = query.shape
     dtype, kernels = query.dtype, module.kernels_for(query, attention_mask, dropout, **kwargs)
-    if kernels is not None:
+    if kernels is not None and module.view is View.COLLAPSED:
         return kernels.attend(query, key, value, attention_mask, scaling, dtype), None
     native = module.native()
     encoded = module.encode_payload(module.q_encoder, module.rotate(query))
+    if kernels is not None:
+        steps = step_payloads(module, key)
+        return kernels.attend_steps(encoded, steps, value, attention_mask, scaling, dtype), None
     if native is not None and module.view is View.COLLAPSED:
         scores = native.scores(encoded, key, scaling)
     else:
@@ -353,30 +317,6 @@ def spiking_attention(
     # The mask of a float64 model makes P float64.
     out = torch.matmul(per_group, decoded.to(per_group.dtype)).view(batch, heads, tokens, -1)
     return out.transpose(1, 2).to(dtype).contiguous(), probability
-
-
-def spiking_scores(
-    module: SpikingLlamaAttention, query: Tensor, key: Tensor, scaling: float
-) -> Tensor:
-    """`scaling * sum_g (A_g s_qg) s_kg`, float32 `[B, H, S_q, S_k]`, with torch operations.
-
-    Args:
-        module: The attention layer.
-        query: payloads `[B, H, S_q, bytes]`.
-        key: payloads `[B, H_kv, S_k, bytes]`.
-        scaling: Factor of the scores.
-    """
-    batch, heads, tokens, _ = query.shape
-    encoded_q = from_payload(query, module.q_encoder.layout)
-    encoded_k = from_payload(key, module.k_encoder.layout)
-    s_q = encoded_q.threshold.view(batch, key.shape[1], -1, encoded_q.threshold.shape[-1])
-    scores: Tensor | None = None
-    for g, product in enumerate(query_key_accumulators(module, encoded_q, encoded_k)):
-        own = s_q[..., g if s_q.shape[-1] > 1 else 0, None]
-        term = (product.float() * own) * encoded_k.threshold[..., g].unsqueeze(-2)
-        scores = term if scores is None else scores + term
-    assert scores is not None  # an encoder has at least one group
-    return scores.view(batch, heads, tokens, -1) * scaling
 
 
 def register_attention() -> None:

@@ -17,10 +17,10 @@ from transformers.models.llama.modeling_llama import repeat_kv
 from snnllm.attention import (
     SPIKING_ATTENTION,
     SpikingLlamaAttention,
-    query_key_accumulators,
     register_attention,
     spiking_attention,
 )
+from snnllm.attention_products import query_key_accumulators
 from snnllm.block import CACHE_ARGUMENT, ProjectedAttention
 from snnllm.cache import EncodeOnWrite, from_payload, to_payload
 from snnllm.config import SpikeConfig

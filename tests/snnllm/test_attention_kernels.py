@@ -237,6 +237,42 @@ def test_outputs_are_those_of_the_torch_path(
     check(module, kernels, x, mask_of(kind, batch, *lengths), tolerance.two_terms)
 
 
+@settings(max_examples=6 if INTERPRETED else 25, derandomize=True, deadline=None)
+@given(
+    heads=st.sampled_from([(1, 1), (10, 1)] if INTERPRETED else [(2, 2), (18, 2)]),
+    lengths=st.sampled_from([(9, 9), (9, 17)] if INTERPRETED else [(9, 9), (17, 137)]),
+    kind=st.sampled_from(["none", "causal", "pad bool"]),
+    steps=st.sampled_from([2, 4]),
+    ratio=st.sampled_from([0.0, 0.3]),
+    query_groups=st.booleans(),
+    rotation=st.sampled_from(["none", "groups"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_views_have_the_same_outputs(
+    heads, lengths, kind, steps, ratio, query_groups, rotation, dtype, seed
+):
+    """Bit for bit: the float sums are those of one kernel, whatever view has made the integers."""
+    module, kernels = make(
+        *(*heads, 8, seed),
+        salient_ratio=ratio,
+        kv_salient_steps=steps,
+        query_groups=query_groups and ratio > 0,
+        rotation=rotation,
+        key_offset=True,
+    )
+    module._kernels = kernels
+    batch = 2 if "pad" in kind else 1  # the first entry is padded
+    query, key, value = (t.to(dtype) for t in operands(module, seed, batch, *lengths))
+    mask, outputs = mask_of(kind, batch, *lengths), []
+    for view in View:
+        with use_view(module, view), torch.no_grad():
+            payloads = module._encode_key_value(key, value)
+            outputs.append(spiking_attention(module, query, *payloads, mask, 8**-0.5)[0])
+    assert bool(outputs[0].isfinite().all())
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [(1, 20), (20, 20)])
 def test_half_precision_stays_within_its_rounding(tolerance, dtype, lengths):
@@ -414,17 +450,33 @@ def test_kernels_run_on_a_gpu_only(tiny_checkpoint):
 
 
 @torch.no_grad()
-def test_other_views_and_asked_probabilities_run_on_torch(model, token_ids, monkeypatch):
+def test_views_have_the_same_logits(model, token_ids):
+    ids = token_ids[:1, :5].to(DEVICE)
+    logits = []
+    for view in (View.COLLAPSED, View.UNROLLED) if INTERPRETED else View:
+        with use_view(model, view):
+            logits.append(model(ids).logits)
+    assert all(torch.equal(other, logits[0]) for other in logits)
+
+
+@torch.no_grad()
+def test_few_queries_of_other_views_and_asked_probabilities_run_on_torch(
+    model, token_ids, monkeypatch
+):
     ids = token_ids[:1, :6].to(DEVICE)
 
     def forbidden(*_: Any) -> Any:
         raise AssertionError("the kernels have no P")
 
     monkeypatch.setattr(TritonAttention, "attend", forbidden)
+    monkeypatch.setattr(TritonAttention, "attend_steps", forbidden)
     out = model(ids, output_attentions=True)
     assert [p.shape for p in out.attentions] == [(1, 4, 6, 6)] * 2
     with use_view(model, View.UNROLLED):
-        model(ids)
+        model(ids[:, :1])  # few queries
+        model(ids, output_attentions=True)
+        with pytest.raises(AssertionError, match="no P"):
+            model(ids)
     with pytest.raises(AssertionError, match="no P"):
         model(ids)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from snnllm.attention import SpikingLlamaAttention, query_key_accumulators, spiking_attention
+from snnllm.attention import SpikingLlamaAttention, spiking_attention
+from snnllm.attention_products import query_key_accumulators
 from snnllm.config import SpikeConfig
 from snnllm.conversion import convert
 from snnllm.execution import View, set_view, use_view

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from neurons import Encoding
-from snnllm.attention import SpikingLlamaAttention, query_key_accumulators
+from snnllm.attention import SpikingLlamaAttention
+from snnllm.attention_products import query_key_accumulators
 from snnllm.cache import from_payload
 from snnllm.config import SpikeConfig
 from snnllm.data import load_text, random_windows, tokenize

@@ -156,6 +156,54 @@ class TritonAttention:
         )
         return out
 
+    def few(self, query: Tensor) -> bool:
+        """Whether queries `[B, H, S_q, D]` are so few that another kernel attends, with sums in another order."""
+        from snnllm.kernels.attention.operators import DECODE_ROWS  # needs Triton
+
+        return query.shape[1] // len(self.key_slot) * query.shape[2] <= DECODE_ROWS
+
+    def attend_steps(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """`attend` of many encoded queries, with the integers summed over the steps of K: the same floats.
+
+        Args:
+            query: Payloads uint8 `[B, H, S_q, bytes]`.
+            key: Payloads of every step, uint8 `[T, B, H_kv, S_k, bytes]`.
+            value: Payloads `[B, H_kv, S_k, bytes]`.
+            mask: As `attend` takes it.
+            scaling: Factor of the scores.
+            dtype: Of the result.
+        """
+        from snnllm.kernels.attention.launch import attend_encoded  # needs Triton
+
+        batch, heads, tokens, _ = query.shape
+        out = query.new_zeros((batch, tokens, heads, self.key_slot.shape[-1]), dtype=dtype)
+        if out.numel() and key.shape[3]:
+            tables = (
+                self.key_slot,
+                self.value_slot,
+                self.member,
+                self.query_capacity,
+                self.query_clip,
+            )
+            sizes = (
+                self.groups,
+                self.shared,
+                self.planes,
+                self.key_row[1],
+                self.value_row[1],
+                scaling,
+            )
+            attend_encoded(query, key, value, mask, tables, sizes, self.query_row, out)
+        return out
+
     @property
     def stores(self) -> bool:
         """Whether one kernel does all that is behind the projections up to the cache (`attend_stored`)."""

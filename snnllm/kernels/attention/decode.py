@@ -3,7 +3,7 @@
     P = softmax(scaling * sum_g s_qg s_kg A_g + mask),   out = P (s_v (q_v - z_v))
 
 All queries that share a KV head are one program's, so a payload is read once. Q is encoded here. The
-products A_g are exact integers; scores are combined in the order of `snnllm.attention.spiking_scores`. In
+products A_g are exact integers; scores are combined in the order of `snnllm.attention_products.spiking_scores`. In
 the product with V, P times the threshold is a sum of two bfloat16 numbers (16 bits) and V are the counts,
 whose high bits and zero points are taken in separately:
 

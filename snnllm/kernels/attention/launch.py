@@ -257,18 +257,39 @@ def run_prefill(
     out: Tensor,
 ) -> None:
     """Launch the kernels for many queries; arguments as `operators.attend` describes them."""
-    (batch, heads, tokens, channels), (_, kv_heads, keys, _) = query.shape, key.shape
-    groups, shared, planes, key_plane, value_plane, scaling = sizes
-    key_slot, value_slot, member, capacity, clip = tables
-    *row, query_planes = query_row
+    groups, shared, *_ = sizes
+    *_, member, capacity, clip = tables
+    *row, planes = query_row
+    slots = member.shape[1] if groups == 2 and planes else 0
+    operand = ((query, query_slot, clip, row),)
+    (encoded,) = encode(operand, capacity, shared, planes, slots, *rotation)
+    attend_encoded(encoded, key[None], value, mask, tables, sizes, query_row, out)
+
+
+def attend_encoded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    tables: tuple[Tensor, ...],
+    sizes: tuple[Any, ...],
+    query_row: list[int],
+    out: Tensor,
+) -> None:
+    """Launch the kernels behind the encoder of Q; arguments as `operators.attend` describes them.
+
+    But Q is there as payloads uint8 `[B, H, S_q, bytes]`, and K in steps `[T, B, H_kv, S_k, bytes]`, whose
+    centred counts are summed.
+    """
+    (batch, heads, tokens, _), (steps, _, kv_heads, keys, _) = query.shape, key.shape
+    groups, _, planes, key_plane, value_plane, scaling = sizes
+    key_slot, value_slot, member, capacity, _ = tables
+    (_, query_plane, query_planes), channels = query_row, key_slot.shape[-1]
     slots = member.shape[1] if groups == 2 else 0
     bm, bn, warps, stages = _prefill_config(query.device, out.dtype)
     tiles, blocks = triton.cdiv(tokens, bm), triton.cdiv(keys, bn)
     width = _power(32, channels)
     mask, mask_strides, lowest, is_bool = _mask_arguments(mask, batch, tokens, keys)
-    operand = ((query, query_slot, clip, row),)
-    query_slots = slots if query_planes else 0
-    (encoded,) = encode(operand, capacity, shared, query_planes, query_slots, *rotation)
     with on(query.device):
         kinds = None
         if mask is not None:
@@ -280,11 +301,21 @@ def run_prefill(
             )
 
         query_code, query_scale = unpack(
-            *(encoded, key_slot, member, None, bm, capacity.shape[0], groups, query_planes, row[1])
+            *(query, key_slot, member, None, bm, capacity.shape[0], groups, query_planes),
+            query_plane,
         )
-        key_planes = planes if key_plane else 0
+        # The thresholds of all steps are the same; of those in front the kernel reads.
         key_code, key_scale = unpack(
-            *(key, key_slot, member, kinds, bn, groups, groups, key_planes, key_plane)
+            *(
+                key.flatten(0, 1),
+                key_slot,
+                member,
+                kinds if steps == 1 else None,
+                bn,
+                groups,
+                groups,
+            ),
+            *(planes if key_plane else 0, key_plane),
         )
         query_padded, padded = query_code.shape[1], key_code.shape[1]
         numbers = value.new_empty((batch * kv_heads, padded, width), dtype=out.dtype)
@@ -306,12 +337,13 @@ def run_prefill(
         launch(
             *(query_code, query_scale, key_code, key_scale, numbers, mask, kinds, out),
             *(*mask_strides, heads, heads // kv_heads, tokens, query_padded, keys, padded, blocks),
-            *(scaling, lowest),
+            *(scaling, lowest, key_code[: len(key_code) // steps].numel(), steps),
             G=groups,
             QUERY_GROUPS=capacity.shape[0],
             D=channels,
             WIDTH=width,
             SLOTS=slots,
+            STEPPED=steps > 1,
             BLOCKS=_power(2, blocks),
             BOOL=is_bool,
             PRECISION="tf32x3" if out.dtype == torch.float32 else "tf32",

@@ -3,7 +3,7 @@
     P = softmax(scaling * sum_g s_qg s_kg A_g + mask),   out = P V
 
 The products A_g are exact integers on tensor cores; scores are combined in the order of
-`snnllm.attention.spiking_scores`. P and V enter their product in the dtype of V (float32: as three
+`snnllm.attention_products.spiking_scores`. P and V enter their product in the dtype of V (float32: as three
 products of TF32 numbers).
 """
 
@@ -37,9 +37,12 @@ def _blocks(  # type: ignore[no-untyped-def]
     padded,
     scaling,
     lowest,
+    plane,
+    steps,
     G: tl.constexpr,
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
+    STEPPED: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BOOL: tl.constexpr,
@@ -53,11 +56,22 @@ def _blocks(  # type: ignore[no-untyped-def]
         n = block * BN + tl.arange(0, BN)
         code_at = code_ptr + (n.to(tl.int64) * (WIDTH + SLOTS))[None, :]
         product = tl.dot(query, tl.load(code_at + d[:, None]), out_dtype=tl.int32)
+        if STEPPED:
+            step_at = code_at
+            for _ in range(1, steps):
+                step_at += plane
+                product += tl.dot(query, tl.load(step_at + d[:, None]), out_dtype=tl.int32)
         key_scale = tl.load(threshold_ptr + n)
         score = (product.to(tl.float32) * scale0) * key_scale[None, :]
         if G == 2:
             i = WIDTH + tl.arange(0, SLOTS)
             product = tl.dot(salient_query, tl.load(code_at + i[:, None]), out_dtype=tl.int32)
+            if STEPPED:
+                step_at = code_at
+                for _ in range(1, steps):
+                    step_at += plane
+                    part = tl.dot(salient_query, tl.load(step_at + i[:, None]), out_dtype=tl.int32)
+                    product += part
             key_scale = tl.load(threshold_ptr + padded + n)
             score += (product.to(tl.float32) * scale1) * key_scale[None, :]
         score *= scaling
@@ -81,7 +95,7 @@ def _blocks(  # type: ignore[no-untyped-def]
     return out, most, total
 
 
-@triton.jit(do_not_specialize=["tokens", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "blocks", "steps"])
 def prefill(  # type: ignore[no-untyped-def]
     query_ptr,
     query_threshold_ptr,
@@ -103,11 +117,14 @@ def prefill(  # type: ignore[no-untyped-def]
     blocks,
     scaling,
     lowest,
+    plane,
+    steps,
     G: tl.constexpr,
     QUERY_GROUPS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     SLOTS: tl.constexpr,
+    STEPPED: tl.constexpr,
     BLOCKS: tl.constexpr,
     BOOL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -119,7 +136,8 @@ def prefill(  # type: ignore[no-untyped-def]
     Operands:
         query_ptr: int8 `[B, H, query_padded, WIDTH + SLOTS]` (`unpack.unpack_codes`).
         query_threshold_ptr: float32 `[B, H, G_q, query_padded]`.
-        code_ptr: int8 `[B, H_kv, padded, WIDTH + SLOTS]`.
+        code_ptr: int8 `[B, H_kv, padded, WIDTH + SLOTS]`; or, STEPPED, one such for every step, `plane`
+            elements apart: the integers are summed over the steps.
         threshold_ptr: float32 `[B, H_kv, G, padded]`.
         value_ptr: `[B, H_kv, padded, WIDTH]`.
         mask_ptr: bool or float `[B, 1, tokens, keys]` by its strides, or None.
@@ -187,7 +205,20 @@ def prefill(  # type: ignore[no-untyped-def]
                 padded,
                 scaling,
             ),
-            *(lowest, G, WIDTH, SLOTS, part != 1, HAS_MASK, BOOL, PRECISION, BN),
+            *(
+                lowest,
+                plane,
+                steps,
+                G,
+                WIDTH,
+                SLOTS,
+                STEPPED,
+                part != 1,
+                HAS_MASK,
+                BOOL,
+                PRECISION,
+                BN,
+            ),
         )
     out, _, total = state
     # Queries that see no key: zeros.

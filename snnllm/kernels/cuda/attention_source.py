@@ -5,7 +5,7 @@
 A cluster of CLUSTER blocks of threads has a KV head and all ROWS queries that share it; its warps take
 blocks of 32 keys in turn. For the scores a lane has a key: its payload is in registers, and A_g, an exact
 integer, is a sum of dp4a with the centred counts of Q, which every block encodes for itself. Scores are
-combined in the order of `snnllm.attention.spiking_scores`. For the product with V a lane has eight channels
+combined in the order of `snnllm.attention_products.spiking_scores`. For the product with V a lane has eight channels
 (a word of packed counts), and P times the threshold comes from the lane of the key. High bits of salient
 channels and zero points are taken in separately:
 
