@@ -81,6 +81,7 @@ class Runner:
         run: Description of the run, as in `run.json`.
         records: What is known about each model, by name.
         timing: How long it takes.
+        elapsed: Seconds that `execute` has taken.
 
     Raises:
         ValueError: The folder holds results of another run, or a text is unusable.
@@ -116,7 +117,7 @@ class Runner:
             "task_rows_sha256": settings.rows_digest(),
             "settings": _deciding(settings),
         }
-        self._lock = None
+        self._lock, self.elapsed = None, 0.0
         if not look:
             self._rows.mkdir(parents=True, exist_ok=True)
             self._lock = locked(output, f"{output} is in use: another process reproduces into it.")
@@ -185,7 +186,7 @@ class Runner:
         unknown = {m for job in jobs for m in job.measures} - self._measures.keys()
         if unknown:
             raise ValueError(f"Nothing here measures {', '.join(sorted(unknown))}.")
-        say = self._reporter.say
+        say, began = self._reporter.say, time.perf_counter()
         todo = [job for job in jobs if self.pending(job)]
         together = [job for job in todo if self.pending(job) != [Measure.SPEED]]
         if workers is not None and len(together) > 1:
@@ -201,6 +202,7 @@ class Runner:
             self._work_on(job)
             say(f"    {time.perf_counter() - start:.1f} s")
             self._say_errors(job)
+        self.elapsed += time.perf_counter() - began
         return not any(self.pending(job) for job in jobs)
 
     def _may_go_on(self, job: Job) -> bool:
