@@ -14,7 +14,14 @@ from typing import Any
 
 from snnllm.zeroshot import DEFINITIONS, ZERO_SHOT_TASKS
 
-__all__ = ["TaskResults", "TaskScore", "check_tasks", "evaluate_tasks", "mean_accuracy"]
+__all__ = [
+    "TaskResults",
+    "TaskScore",
+    "check_task_folder",
+    "check_tasks",
+    "evaluate_tasks",
+    "mean_accuracy",
+]
 
 _LOCAL = "_local"
 _INSTALL = "lm-evaluation-harness is not installed; run `pip install 'snnllm[eval]'` (or lm_eval)."
@@ -178,6 +185,16 @@ def evaluate_tasks(
     return TaskResults(scores, lm_eval.__version__, num_fewshot, time.perf_counter() - start)
 
 
+def check_task_folder(task_data: Path | None) -> None:
+    """Refuse rows of tasks that are not there.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
+    if task_data is not None and not task_data.is_dir():
+        raise FileNotFoundError(f"{task_data} is no folder; --task-data needs one with JSONL rows.")
+
+
 def check_tasks(
     tasks: Sequence[str],
     task_data: Path | None,
@@ -203,8 +220,7 @@ def check_tasks(
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
-    if task_data is not None and not task_data.is_dir():
-        raise FileNotFoundError(f"{task_data} is no folder; --task-data needs one with JSONL rows.")
+    check_task_folder(task_data)
     if num_fewshot and (local := _local(tasks, task_data)):
         raise ValueError(
             f"The local rows of {', '.join(local)} are all test samples: there are none to show as "

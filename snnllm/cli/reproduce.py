@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from snnllm.cli.checks import check_at_least_one, check_usable
 from snnllm.cli.options import window_length
+from snnllm.harness import check_task_folder
 from snnllm.paper.settings import TABLE_NAMES, Settings
 from snnllm.pipelines.omniquant_options import Execution
 from snnllm.texts import DATA_VARIABLE, load_text, local_tasks
@@ -146,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--dry-run changes nothing; leave --restart out to see what is done.")
     check_at_least_one(args, "jobs")
     numbers_of(args)
+    check_task_folder(args.task_data)
     for text in (*args.text, args.calibration):
         load_text(text)  # what is missing is said before seconds are spent
     check_usable(args, args.model)

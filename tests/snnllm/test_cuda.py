@@ -85,10 +85,11 @@ def test_query_key_products_have_the_integers_of_the_cpu(tiny_checkpoint: Path) 
 
 
 @torch.no_grad()
-def test_logits_are_equal_in_all_views(tiny_checkpoint: Path, token_ids: Tensor) -> None:
-    model: Any = load(tiny_checkpoint).to("cuda")
-    for block in model.model.layers:
-        block.self_attn._kernels = None  # their sums of floats are rounded otherwise
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_equal_in_all_views(
+    tiny_checkpoint: Path, token_ids: Tensor, dtype: torch.dtype
+) -> None:
+    model: Any = load(tiny_checkpoint, dtype).to("cuda")
     logits = {}
     for view in View:
         with use_view(model, view):

@@ -598,6 +598,12 @@ def test_zero_shot_tasks_stand_in_the_table_and_other_rows_are_refused(
     assert "task_rows_sha256 was" in capsys.readouterr().err
 
 
+def test_missing_rows_of_tasks_are_said_at_once(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduction, "run", lambda _: pytest.fail("it began"))
+    assert main(command(tmp_path / "out", "--task-data", str(tmp_path / "none"))) == 2
+    assert "none is no folder; --task-data" in capsys.readouterr().err
+
+
 def test_measures_that_nobody_takes_are_refused(stories_dir, texts, tmp_path):
     from snnllm.sources import open_source
 
