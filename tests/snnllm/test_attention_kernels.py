@@ -206,7 +206,7 @@ def test_unpacked_counts_are_those_of_the_encoder(query_groups, steps):
         assert torch.equal(scale[..., : threshold.shape[-1]], threshold)
 
 
-@settings(max_examples=10 if INTERPRETED else 25, derandomize=True, deadline=None)
+@settings(max_examples=6 if INTERPRETED else 25, derandomize=True, deadline=None)
 @given(
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     dim=st.sampled_from([8, 24]),
@@ -237,7 +237,7 @@ def test_outputs_are_those_of_the_torch_path(
     check(module, kernels, x, mask_of(kind, batch, *lengths), tolerance.two_terms)
 
 
-@settings(max_examples=6 if INTERPRETED else 25, derandomize=True, deadline=None)
+@settings(max_examples=4 if INTERPRETED else 25, derandomize=True, deadline=None)
 @given(
     heads=st.sampled_from([(1, 1), (10, 1)] if INTERPRETED else [(2, 2), (18, 2)]),
     lengths=st.sampled_from([(9, 9), (9, 17)] if INTERPRETED else [(9, 9), (17, 137)]),

@@ -100,9 +100,11 @@ def with_offsets(model: Any) -> Any:
 
 
 @pytest.mark.usefixtures("fused")
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("rotated", [True, False], ids=["offset", "plain"])
-@pytest.mark.parametrize("ratio", [0.1, 0.0], ids=["two", "one"])
+@pytest.mark.parametrize(
+    ("ratio", "rotated", "dtype"),
+    [(0.1, True, torch.float32), (0.0, False, HALF)],
+    ids=["two", "one"],
+)
 def test_the_residual_is_added_as_behind_the_mlp(monkeypatch, ids, dtype, rotated, ratio):
     overrides = {"attention": "float", "salient_ratio": ratio, "mask_scope": "input"}
     model = with_offsets(make(dtype, rotated, **overrides))

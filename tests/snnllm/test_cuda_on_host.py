@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -181,23 +182,33 @@ TILES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "capacities", "dtype"), CASES, ids=["one", "two", "whole", "shifted"]
-)
-@pytest.mark.parametrize(
-    ("name", "rows", "shape"),
-    [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TILES)],
-    ids=["rows1", "rows13", "rows32", "tiles64", "tiles192", "tiles256"],
-)
+SHAPES = [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TILES)]
+SHAPE_NAMES = ["rows1", "rows13", "rows32", "tiles64", "tiles192", "tiles256"]
+
+
+def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:
+    """Every case on every shape; of the shapes that take half a minute each, the quick tests run one case."""
+    pairs = itertools.product(zip(SHAPE_NAMES, SHAPES, strict=True), zip(names, cases, strict=True))
+    return pytest.mark.parametrize(
+        ("shape", "case"),
+        [
+            pytest.param(
+                shape,
+                case,
+                id=f"{where}-{name}",
+                marks=[pytest.mark.slow] * (where in ("tiles64", "tiles192") and name != quick),
+            )
+            for (where, shape), (name, case) in pairs
+        ],
+    )
+
+
+@everywhere(CASES, ["one", "two", "whole", "shifted"], quick="two")
 def test_kernels_have_the_integers_and_outputs_of_the_reference(
-    build: Any,
-    name: str,
-    rows: int,
-    shape: dict[str, int],
-    sizes: tuple[int, ...],
-    capacities: tuple[int, ...],
-    dtype: torch.dtype,
+    build: Any, shape: Any, case: Any
 ) -> None:
+    name, rows, macros = shape
+    sizes, capacities, dtype = case
     n = 40 if name == "rows" else 264
     spec = spec_of(n, sizes, capacities, bias=dtype != torch.bfloat16)
     x = torch.randn(rows, sum(sizes), generator=torch.Generator().manual_seed(rows)) * 3
@@ -209,7 +220,7 @@ def test_kernels_have_the_integers_and_outputs_of_the_reference(
         if dtype == torch.int32
         else reference.linear(x, prepared).to(dtype)
     )
-    assert torch.equal(run(build, name, shape, x, spec, dtype), expected)
+    assert torch.equal(run(build, name, macros, x, spec, dtype), expected)
 
 
 def attend(
@@ -315,23 +326,18 @@ def test_attention_of_one_token_is_that_of_torch(
     )
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("sizes", [(300,), (130, 33)], ids=["one", "two"])
-@pytest.mark.parametrize(
-    ("name", "rows", "shape"),
-    [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TILES)],
-    ids=["rows1", "rows13", "rows32", "tiles64", "tiles192", "tiles256"],
-)
-def test_a_residual_is_added_to_rounded_outputs(
-    build: Any,
-    name: str,
-    rows: int,
-    shape: dict[str, int],
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    bias: bool,
-) -> None:
+RESIDUALS = [
+    ((300,), torch.bfloat16, True),
+    ((300,), torch.float32, False),
+    ((130, 33), torch.bfloat16, False),
+    ((130, 33), torch.float32, True),
+]
+
+
+@everywhere(RESIDUALS, ["one-half", "one-float", "two-half", "two-float"], quick="two-half")
+def test_a_residual_is_added_to_rounded_outputs(build: Any, shape: Any, case: Any) -> None:
+    name, rows, macros = shape
+    sizes, dtype, bias = case
     n = 40 if name == "rows" else 264
     spec = spec_of(n, sizes, (15, 30)[: len(sizes)], bias)
     generator = torch.Generator().manual_seed(rows)
@@ -339,4 +345,4 @@ def test_a_residual_is_added_to_rounded_outputs(
     reference = ReferenceBackend()
     y = reference.linear(x, reference.prepare(spec)).to(dtype)
     residual = (torch.randn(rows, n, generator=generator) * y.float().std()).to(dtype)
-    assert torch.equal(run(build, name, shape, x, spec, dtype, residual), residual + y)
+    assert torch.equal(run(build, name, macros, x, spec, dtype, residual), residual + y)

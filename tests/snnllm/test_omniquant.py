@@ -166,10 +166,8 @@ def test_the_same_seed_gives_the_same_bits(make_llama, token_ids, tmp_path):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize(
-    "backend",
-    ["eager", pytest.param("inductor", marks=pytest.mark.slow)],  # a minute more
-)
+@pytest.mark.slow  # minutes of tracing and compiling
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_compiled_step_trains_as_an_eager_one(make_llama, token_ids, monkeypatch, backend):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     losses = []
