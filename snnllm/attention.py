@@ -170,14 +170,26 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
     def kernels_for(
         self, x: Tensor, mask: Tensor | None, dropout: float, **asked: Any
     ) -> TritonAttention | None:
-        """The kernels, where they run on activations and a mask; they never have P for `output_attentions`.
+        """The kernels, where they run on activations and a mask; they never have P for `output_attentions`."""
+        return self._if_usable(self.kernels(), x, mask, dropout, **asked)
 
-        Outside of the collapsed view they sum over the steps of K, of many queries.
-        """
-        kernels = self.kernels()
-        if self.view is not View.COLLAPSED and not torch.compiler.is_compiling():
-            kernels = self._prepared()
-            kernels = None if kernels is None or kernels.few(x) else kernels
+    def step_kernels_for(
+        self, query: Tensor, mask: Tensor | None, dropout: float, **asked: Any
+    ) -> TritonAttention | None:
+        """The kernels for queries that are encoded already, in every view and whoever records: many of them."""
+        kernels = None if torch.compiler.is_compiling() else self._prepared()
+        if kernels is None or kernels.few(query):
+            return None
+        return self._if_usable(kernels, query, mask, dropout, **asked)
+
+    def _if_usable(
+        self,
+        kernels: TritonAttention | None,
+        x: Tensor,
+        mask: Tensor | None,
+        dropout: float,
+        **asked: Any,
+    ) -> TritonAttention | None:
         dropped = self.training and dropout > 0.0
         # transformers refuses `output_attentions` in the configuration.
         if kernels is None or dropped or asked.get("output_attentions"):
@@ -289,15 +301,16 @@ def spiking_attention(
 
     Returns:
         `[B, S_q, H, D]` in the dtype of the query; and P, or None from the kernels on a GPU, which never
-        have all of it. They run when nobody asks for P; float sums are rounded in another order than torch's, but
-    in the same one in every view (outside of the collapsed view, of a few queries torch sums).
+            have all of it. They run when nobody asks for P, and round float sums in another order than torch; for
+        many queries in the same one in every view, for a few (`TritonAttention.few`) torch runs the others.
     """
     batch, heads, tokens, _ = query.shape
     dtype, kernels = query.dtype, module.kernels_for(query, attention_mask, dropout, **kwargs)
-    if kernels is not None and module.view is View.COLLAPSED:
+    if kernels is not None:
         return kernels.attend(query, key, value, attention_mask, scaling, dtype), None
     native = module.native()
     encoded = module.encode_payload(module.q_encoder, module.rotate(query))
+    kernels = module.step_kernels_for(query, attention_mask, dropout, **kwargs)
     if kernels is not None:
         steps = step_payloads(module, key)
         return kernels.attend_steps(encoded, steps, value, attention_mask, scaling, dtype), None

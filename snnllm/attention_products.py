@@ -29,7 +29,7 @@ def _train(module: SpikingLlamaAttention, key: Encoding) -> Tensor:
 
 
 def step_payloads(module: SpikingLlamaAttention, key: Tensor) -> Tensor:
-    """Payloads of every step of K (of every slot, in the binary view), whose centred counts sum to those of K.
+    """Payloads of every step of K (binary: of every slot; collapsed: K), whose centred counts sum to those of K.
 
     Args:
         module: The attention layer; its view decides about the steps.
@@ -38,6 +38,8 @@ def step_payloads(module: SpikingLlamaAttention, key: Tensor) -> Tensor:
     Returns:
         uint8 `[T, B, H_kv, S, bytes]`. The bias charge is taken off with the first.
     """
+    if module.view is View.COLLAPSED:
+        return key[None]
     layout = module.k_encoder.layout
     encoding = from_payload(key, layout)
     zero = encoding.zero_point

@@ -29,7 +29,7 @@ from snnllm.layout import LinearLayout
 from snnllm.packing import pack, packed_width, unpack
 from snnllm.precision import keeping_float32
 from snnllm.transforms import salient_count
-from snnllm.weights import QuantizedWeight, run_sizes
+from snnllm.weights import QuantizedWeight, expand_groups, run_sizes
 
 _COLLAPSED_CAPACITY = 255
 _VERSIONS = itertools.count()
@@ -102,7 +102,6 @@ class SpikingLinear(SpikingModule):
             self.register_buffer("offset_output", torch.zeros(out_features))
         self._spec: LinearSpec | None = None
         self._prepared: tuple[Backend, PreparedLinear] | None = None
-        self._placed: tuple[Tensor, Tensor] | None = None
         self.version = next(_VERSIONS)
 
     def _make_weight(self) -> None:
@@ -186,27 +185,16 @@ class SpikingLinear(SpikingModule):
         """The real weight that the integers stand for, float32 `[N, K]`, original channel order."""
         if self.layout.weight_bits == FLOAT_BITS:
             return self.get_buffer("weight").float()
-        position, run = self._columns()
-        codes = self.codes()
-        if len(self.layout.steps) > 1:
-            codes = codes.index_select(1, position)
-        zero, scale = (v.index_select(1, run) for v in (self.weight_zero, self.weight_scale))
-        return (codes.float() - zero.float()) * scale
-
-    def _columns(self) -> tuple[Tensor, Tensor]:
-        """Encoded position and weight group of every channel, int64 `[K]`: nothing waits for the device later."""
-        if self._placed is None:
-            sizes = torch.tensor(run_sizes(self.in_features, self.weight_groups))
-            position = torch.argsort(self.order.cpu())
-            run = torch.repeat_interleave(torch.arange(len(sizes)), sizes)[position]
-            self._placed = position.to(self.device), run.to(self.device)
-        return self._placed
+        groups = self.weight_groups
+        zero = expand_groups(self.weight_zero.float(), self.in_features, groups)
+        scale = expand_groups(self.weight_scale, self.in_features, groups)
+        encoded = (self.codes().float() - zero) * scale
+        return torch.empty_like(encoded).index_copy_(1, self.order, encoded)
 
     def invalidate(self) -> None:
         """Forget everything derived from the stored tensors (after they change)."""
         self._spec = None
         self._prepared = None
-        self._placed = None
         self.version = next(_VERSIONS)
 
     def release_codes(self) -> None:
@@ -226,7 +214,7 @@ class SpikingLinear(SpikingModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """State without what is derived from it (a backend's pointers), for deepcopy and pickle."""
-        return {**self.__dict__, "_spec": None, "_prepared": None, "_placed": None}
+        return {**self.__dict__, "_spec": None, "_prepared": None}
 
     def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(*args, **kwargs)

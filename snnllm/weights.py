@@ -51,6 +51,8 @@ def expand_groups(
 ) -> Tensor:
     """Repeat values per weight group `[N, J]` over their input channels to `[N, K]`; waits for no device."""
     sizes = run_sizes(channels, groups)
+    if values.shape[1] != len(sizes):
+        raise ValueError(f"{len(sizes)} weight groups need as many values, got {values.shape[1]}.")
     if len(set(sizes)) == 1:
         return values.repeat_interleave(sizes[0], dim=1)
     return torch.cat([v.expand(-1, n) for v, n in zip(values.split(1, 1), sizes, strict=True)], 1)

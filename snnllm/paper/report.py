@@ -146,8 +146,8 @@ def _summary(stated: Mapping[str, Any]) -> list[str]:
         f"Perplexity on {windows} of {s['window']} tokens ({', '.join(s['texts'])}; tables that compare "
         f"variants: {sample} of the first text); calibrated on {s['calibration_windows']} windows of "
         f"{s['calibration_window']} tokens of {s['calibration']}. {stated['device_name']}, "
-        f"{stated['seconds'] / 60:.1f} minutes of work; the call that has written this took "
-        f"{stated['elapsed_seconds'] / 60:.1f}."
+        f"{stated['seconds'] / 60:.1f} minutes of work; this call converted and measured "
+        f"for {stated['elapsed_seconds'] / 60:.1f}."
     ]
     at_once = max((row["at_once"] for row in stated["rows"].values()), default=1)
     if at_once > 1:

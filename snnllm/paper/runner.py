@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 __all__ = ["Reporter", "Runner"]
 
 _log = logging.getLogger(__name__)
-_LOADING = "loading"
-_NO_MEMORY = torch.OutOfMemoryError.__name__
+LOADING = "loading"
+WORKER = "worker"
+"""Names of errors that no measure has made, besides `CONVERSION`."""
+_NO_MEMORY = ("OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 Made = Conversion | Baseline | None
 
 
@@ -195,20 +197,28 @@ class Runner:
                     self._take_over(job, result)
                     say(f"[{number}/{len(together)}, {workers.count} at once] {job.row.title}")
                     self._say_errors(job)
-            todo = [job for job in todo if self.pending(job) and self._may_go_on(job)]
-        for number, job in enumerate(todo, start=1):
-            say(f"[{number}/{len(todo)}] {job.row.title}; {self.timing.outlook(jobs)}")
+        else:
+            together = []
+        rest = [(job, wanted) for job in todo if (wanted := self._wanted(job, job in together))]
+        for number, (job, wanted) in enumerate(rest, start=1):
+            say(f"[{number}/{len(rest)}] {job.row.title}; {self.timing.outlook(jobs)}")
             start = time.perf_counter()
-            self._work_on(job)
+            self._work_on(job, wanted)
             say(f"    {time.perf_counter() - start:.1f} s")
             self._say_errors(job)
         self.elapsed += time.perf_counter() - began
         return not any(self.pending(job) for job in jobs)
 
-    def _may_go_on(self, job: Job) -> bool:
-        """Whether nothing failed on a model, or only because others had the memory."""
-        errors = self.record(job.row)["errors"].values()
-        return all(message.startswith(_NO_MEMORY) for message in errors)
+    def _wanted(self, job: Job, worked_on: bool) -> list[Measure]:
+        """What this process measures on a model, which a worker may have worked on just now."""
+        pending = self.pending(job)
+        if self._at_once > 1:  # the run that has started this one measures speed alone
+            return [m for m in pending if m is not Measure.SPEED]
+        errors = self.record(job.row)["errors"]
+        if not worked_on or all(map(_no_memory, errors.values())):
+            return pending
+        made = not errors.keys() & {CONVERSION, LOADING, WORKER}
+        return [m for m in pending if m is Measure.SPEED and made]
 
     def _take_over(self, job: Job, result: dict[str, Any] | str) -> None:
         """The record that a worker has written, or what it had written and its end as an error."""
@@ -219,7 +229,7 @@ class Runner:
                 self.records[name] = json.loads(written.read_text())
             record = self.records.setdefault(name, self.record(job.row))
             record["title"], record["kind"] = job.row.title, job.kind
-            record["errors"] = {**record["errors"], "worker": result}
+            record["errors"] = {**record["errors"], WORKER: result}
             self._save(name)
         else:
             self.records[name] = result
@@ -228,27 +238,29 @@ class Runner:
         for step, message in self.record(job.row)["errors"].items():
             self._reporter.say(f"    {step} FAILED: {message}")
 
-    def _work_on(self, job: Job) -> None:
+    def _work_on(self, job: Job, wanted: Sequence[Measure]) -> None:
         row, name = job.row, job.row.name
         record = self.records.setdefault(name, self.record(row))
-        record["title"], record["kind"], record["errors"] = row.title, job.kind, {}
+        record["title"], record["kind"] = row.title, job.kind
+        others = {str(measure) for measure in self.pending(job) if measure not in wanted}
+        record["errors"] = {k: v for k, v in record["errors"].items() if k in others}
         record["versions"] = package_versions()
         record["at_once"] = max(self._at_once, record.get("at_once", 1))
         if row.conversion is not None:
             record["recipe"] = row.conversion.to_dict()
         folder = self.output / "checkpoints" / name
         try:
-            self._measure(job, folder)
+            self._measure(job, folder, wanted)
         finally:
             self._forget()
         if not self._keep and not self.pending(job):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _measure(self, job: Job, folder: Path) -> None:
+    def _measure(self, job: Job, folder: Path, wanted: Sequence[Measure]) -> None:
         row, name = job.row, job.row.name
         if not self._converted(row.conversion, name, folder):
             return
-        model = self._attempt(name, _LOADING, partial(self._load, row.conversion, name, folder))
+        model = self._attempt(name, LOADING, partial(self._load, row.conversion, name, folder))
         if model is None:
             return
         subject = Subject(
@@ -260,9 +272,7 @@ class Runner:
             data=self._data,
             figures=self.output / "figures",
         )
-        for measure in self.pending(job):
-            if measure is Measure.SPEED and self._at_once > 1:
-                continue  # the run that has started this one measures it alone
+        for measure in wanted:
             result = self._attempt(name, measure, partial(self._measures[measure], subject))
             if result is not None:
                 self.records[name]["measures"][str(measure)] = result
@@ -338,3 +348,8 @@ def _deciding(settings: Settings) -> dict[str, Any]:
     """The settings that decide about results; batch sizes only decide about speed."""
     values = settings.to_dict()
     return {k: v for k, v in values.items() if k not in ("batch_size", "task_batch")}
+
+
+def _no_memory(message: str) -> bool:
+    """Whether an error says that a GPU had no memory left; short host memory would end the leader, too."""
+    return any(words in message for words in _NO_MEMORY)

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -216,6 +217,50 @@ def test_machine_code_is_kept_for_the_next_process(
     (tmp_path / "file").touch()
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
     assert cuda_driver.machine_code(*wanted[0]) == f"code of {len(made)}".encode()
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home directory")))
+    assert cuda_driver.machine_code(*wanted[0]) == f"code of {len(made)}".encode()
+
+
+@pytest.mark.parametrize("damaged", [b"", b"half of"])
+def test_damaged_machine_code_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damaged: bytes
+) -> None:
+    loaded: list[bytes] = []
+
+    class Driver:
+        def cuModuleLoadData(self, _: Any, code: bytes) -> int:
+            loaded.append(code)
+            return int(code != b"whole")
+
+        def cuModuleGetFunction(self, function: Any, *_: Any) -> int:
+            function._obj.value = 7
+            return 0
+
+        def cuFuncSetAttribute(self, *_: Any) -> int:
+            return 0
+
+    nvrtc = SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0))
+    monkeypatch.setattr(cuda_driver, "_nvrtc", lambda: nvrtc)
+    monkeypatch.setattr(cuda_driver, "_driver", Driver)
+    monkeypatch.setattr(cuda_driver, "compiled", lambda *_: (b"whole", ""))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    load = cuda_driver.load.__wrapped__
+    assert load("a", (), "kernel", 32, 0, CPU).function == 7
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damaged)
+    for _ in range(2):
+        assert load("a", (), "kernel", 32, 0, CPU).function == 7
+    assert file.read_bytes() == b"whole"
+    assert [code for code in loaded if code] == [
+        b"whole",
+        *([damaged] * bool(damaged)),
+        b"whole",
+        b"whole",
+    ]
 
 
 def spec_of(

@@ -28,7 +28,9 @@ def test_packing_loses_nothing_and_takes_no_more_bits(bits, rows, channels, seed
     assert packed.dtype == torch.uint8
     assert packed.shape == (rows, packed_width(channels, bits))
     assert packed.shape[1] * 8 - channels * bits < 8
-    assert torch.equal(unpack(packed, channels, bits), codes)
+    unpacked = unpack(packed, channels, bits)
+    assert unpacked.is_contiguous()
+    assert torch.equal(unpacked, codes)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

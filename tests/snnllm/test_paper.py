@@ -322,7 +322,7 @@ def test_what_had_no_memory_beside_others_is_tried_again_alone(command, tmp_path
 
         def run(self, todo: Any) -> Any:
             for job, message in zip(
-                todo, ("OutOfMemoryError: CUDA", "ValueError: no"), strict=True
+                todo, ("AcceleratorError: CUDA error: out of memory", "ValueError: no"), strict=True
             ):
                 yield job, {"measures": {}, "seconds": {}, "errors": {"perplexity": message}}
 
@@ -331,6 +331,42 @@ def test_what_had_no_memory_beside_others_is_tried_again_alone(command, tmp_path
     first, second = (runner.record(job.row) for job in jobs)
     assert (set(first["measures"]), first["errors"]) == ({"perplexity"}, {})
     assert (second["measures"], second["errors"]) == ({}, {"perplexity": "ValueError: no"})
+
+
+@pytest.mark.parametrize("earlier", [{}, {"speed": "ValueError: of an earlier call"}])
+@pytest.mark.parametrize(
+    ("failed", "timed"), [("perplexity", True), ("conversion", False), ("worker", False)]
+)
+def test_speed_is_measured_whatever_else_failed(
+    command, tmp_path, monkeypatch, earlier, failed, timed
+):
+    """Unless there is no model; what an earlier call has left hinders nobody."""
+    rows = ("main", "speed", "--rows", "rtn", "rotated")
+    args = build_parser().parse_args(command(tmp_path, *rows))
+    runner, tables = reproduction._opened(args, reproduction.open_source(args.model))
+    jobs, worked = jobs_of(tables), []
+    (speedy,) = [job for job in jobs if Measure.SPEED in job.measures]
+    errors = {**earlier, failed: "ValueError: no"}
+
+    class Failing:
+        count = 2
+
+        def run(self, todo: Any) -> Any:
+            for job in todo:
+                yield job, {"measures": {}, "seconds": {}, "errors": dict(errors)}
+
+    def measure(job: Any, _: Path, wanted: Any) -> None:
+        worked.append((job.row.name, wanted))
+
+    monkeypatch.setattr(runner, "_measure", measure)
+    assert not runner.execute(jobs, Failing())
+    assert worked == ([(speedy.row.name, [Measure.SPEED])] if timed else [])
+    kept = {failed: "ValueError: no"}
+    assert runner.record(speedy.row)["errors"] == (kept if timed else errors)
+    runner.execute(jobs)  # without workers: all that is missing, whatever has failed before
+    runner.close()
+    assert worked[-len(jobs) :] == [(job.row.name, list(job.measures)) for job in jobs]
+    assert runner.record(speedy.row)["errors"] == {}
 
 
 def test_workers_take_the_gpus_in_turn(monkeypatch):

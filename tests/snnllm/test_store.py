@@ -17,6 +17,7 @@ from snnllm import modeling, shared_input
 from snnllm.attention import SpikingLlamaAttention
 from snnllm.block import CACHE_ARGUMENT, prepare
 from snnllm.config import SpikeConfig
+from snnllm.execution import View
 from snnllm.kernels.attention.backend import TritonAttention
 from snnllm.kernels.triton.backend import TritonBackend
 from snnllm.linear import SpikingLinear
@@ -373,6 +374,18 @@ def test_logits_are_those_of_the_operators_one_after_the_other(model, calls, mon
     for old, new in zip(*(cache.layers for cache in caches), strict=True):
         for name in ("keys", "values", "cumulative_length"):
             assert torch.equal(getattr(old, name), getattr(new, name)), name
+
+
+@torch.no_grad()
+def test_neurons_of_another_view_run_one_by_one(model, calls):
+    """Whatever the view of the linears is, and however many queries there are."""
+    attention = model.model.layers[0].self_attn
+    attention.view = View.UNROLLED
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    ids = torch.arange(3, 14, device=DEVICE)[None]
+    for part in ids.split([1, 9, 1], 1):
+        model(part, **{CACHE_ARGUMENT: cache})
+    assert not calls
 
 
 @torch.no_grad()

@@ -122,3 +122,18 @@ def test_dequantize_is_the_equation():
         torch.tensor([[7]], dtype=torch.uint8),
     )
     assert dequantize(quantized).tolist() == [[-3.5, 0.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(6, None), (6, 2), (7, 2), (7, (3, 0, 4)), (6, (3, 3))]
+)
+def test_values_of_groups_are_repeated(channels, groups):
+    sizes = torch.tensor(run_sizes(channels, groups))
+    values = torch.arange(2.0 * len(sizes)).view(2, -1)
+    expected = values.repeat_interleave(sizes, dim=1)
+    assert torch.equal(expand_groups(values, channels, groups), expected)
+
+
+def test_another_number_of_values_is_refused():
+    with pytest.raises(ValueError, match="2 weight groups need as many values, got 3"):
+        expand_groups(torch.zeros(4, 3), 6, 3)

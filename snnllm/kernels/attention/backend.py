@@ -158,9 +158,9 @@ class TritonAttention:
 
     def few(self, query: Tensor) -> bool:
         """Whether queries `[B, H, S_q, D]` are so few that another kernel attends, with sums in another order."""
-        from snnllm.kernels.attention.operators import DECODE_ROWS  # needs Triton
+        from snnllm.kernels.attention.operators import few_queries  # needs Triton
 
-        return query.shape[1] // len(self.key_slot) * query.shape[2] <= DECODE_ROWS
+        return few_queries(query.shape[1], len(self.key_slot), query.shape[2])
 
     def attend_steps(
         self,
@@ -233,7 +233,7 @@ class TritonAttention:
         Returns:
             `[B, S, H, D]`.
         """
-        from snnllm.kernels.attention.operators import DECODE_ROWS  # needs Triton
+        from snnllm.kernels.attention.operators import few_queries  # needs Triton
         from snnllm.kernels.attention.store import check_cache, store_heads
 
         cos, sin = (table.contiguous() for table in position_embeddings)
@@ -241,7 +241,7 @@ class TritonAttention:
         heads = projected.shape[2] // cos.shape[2] - 2 * kv_heads
         check_cache(projected, cos, sin, heads, keys, values, self.key_row[0], self.value_row[0])
         # Many queries are rotated where they are encoded.
-        few = heads // kv_heads * projected.shape[1] <= DECODE_ROWS
+        few = few_queries(heads, kv_heads, projected.shape[1])
         query: Tensor = store_heads(
             *(projected.detach(), cos, sin, heads, few, keys, values),
             *(layer.cumulative_length, position, self.key_slot, self.value_slot, self.capacity),

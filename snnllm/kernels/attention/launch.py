@@ -300,24 +300,14 @@ def attend_encoded(
                 **{"BOOL": is_bool, "BM": bm, "BN": bn, "num_warps": 4},
             )
 
-        query_code, query_scale = unpack(
-            *(query, key_slot, member, None, bm, capacity.shape[0], groups, query_planes),
-            query_plane,
-        )
-        # The thresholds of all steps are the same; of those in front the kernel reads.
-        key_code, key_scale = unpack(
-            *(
-                key.flatten(0, 1),
-                key_slot,
-                member,
-                kinds if steps == 1 else None,
-                bn,
-                groups,
-                groups,
-            ),
-            *(planes if key_plane else 0, key_plane),
-        )
-        query_padded, padded = query_code.shape[1], key_code.shape[1]
+        own: Any = (capacity.shape[0], groups, query_planes, query_plane)
+        query_code, query_scale = unpack(query, key_slot, member, None, bm, *own)
+        own = (groups, groups, planes if key_plane else 0, key_plane)
+        unpacked = [unpack(step, key_slot, member, kinds, bn, *own) for step in key]
+        key_code, key_scale = unpacked[0]  # the thresholds of all steps are the same
+        query_padded, padded, plane = query_code.shape[1], key_code.shape[1], key_code.numel()
+        if steps > 1:
+            key_code = torch.stack([code for code, _ in unpacked])
         numbers = value.new_empty((batch * kv_heads, padded, width), dtype=out.dtype)
         launch = unpack_values[(padded // bn, batch * kv_heads)]
         launch(
@@ -337,7 +327,7 @@ def attend_encoded(
         launch(
             *(query_code, query_scale, key_code, key_scale, numbers, mask, kinds, out),
             *(*mask_strides, heads, heads // kv_heads, tokens, query_padded, keys, padded, blocks),
-            *(scaling, lowest, key_code[: len(key_code) // steps].numel(), steps),
+            *(scaling, lowest, plane, steps),
             G=groups,
             QUERY_GROUPS=capacity.shape[0],
             D=channels,

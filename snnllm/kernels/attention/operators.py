@@ -12,6 +12,11 @@ DECODE_ROWS = 8
 """Queries of a KV head (its heads times tokens) up to which the kernel for few of them runs."""
 
 
+def few_queries(heads: int, kv_heads: int, tokens: int) -> bool:
+    """Whether the kernel for few queries runs."""
+    return heads // kv_heads * tokens <= DECODE_ROWS
+
+
 @operator("snnllm::encode_key_value")
 def encode_key_value(
     key: Tensor,
@@ -142,7 +147,7 @@ def attend(
         return out.zero_()
     sizes = (groups, shared, planes, key_plane, value_plane, scaling)
     tables = (key_slot, value_slot, member, query_capacity, query_clip)
-    if heads // key.shape[1] * tokens <= DECODE_ROWS:
+    if few_queries(heads, key.shape[1], tokens):
         if order is not None:  # each of many programs encodes the queries: they are rotated before
             query = rotate_operand(query, order, blocks or ())
         run_decode(query, key, value, mask, tables, sizes, out)

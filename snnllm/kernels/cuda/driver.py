@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import importlib
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -156,18 +157,20 @@ def compiled(
     return code, log
 
 
-def machine_code(source: str, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """As `compiled`, from the cache if any process has compiled it before."""
+def machine_code(
+    source: str, macros: tuple[tuple[str, int], ...], architecture: str, fresh: bool = False
+) -> bytes:
+    """As `compiled`, from the cache if any process has compiled it before; `fresh` replaces what is there."""
     _, *version = _nvrtc().nvrtcVersion()
     parts = "\0".join([*map(str, version), *_options(macros, architecture), source])
-    path = cache_directory() / f"{hashlib.sha256(parts.encode()).hexdigest()[:20]}.cubin"
+    name = f"{hashlib.sha256(parts.encode()).hexdigest()[:20]}.cubin"
+    with suppress(OSError, RuntimeError):  # no file, or no home directory
+        if not fresh:
+            return (cache_directory() / name).read_bytes()
+    code, _ = compiled(source, macros, architecture)
     try:
-        return path.read_bytes()
-    except OSError:
-        code, _ = compiled(source, macros, architecture)
-    try:
-        store(path, code)
-    except OSError as error:
+        store(cache_directory() / name, code)
+    except (OSError, RuntimeError) as error:
         _LOG.info("compiled kernels are not kept for the next process: %s", error)
     return code
 
@@ -192,10 +195,13 @@ def load(
 ) -> Kernel:
     """The kernel `name` of a source on a device; arguments as `compiled` and `Kernel`."""
     major, minor = torch.cuda.get_device_capability(device)
-    code = machine_code(source, macros, f"sm_{major}{minor}a")
     driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
     torch.cuda.current_stream(device)  # torch's context is the current one from here on
-    _check(driver.cuModuleLoadData(ctypes.byref(module), code))
+    architecture = f"sm_{major}{minor}a"
+    code = machine_code(source, macros, architecture)
+    if not code or driver.cuModuleLoadData(ctypes.byref(module), code):  # a damaged file
+        code = machine_code(source, macros, architecture, fresh=True)
+        _check(driver.cuModuleLoadData(ctypes.byref(module), code))
     _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
     _check(driver.cuFuncSetAttribute(function, _SHARED, shared))
     assert function.value is not None
