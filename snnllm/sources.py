@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +33,7 @@ from snnllm.locate import SourceError as SourceError
 from snnllm.locate import demo_model_path as demo_model_path
 
 _log = logging.getLogger(__name__)
+_PARSING = threading.Lock()  # one GGUF file at a time in a process
 _CARRIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -263,15 +267,35 @@ def _weight_map(folder: Path) -> dict[str, str]:
         ) from error
 
 
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers parse a GGUF file once, not for configuration, weights and tokenizer.
+
+    And list the names of the tensors once, not for every module.
+    """
+    import gguf
+
+    with _PARSING:
+        before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+        try:
+            for name, original in before.items():
+                setattr(gguf, name, cache(original))
+            yield
+        finally:
+            for name, original in before.items():
+                setattr(gguf, name, original)
+
+
 def _open_gguf(path: Path) -> Source:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with _parsed_once():
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SourceError(
             f"{path} cannot be read as a GGUF LLaMA ({error}). Supported: {SUPPORTED}."
