@@ -301,7 +301,7 @@ def spiking_attention(
 
     Returns:
         `[B, S_q, H, D]` in the dtype of the query; and P, or None from the kernels on a GPU, which never
-            have all of it. They run when nobody asks for P, and round float sums in another order than torch; for
+        have all of it. They run when nobody asks for P, and round float sums in another order than torch; for
         many queries in the same one in every view, for a few (`TritonAttention.few`) torch runs the others.
     """
     batch, heads, tokens, _ = query.shape

@@ -59,7 +59,7 @@ def unpack(packed: Tensor, channels: int, bits: int) -> Tensor:
     if 8 % bits == 0:  # whole codes in a byte
         places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         codes = (packed.unsqueeze(-1) >> places) & ((1 << bits) - 1)
-        return codes.view(rows, -1)[:, :channels].contiguous()
+        return codes.flatten(1)[:, :channels].contiguous()
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream = ((packed.unsqueeze(-1) >> shifts) & 1).reshape(rows, width * 8)[:, : channels * bits]
     weights = 1 << torch.arange(bits, dtype=torch.uint8, device=packed.device)
