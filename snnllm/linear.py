@@ -29,7 +29,7 @@ from snnllm.layout import LinearLayout
 from snnllm.packing import pack, packed_width, unpack
 from snnllm.precision import keeping_float32
 from snnllm.transforms import salient_count
-from snnllm.weights import QuantizedWeight, expand_groups, run_sizes
+from snnllm.weights import QuantizedWeight, dequantize, run_sizes
 
 _COLLAPSED_CAPACITY = 255
 _VERSIONS = itertools.count()
@@ -185,10 +185,8 @@ class SpikingLinear(SpikingModule):
         """The real weight that the integers stand for, float32 `[N, K]`, original channel order."""
         if self.layout.weight_bits == FLOAT_BITS:
             return self.get_buffer("weight").float()
-        groups = self.weight_groups
-        zero = expand_groups(self.weight_zero.float(), self.in_features, groups)
-        scale = expand_groups(self.weight_scale, self.in_features, groups)
-        encoded = (self.codes().float() - zero) * scale
+        quantized = QuantizedWeight(self.codes(), self.weight_scale, self.weight_zero)
+        encoded = dequantize(quantized, self.weight_groups)
         return torch.empty_like(encoded).index_copy_(1, self.order, encoded)
 
     def invalidate(self) -> None:

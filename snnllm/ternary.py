@@ -23,6 +23,7 @@ from snnllm.gptq import DAMPING, ROWS, inverse_factor
 from snnllm.kernels.triton.gptq import triton_available
 from snnllm.kernels.triton.ternary_gptq import fire_block, refine_block
 from snnllm.step_allocation import GROUP_SIZE, StepClass, classes_of, column_steps, threshold_runs
+from snnllm.weights import expand_groups
 
 _log = logging.getLogger(__name__)
 _RATIOS = tuple(0.2 + 0.05 * i for i in range(17))
@@ -256,8 +257,7 @@ def refine(
         New levels and thresholds.
     """
     threshold = _least_squares(weight, hessian, levels, threshold, runs)
-    sizes = torch.tensor(runs, device=weight.device)
-    alpha = threshold.repeat_interleave(sizes, dim=1).T.contiguous()
+    alpha = expand_groups(threshold, weight.shape[1], runs).T.contiguous()
     q = levels.T.clone(memory_format=torch.contiguous_format)
     gradient = hessian @ (weight.T - q * alpha)  # of half the loss, negative: [K, N]
     most = steps.to(q)
@@ -315,8 +315,7 @@ def _least_squares(
 def dequantize_ternary(ternary: TernaryWeight, group_size: int | None = GROUP_SIZE) -> Tensor:
     """The real weight, float32 `[N, K]` in the original channel order."""
     runs = threshold_runs(ternary.classes, group_size)
-    sizes = torch.tensor(runs, device=ternary.threshold.device)
-    alpha = ternary.threshold.float().repeat_interleave(sizes, dim=1)
+    alpha = expand_groups(ternary.threshold.float(), ternary.levels.shape[1], runs)
     out = torch.empty_like(alpha)
     out[:, ternary.order] = ternary.levels.float() * alpha
     return out

@@ -28,7 +28,7 @@ from snnllm.linear import SpikingLinear
 from snnllm.packing import digits_width, pack_digits, unpack_digits
 from snnllm.step_allocation import column_steps, threshold_runs
 from snnllm.ternary import TernaryWeight, weight_spikes
-from snnllm.weights import QuantizedWeight
+from snnllm.weights import QuantizedWeight, expand_groups
 
 _INT16_CHANNELS = 1 << 15
 _MOST_GROUPS = 16
@@ -151,8 +151,7 @@ class TernaryLinear(SpikingLinear):
     def dequantized_weight(self) -> Tensor:
         """The real weight that the spikes stand for, float32 `[N, K]`, original channel order."""
         runs = threshold_runs(self.layout.classes, self.layout.group_size)
-        sizes = torch.tensor(runs, device=self.device)
-        weight = self._unpacked().float() * self.threshold().repeat_interleave(sizes, dim=1)
+        weight = self._unpacked().float() * expand_groups(self.threshold(), self.in_features, runs)
         return torch.empty_like(weight).index_copy_(1, self.weight_order.long(), weight)
 
     def packed_weight(self) -> PackedTernary | CountedTernary | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CACHE_VARIABLE = "SNNLLM_CACHE_DIR"
@@ -18,8 +20,11 @@ def cache_directory() -> Path:
     return Path(base) / "snnllm"
 
 
-def store(path: Path, data: bytes) -> None:
-    """Write a file into the cache under a private name and rename it, so that readers never see half of it.
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Where to make a file of the cache: it takes its place whole, if it was made, so nobody reads half of it.
+
+    Each call has a name of its own: processes may make the same file at once.
 
     Raises:
         OSError: The cache is not writable.
@@ -27,5 +32,6 @@ def store(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as private:
         whole = Path(private) / path.name
-        whole.write_bytes(data)
-        whole.replace(path)
+        yield whole
+        if whole.exists():
+            whole.replace(path)

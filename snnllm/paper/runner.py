@@ -191,15 +191,15 @@ class Runner:
         say, began = self._reporter.say, time.perf_counter()
         todo = [job for job in jobs if self.pending(job)]
         together = [job for job in todo if self.pending(job) != [Measure.SPEED]]
+        worked_on: list[Job] = []
         if workers is not None and len(together) > 1:
             with closing(workers.run(together)) as results:
                 for number, (job, result) in enumerate(results, start=1):
                     self._take_over(job, result)
+                    worked_on.append(job)
                     say(f"[{number}/{len(together)}, {workers.count} at once] {job.row.title}")
                     self._say_errors(job)
-        else:
-            together = []
-        rest = [(job, wanted) for job in todo if (wanted := self._wanted(job, job in together))]
+        rest = [(job, wanted) for job in todo if (wanted := self._wanted(job, job in worked_on))]
         for number, (job, wanted) in enumerate(rest, start=1):
             say(f"[{number}/{len(rest)}] {job.row.title}; {self.timing.outlook(jobs)}")
             start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -99,11 +100,16 @@ def with_offsets(model: Any) -> Any:
     return model
 
 
+QUICK_RESIDUALS = [(0.1, True, torch.float32), (0.0, False, HALF)]
+
+
 @pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize(
     ("ratio", "rotated", "dtype"),
-    [(0.1, True, torch.float32), (0.0, False, HALF)],
-    ids=["two", "one"],
+    [  # half a minute each: the quick tests run two
+        pytest.param(*case, marks=[] if case in QUICK_RESIDUALS else [pytest.mark.slow])
+        for case in itertools.product((0.1, 0.0), (True, False), (torch.float32, HALF))
+    ],
 )
 def test_the_residual_is_added_as_behind_the_mlp(monkeypatch, ids, dtype, rotated, ratio):
     overrides = {"attention": "float", "salient_ratio": ratio, "mask_scope": "input"}

@@ -326,15 +326,15 @@ def test_attention_of_one_token_is_that_of_torch(
     )
 
 
-RESIDUALS = [
-    ((300,), torch.bfloat16, True),
-    ((300,), torch.float32, False),
-    ((130, 33), torch.bfloat16, False),
-    ((130, 33), torch.float32, True),
-]
+RESIDUALS = {
+    f"{name}-{kind}{'-bias' * bias}": (sizes, dtype, bias)
+    for name, sizes in (("one", (300,)), ("two", (130, 33)))
+    for kind, dtype in (("half", torch.bfloat16), ("float", torch.float32))
+    for bias in (False, True)
+}
 
 
-@everywhere(RESIDUALS, ["one-half", "one-float", "two-half", "two-float"], quick="two-half")
+@everywhere(list(RESIDUALS.values()), list(RESIDUALS), quick="two-half")
 def test_a_residual_is_added_to_rounded_outputs(build: Any, shape: Any, case: Any) -> None:
     name, rows, macros = shape
     sizes, dtype, bias = case

@@ -13,10 +13,9 @@ import os
 import shlex
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
-from snnllm.kernels.disk_cache import CACHE_VARIABLE, cache_directory
+from snnllm.kernels.disk_cache import CACHE_VARIABLE, cache_directory, replaced
 
 LOGGER = logging.getLogger("snnllm.kernels")
 SOURCES = ("kernels.c", "attention.h", "encode.h", "rotation.h", "tile.h")
@@ -96,15 +95,13 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def _compile(compiler: list[str], flags: tuple[str, ...], source: Path, target: Path) -> str:
-    """Compile to a private file and rename it, so that readers never see half a library."""
+    """Compile into the cache; the compiler's words if it refuses."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as private:
-            output = Path(private) / target.name
+        with replaced(target) as output:
             result = _run([*compiler, *flags, str(source), "-o", str(output), "-lm"])
             if result.returncode != 0:
+                output.unlink(missing_ok=True)
                 return result.stderr or f"exit status {result.returncode}"
-            output.replace(target)
     except OSError as error:
         raise CompilerError(
             f"the cache {target.parent} is not writable ({error}); set {CACHE_VARIABLE}"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnllm.kernels.disk_cache import cache_directory, store
+from snnllm.kernels.disk_cache import cache_directory, replaced
 
 _LOG = logging.getLogger(__name__)
 SWIZZLES = {64: 2, 128: 3}
@@ -169,7 +169,8 @@ def machine_code(
             return (cache_directory() / name).read_bytes()
     code, _ = compiled(source, macros, architecture)
     try:
-        store(cache_directory() / name, code)
+        with replaced(cache_directory() / name) as file:
+            file.write_bytes(code)
     except (OSError, RuntimeError) as error:
         _LOG.info("compiled kernels are not kept for the next process: %s", error)
     return code
