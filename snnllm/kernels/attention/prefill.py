@@ -16,6 +16,7 @@ from neurons.backends.triton_encode_row import rounded
 from snnllm.kernels.attention.mask import HIDDEN, WHOLE, float_product, masked_scores
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SUM_WIDTH = tl.constexpr(16)  # columns of the product that sums the weights of a query
 
 
 @triton.jit
@@ -52,6 +53,7 @@ def _blocks(  # type: ignore[no-untyped-def]
     """Take in the blocks of keys first..last-1; state is the output, maximum and sum of each query."""
     out, most, total = state
     d = tl.arange(0, WIDTH)
+    ones = tl.full([BN, SUM_WIDTH], 1.0, value_ptr.dtype.element_ty)
     for block in range(first, last):
         n = block * BN + tl.arange(0, BN)
         code_at = code_ptr + (n.to(tl.int64) * (WIDTH + SLOTS))[None, :]
@@ -87,10 +89,12 @@ def _blocks(  # type: ignore[no-untyped-def]
         base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
         p = tl.exp2((score - base[:, None]) * LOG2E)
         decay = tl.exp2((most - base) * LOG2E)
-        total = total * decay + tl.sum(p, 1)
         most = higher
         value = tl.load(value_ptr + (n.to(tl.int64) * WIDTH)[:, None] + d[None, :])
         p = rounded(p, value.dtype)
+        # A product adds in the device's order; tl.sum in that of a layout, which the compiler chooses by the
+        # code around it, and the views have to round alike.
+        total = float_product(p, ones, total * decay[:, None], PRECISION)
         out = float_product(p, value, out * decay[:, None], PRECISION)
     return out, most, total
 
@@ -165,7 +169,7 @@ def prefill(  # type: ignore[no-untyped-def]
     state = (
         tl.zeros([BM, WIDTH], tl.float32),
         tl.full([BM], float("-inf"), tl.float32),
-        tl.zeros([BM], tl.float32),
+        tl.zeros([BM, SUM_WIDTH], tl.float32),
     )
     HAS_MASK: tl.constexpr = mask_ptr is not None
     if not HAS_MASK:
@@ -221,6 +225,7 @@ def prefill(  # type: ignore[no-untyped-def]
             ),
         )
     out, _, total = state
+    total = tl.max(total, 1)  # its columns are equal
     # Queries that see no key: zeros.
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
     d = tl.arange(0, WIDTH)
