@@ -19,8 +19,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     now, seen = [0.0], []
 
     def timed(kind: str) -> Any:
-        def run(model: Any, *_: Any) -> float:
-            seen.append((model, kind))
+        def run(model: Any, _: Any, *tokens: int) -> float:
+            seen.append((model, " ".join([kind, *map(str, tokens)])))
             now[0] += float(model)
             return float(model)
 
@@ -34,15 +34,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 def test_who_is_slow_is_not_repeated(clock: list[tuple[str, str]]) -> None:
     contenders = {name: Contender(name) for name in ("1", "4", "30")}
-    timings = time_contenders(contenders, IDS, IDS, 2, 5, patience=20)
+    timings = time_contenders(contenders, IDS, IDS, 8, 5, patience=20)
     assert timings == {"1": Timing(1, 1, 5), "4": Timing(4, 4, 2), "30": Timing(30, 30, 1)}
-    assert len(clock) == 2 * (6 + 3 + 1)
+    assert len(clock) == 2 * (6 + 3 + 2)
+    # Who is slow from the beginning is timed over fewer tokens, after the kernels have been compiled.
+    assert [kind for model, kind in clock if model == "30"][1::2] == ["decode 8", "decode 2"]
 
 
 def test_without_a_limit_all_are_repeated_alike(clock: list[tuple[str, str]]) -> None:
     timings = time_contenders({n: Contender(n) for n in ("1", "30")}, IDS, IDS, 2, 3)
     assert [timing.repetitions for timing in timings.values()] == [3, 3]
-    assert clock[:4] == [("1", "prefill"), ("1", "decode"), ("30", "prefill"), ("30", "decode")]
+    assert clock[:4] == [("1", "prefill"), ("1", "decode 2"), ("30", "prefill"), ("30", "decode 2")]
 
 
 @pytest.mark.parametrize(("tokens", "repeat"), [(0, 1), (1, 0)])
