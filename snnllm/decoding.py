@@ -9,7 +9,7 @@ prompts are recorded too, padded on the right to a few lengths (`recording.padde
 Graphs are valid for the buffers that they were recorded with. These serve the next calls of `generate`: a
 cache has a few more tokens than asked for, so that calls of similar length share one, and smaller ones lie in
 the memory of the largest. What stays allocated is that cache and the activations of the largest graph,
-which all graphs share; prompts for which that is much run without (`MOST_TOKENS`, `_MOST_PAIRS`, `_MOST_SCORES`).
+which all graphs share; prompts for which that is much run without (`_MOST_TOKENS`, `_MOST_PAIRS`, `_MOST_SCORES`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from snnllm.recording import Buffers, Prompts, Recording, padded_length, within
 _log = logging.getLogger(__name__)
 _KEPT_BUFFERS = 4  # batches and capacities that are remembered
 _KEPT_PROMPTS = 8  # lengths of prompts for each of them
-MOST_TOKENS = 8192  # of a recorded prefill, in all prompts; of a cache that nobody has asked for
+_MOST_TOKENS = 8192  # of a recorded prefill, in all prompts
 _MOST_PAIRS = 1 << 27  # of tokens and places in the cache: the mask of a recorded prefill
 _MOST_SCORES = 1 << 26  # of all heads, where attention has them in memory at once
 
@@ -167,7 +167,7 @@ class DecodeSteps:
         )
         pairs = batch * length * buffers.capacity  # of the mask
         return (
-            batch * length <= MOST_TOKENS
+            batch * length <= _MOST_TOKENS
             and pairs <= _MOST_PAIRS
             and not (scores and heads * pairs > _MOST_SCORES)
         )

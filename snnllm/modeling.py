@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +17,13 @@ from transformers import (
     StaticCache,
 )
 from transformers.cache_utils import StaticLayer
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from snnllm import checkpoint
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention, register_attention
 from snnllm.block import CACHE_ARGUMENT, fuse_block, fuse_norm, prepare
 from snnllm.config import SpikeConfig
-from snnllm.decoding import MOST_TOKENS, DecodeSteps, records_on, sample
+from snnllm.decoding import DecodeSteps, records_on, sample
 from snnllm.execution import choose_views
 from snnllm.hf_quantizer import register_quantizer
 from snnllm.layout import LinearLayout
@@ -206,17 +203,12 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         return super().get_compiled_call(compile_config)
 
     def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
+        self, generation_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """A static cache if none is asked for and passes can be recorded: many times faster than a growing one.
+        """Refuse an offloaded cache without CUDA, where transformers would die of a missing driver.
 
         Raises:
-            ValueError: An offloaded cache without CUDA, where transformers would die of a missing driver.
+            ValueError: Says which caches there are.
         """
         asked = generation_config.cache_implementation or ""
         if asked.startswith("offloaded") and not torch.cuda.is_available():
@@ -224,54 +216,7 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
                 f"cache_implementation={asked!r} keeps the cache of a CUDA GPU in host memory, and torch "
                 "finds no such GPU. On a CPU every cache is there: use 'dynamic' or 'static'."
             )
-        tokens = batch_size * (generation_config.num_return_sequences or 1) * max_cache_length
-        if (
-            not asked
-            and generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-            and generation_config.use_cache is not False
-            and model_kwargs.get(CACHE_ARGUMENT) is None
-            and not set(model_kwargs) - _SAMPLED
-            and tokens <= MOST_TOKENS  # the memory of the cache is kept
-            and self._records(generation_config)
-        ):
-            with self._recording() as steps:
-                if steps is not None:
-                    generation_config.cache_implementation = "static"
-        return super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-
-    def _records(self, config: Any) -> bool:
-        """Whether passes of this model are recorded for a generation with a static cache (`snnllm.decoding`)."""
-        return (
-            not self.training
-            and records_on(self.device)
-            and not torch.is_autocast_enabled(self.device.type)
-            and self.config._attn_implementation in _MASKED
-            and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
-            and config is not None
-            and config.compile_config is None
-            and not config.disable_compile
-            and not config.return_dict_in_generate
-            and not config.is_assistant
-        )
-
-    @contextmanager
-    def _recording(self) -> Iterator[DecodeSteps | None]:
-        """The recorded passes, for this thread alone; None if another has them or the model cannot be recorded."""
-        if self._steps is None:
-            self._steps = DecodeSteps()
-        steps = self._steps
-        if not steps.lock.acquire(blocking=False):
-            yield None
-            return
-        try:
-            with torch.cuda.device_of(
-                self.lm_head.weight
-            ):  # a graph is recorded on the current device
-                yield steps if steps.ready(self) else None
-        finally:
-            steps.lock.release()
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
     def _sample(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Greedy decoding and sampling: recorded steps for a static cache on a GPU (`snnllm.decoding`).
@@ -283,19 +228,33 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         config, cache = kwargs.get("generation_config"), cast(Any, kwargs.get(CACHE_ARGUMENT))
         recorded = (
             not args
-            and self._records(config)
+            and not self.training
+            and records_on(self.device)
+            and not torch.is_autocast_enabled(self.device.type)
+            and self.config._attn_implementation in _MASKED
+            and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
             and type(cache) is StaticCache
             and not cache.offloading
             and not getattr(cache, "_is_user_defined", False)
             and all(type(x) is StaticLayer and not x.is_initialized for x in cache.layers)
+            and config is not None
+            and config.compile_config is None
+            and not config.disable_compile
+            and not config.return_dict_in_generate
+            and not config.is_assistant
             and not kwargs.get("synced_gpus")
             and not set(kwargs) - _SAMPLED
             and kwargs["stopping_criteria"].max_length is not None
             and kwargs["stopping_criteria"].max_length <= cache.layers[0].max_cache_len + 1
         )
-        if recorded:
-            with self._recording() as steps:
-                if steps is not None:
+        if recorded and self._steps is None:
+            self._steps = DecodeSteps()
+        steps = self._steps
+        if not recorded or steps is None or not steps.lock.acquire(blocking=False):
+            return super()._sample(input_ids, *args, **kwargs)
+        try:
+            with torch.cuda.device_of(input_ids):  # a graph is recorded on the current device
+                if steps.ready(self):
                     names = (
                         "logits_processor",
                         "stopping_criteria",
@@ -305,6 +264,8 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
                     given = {name: kwargs.pop(name, None) for name in names}
                     kwargs.pop("synced_gpus", None)
                     return sample(self, steps, input_ids, **given, model_kwargs=kwargs)
+        finally:
+            steps.lock.release()
         return super()._sample(input_ids, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -5,23 +5,19 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import CompileConfig, StaticCache
 
 from snnllm import modeling
-from snnllm.block import CACHE_ARGUMENT
 from snnllm.config import SpikeConfig
 from snnllm.decoding import DecodeSteps
-from snnllm.execution import use_view
 from snnllm.linear import SpikingLinear
 from snnllm.pipelines.rotated import RotatedOptions, rotated_config
 from snnllm.random_model import Shape, llama_config, random_spiking
-from snnllm.views import View
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -46,10 +42,7 @@ def prompts() -> dict[str, Tensor]:
 
 
 def generate(model: Any, prompts: dict[str, Tensor], **options: Any) -> Tensor:
-    """With a dynamic cache, unless something else is asked for; None: the default of the model."""
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options}
-    if "past_key_values" not in options:
-        options.setdefault("cache_implementation", "dynamic")
     with torch.no_grad():
         ids: Tensor = model.generate(**prompts, **options)
     return ids
@@ -68,8 +61,7 @@ def recorded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(modeling, "sample", listed)
     if not CUDA:
         monkeypatch.setattr(modeling, "records_on", lambda device: True)
-        collapsed = View.COLLAPSED
-        monkeypatch.setattr(SpikingLinear, "runs_in_triton", lambda self: self.view is collapsed)
+        monkeypatch.setattr(SpikingLinear, "runs_in_triton", lambda self: True)
     return calls
 
 
@@ -79,51 +71,6 @@ def test_tokens_are_those_of_the_dynamic_cache(model, prompts, recorded):
     for _ in range(2):  # the second time with the buffers of the first
         assert torch.equal(generate(model, prompts, cache_implementation="static"), expected)
     assert len(recorded) == 2
-
-
-DEFAULT: dict[str, Any] = {"cache_implementation": None}
-
-
-def test_who_asks_for_no_cache_gets_recorded_steps(model, prompts, recorded):
-    expected = generate(model, prompts)
-    assert torch.equal(generate(model, prompts, **DEFAULT), expected)
-    assert len(recorded) == 1
-
-
-@pytest.mark.parametrize("why", ["many", "hook", "beams", "scores", "no cache", "view", "another"])
-def test_who_asks_for_no_cache_gets_a_dynamic_one(model, prompts, recorded, monkeypatch, why):
-    """Where steps are not recorded: a static cache would have the model compiled."""
-    options: dict[str, Any] = {}
-    caches: list[Any] = []
-    prepared = type(model)._prepare_cache_for_generation
-
-    def listed(self: Any, config: Any, given: Any, *args: Any) -> None:
-        prepared(self, config, given, *args)
-        caches.append(type(given.get(CACHE_ARGUMENT)))
-
-    monkeypatch.setattr(type(model), "_prepare_cache_for_generation", listed)
-    with ExitStack() as stack:
-        if (
-            why == "many"
-        ):  # three prompts of 9 tokens and 8 new ones, the last of which no cache holds
-            monkeypatch.setattr(modeling, "MOST_TOKENS", 3 * 16 - 1)
-        elif why == "hook":
-            hook = model.model.norm.register_forward_hook(lambda *given: None)
-            stack.callback(hook.remove)
-        elif why == "view":
-            stack.enter_context(use_view(model, View.UNROLLED))
-        elif why == "another":  # thread has the buffers
-            monkeypatch.setattr(model, "_steps", DecodeSteps())
-            stack.enter_context(model._steps.lock)
-        elif why == "beams":
-            options = {"num_beams": 2}
-        elif why == "scores":
-            options = {"return_dict_in_generate": True}
-        else:
-            options = {"use_cache": False}
-        generate(model, prompts, **DEFAULT, **options)
-    assert not recorded
-    assert caches == [type(None) if why == "no cache" else DynamicCache]
 
 
 @pytest.mark.parametrize("new", [1, 2, 3])
