@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from neurons import SpikeEncoder
 from snnllm.execution import SpikingModule
@@ -28,15 +28,18 @@ class ModelState:
         self._encoders: list[SpikeEncoder] = []
         self._spiking: list[SpikingModule] = []
         self._linears: list[SpikingLinear] = []
+        self._buffers: list[
+            dict[str, Tensor | None]
+        ] = []  # those of spiking modules have a version
         self._values: tuple[Any, ...] = ()
         self._recordable = False
 
     def changed(self, model: Any) -> bool | None:
         """Whether a model is another than at the last call; None if its passes cannot be recorded.
 
-        They can if all linears run in operators of Triton and nobody watches. A change is a module or a
-        parameter replaced or moved, other tensors in a linear, other channel groups, another backend, view
-        or attention function.
+        They can if all linears run in operators of Triton, nobody watches and no `forward` is patched, as
+        accelerate's hooks do. A change is a module, parameter or buffer replaced or moved, other tensors in
+        a linear, other channel groups, another backend, view or attention function.
         """
         if all_hooked():
             return None
@@ -46,6 +49,8 @@ class ModelState:
             if module is None:
                 continue
             if (module._forward_hooks or module._forward_pre_hooks) and hooked(module):
+                return None
+            if "forward" in vars(module) and _patched(module):
                 return None
             if module._parameters:
                 holders.append(module._parameters)
@@ -58,6 +63,7 @@ class ModelState:
             return None
         values = (
             [(p.data_ptr(), p.dtype) for held in holders for p in held.values() if p is not None],
+            [b.data_ptr() for held in self._buffers for b in held.values() if b is not None],
             [linear.backend for linear in self._linears],
             [(module.view, module.version) for module in self._spiking],
             model.config._attn_implementation,
@@ -75,3 +81,12 @@ class ModelState:
         self._encoders = [m for m in modules if isinstance(m, SpikeEncoder)]
         self._spiking = [m for m in modules if isinstance(m, SpikingModule)]
         self._linears = [m for m in modules if isinstance(m, SpikingLinear)]
+        inside = {id(m) for module in self._spiking for m in module.modules()}
+        others = [m for m in modules if m is not None and id(m) not in inside]
+        self._buffers = [m._buffers for m in others if m._buffers]
+
+
+def _patched(module: nn.Module) -> bool:
+    """Whether the `forward` of an instance is another than that of its class."""
+    own = vars(module)["forward"]
+    return getattr(own, "__func__", own) is not type(module).forward

@@ -230,6 +230,7 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
             not args
             and not self.training
             and records_on(self.device)
+            and input_ids.device == self.device
             and not torch.is_autocast_enabled(self.device.type)
             and self.config._attn_implementation in _MASKED
             and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
@@ -267,6 +268,12 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         finally:
             steps.lock.release()
         return super()._sample(input_ids, *args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._steps = (
+            None  # recorded passes and their cache stay on no device that the model leaves
+        )
+        return super()._apply(fn, recurse)
 
     def _init_weights(self, module: nn.Module) -> None:
         # Spiking linears hold integers, which no initialiser may touch.

@@ -57,7 +57,10 @@ class Recording:
         own = _capture_stream(torch.cuda.current_device())
         with _CAPTURING:
             try:
-                with torch.cuda.graph(self._graph, pool=pool, stream=own):
+                # By default a capture forbids other threads to allocate.
+                with torch.cuda.graph(
+                    self._graph, pool=pool, stream=own, capture_error_mode="thread_local"
+                ):
                     self._result = work()
             except BaseException:
                 torch.cuda.set_stream(before)  # torch stays on the other one when a capture fails

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache
+from transformers.generation import utils as generation
 
 from snnllm import modeling
 from snnllm.config import SpikeConfig
@@ -259,6 +260,24 @@ def test_a_model_that_generated_is_freed_with_its_last_name(model, prompts, reco
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_model_that_moves_leaves_no_recorded_steps_behind(model, prompts, recorded):
+    copied = copy.deepcopy(model)
+    generate(copied, prompts, **STATIC)
+    assert copied._steps is not None
+    copied.to(DEVICE)
+    assert copied._steps is None
+
+
+@pytest.mark.gpu
+def test_prompts_on_the_cpu_go_to_transformers(model, prompts, recorded, monkeypatch):
+    if not hasattr(generation, "move_to_device"):
+        pytest.skip("this transformers moves no inputs")
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: self.__call__)
+    given = {name: tensor.cpu() for name, tensor in prompts.items()}
+    assert torch.equal(generate(model, given, **STATIC), generate(model, prompts).cpu())
+    assert not recorded
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -87,7 +88,12 @@ def remove_block(model: Any) -> None:
     del model.model.layers[0]
 
 
+def replace_buffer(model: Any) -> None:
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 2
+
+
 CHANGES = [
+    replace_buffer,
     *(replace_norm, replace_linear, replace_parameter, replace_data, change_dtype, add_bias),
     *(
         invalidate,
@@ -121,6 +127,18 @@ def watch(*args: Any) -> None:
     """A hook that only looks."""
 
 
+def patch(module: nn.Module) -> Callable[[], None]:
+    original = module.forward
+    module.forward = lambda *args, **kwargs: original(*args, **kwargs)  # type: ignore[method-assign]
+    return partial(delattr, module, "forward")
+
+
+def accelerate_hook(module: nn.Module) -> Callable[[], Any]:
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(module, hooks.ModelHook())
+    return partial(hooks.remove_hook_from_module, module)  # which leaves the method in the instance
+
+
 WATCHERS = {
     "hook": lambda model: block(model).mlp.register_forward_hook(watch).remove,
     "pre-hook": lambda model: block(model).register_forward_pre_hook(watch).remove,
@@ -128,6 +146,8 @@ WATCHERS = {
     "hook of a neuron": lambda model: (
         block(model).mlp.up_proj.encoder.node.register_forward_hook(watch).remove
     ),
+    "patch": lambda model: patch(block(model).mlp),
+    "accelerate": lambda model: accelerate_hook(block(model).self_attn),
     "hook of everything": lambda model: register_module_forward_hook(watch).remove,
     "pre-hook of everything": lambda model: register_module_forward_pre_hook(watch).remove,
 }
