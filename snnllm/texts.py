@@ -14,10 +14,11 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ DATA_VARIABLE = "SNNLLM_DATA"
 """Environment variable: the folder with local copies of datasets (`wikitext2/wiki.test.raw`, `tasks`)."""
 
 _ROW_SEPARATOR = "\n\n"
+_log = logging.getLogger(__name__)
 
 
 def load_text(source: str | Path, field: str = "text") -> str:
@@ -130,9 +132,16 @@ def _join_wikitext(rows: Iterable[str]) -> str:
     return _ROW_SEPARATOR.join(row if row.strip() else "" for row in rows)
 
 
+@cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
+
+
 def _load_wikitext2(split: str) -> str:
     root = os.environ.get(DATA_VARIABLE)
     for path in sorted(Path(root, "wikitext2").glob(f"wiki.{split}*.raw")) if root else ():
+        if path.name != f"wiki.{split}.raw":  # such as the first part of a long split
+            _say_once(f"wikitext2:{split} is read from {path}")
         return _read_file(path, field="")
     try:
         # not a requirement: most users have the text in a file or use pydoc

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         finally:
             path.unlink(missing_ok=True)
         figures = drawing.figures(tables, runner.record, args.output / "figures")
-        files = write_results(runner, tables, device_name(runner.device), figures)
+        files = write_results(runner, tables, device_name(runner.device), figures, args.rows)
     finally:
         runner.close()
     print(files[0].read_text(encoding="utf-8").partition("## Figures")[0])

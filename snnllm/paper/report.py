@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import platform
 import subprocess
 import time
@@ -20,6 +21,8 @@ from snnllm.paper.published import Published, published_values, recognise
 from snnllm.paper.recipes import Line, Table
 from snnllm.paper.runner import Runner
 from snnllm.work import write_durably
+
+_PUBLISHED_EPOCHS, _PUBLISHED_WINDOWS = 20, 128
 
 __all__ = ["manifest", "published_lines", "table_lines", "write_results"]
 
@@ -54,7 +57,9 @@ def _published_line(p: Published) -> str:
     return f"| {p.metric} | {p.bits} | {p.method} | {p.value:g} | {p.table or '-'} | {p.source} |"
 
 
-def manifest(runner: Runner, tables: Sequence[Table], device: str) -> dict[str, Any]:
+def manifest(
+    runner: Runner, tables: Sequence[Table], device: str, only: Sequence[str] = ()
+) -> dict[str, Any]:
     """How the results came about: versions, device, model, data, settings, times, errors."""
     jobs = jobs_of(tables)
     rows = {}
@@ -64,6 +69,7 @@ def manifest(runner: Runner, tables: Sequence[Table], device: str) -> dict[str, 
             "title": job.row.title,
             "seconds": record["seconds"],
             "at_once": record.get("at_once", 1),
+            "epochs": ((record.get("recipe") or {}).get("options") or {}).get("epochs"),
             "errors": record["errors"],
         }
     return {
@@ -76,6 +82,8 @@ def manifest(runner: Runner, tables: Sequence[Table], device: str) -> dict[str, 
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "seconds": sum(sum(row["seconds"].values()) for row in rows.values()),
         "elapsed_seconds": runner.elapsed,
+        "only_rows": list(only),
+        "rows_not_shown": len(runner.records.keys() - rows.keys()),
         "rows": rows,
     }
 
@@ -100,6 +108,7 @@ def write_results(
     tables: Sequence[Table],
     device: str,
     figures: Sequence[tuple[str, Path]],
+    only: Sequence[str] = (),
 ) -> list[Path]:
     """Write `results.md`, `manifest.json`, and a CSV and JSON file per table.
 
@@ -108,11 +117,12 @@ def write_results(
         tables: What was asked for.
         device: Name of the device.
         figures: Captions and files, inside the output folder.
+        only: Texts by which the rows were chosen, empty for all.
 
     Returns:
         The files.
     """
-    output, stated = runner.output, manifest(runner, tables, device)
+    output, stated = runner.output, manifest(runner, tables, device, only)
     model = stated["published"]
     text = [f"# Results on {stated['model']}", "", *_summary(stated), ""]
     files = []
@@ -146,17 +156,38 @@ def _summary(stated: Mapping[str, Any]) -> list[str]:
         f"Perplexity on {windows} of {s['window']} tokens ({', '.join(s['texts'])}; tables that compare "
         f"variants: {sample} of the first text); calibrated on {s['calibration_windows']} windows of "
         f"{s['calibration_window']} tokens of {s['calibration']}. {stated['device_name']}, "
-        f"{stated['seconds'] / 60:.1f} minutes of work; this call converted and measured "
-        f"for {stated['elapsed_seconds'] / 60:.1f}."
+        f"{stated['seconds'] / 60:.1f} minutes of conversion and measurement; this call took "
+        f"{stated['elapsed_seconds'] / 60:.1f} minutes."
     ]
+    epochs = sorted({row["epochs"] for row in stated["rows"].values()} - {None})
+    if epochs:
+        lines += [
+            f"Rows that are trained: {' or '.join(map(str, epochs))} epochs on these windows; the paper trains for "
+            f"{_PUBLISHED_EPOCHS} epochs on {_PUBLISHED_WINDOWS} windows of 2048 tokens."
+        ]
+    if stated["only_rows"]:
+        lines += [f"Only rows whose name contains {' or '.join(map(repr, stated['only_rows']))}."]
+    if stated["rows_not_shown"]:
+        lines += [
+            f"{stated['rows_not_shown']} more rows lie in this folder; calls for their tables show them."
+        ]
     at_once = max((row["at_once"] for row in stated["rows"].values()), default=1)
     if at_once > 1:
         lines += [
             f"{at_once} rows ran at once (speed was measured alone): minutes and times are shared."
         ]
     if s["tasks"]:
-        lines += [f"Zero-shot tasks: {samples} of {', '.join(s['tasks'])}."]
+        lines += [f"Zero-shot tasks: {samples} of {', '.join(s['tasks'])}.{_errors(s)}"]
     return lines
+
+
+def _errors(settings: Mapping[str, Any]) -> str:
+    """The largest standard error of accuracies over so many samples, that of a coin."""
+    samples, tasks = settings["task_limit"], len(settings["tasks"])
+    if samples is None:
+        return ""
+    one, mean = (50 / math.sqrt(n) for n in (samples, samples * tasks))
+    return f" Standard error of an accuracy: up to {one:.1f} points, of their mean {mean:.1f}."
 
 
 def markdown(lines: Sequence[Line], formats: Mapping[str, str]) -> list[str]:

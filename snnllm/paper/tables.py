@@ -71,8 +71,8 @@ def main(training: Training) -> Table:
         lines.accuracy_lines,
         {"mean steps": ".3f", "convert s": ".0f", "convert device MiB": ".0f"}
         | dict.fromkeys(lines.ACCURACIES, ".2f"),
-        "OmniQuant and SpikeLLM are trained with the published recipe on this code: channels as they "
-        "are, one range for all channels, every linear input and Q, K, V encoded. W2A8 with T = 2 "
+        "OmniQuant and SpikeLLM are the published recipe on this code, but for epochs and data: channels as "
+        "they are, one range for all channels, every linear input and Q, K, V encoded. W2A8 with T = 2 "
         "has 5 % salient channels. At W2A16 the activations are floats, which have no time steps and no "
         "rotated basis, so there is no row with T; the published ones spend the steps on weights. "
         "Accuracies in per cent: acc of every task, and acc_norm where the "

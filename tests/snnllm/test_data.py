@@ -106,14 +106,16 @@ def test_pydoc_halves_are_long_stable_and_disjoint() -> None:
 
 
 def test_wikitext2_comes_from_the_data_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "wikitext2").mkdir()
     write(tmp_path / "wikitext2" / "wiki.test.raw", RAW)
     write(tmp_path / "wikitext2" / "wiki.train.part.raw", "train\n")
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     assert load_text("wikitext2") == load_text("wikitext2:test") == JOINED
-    assert load_text("wikitext2:train") == "train\n"
+    assert not caplog.text
+    assert load_text("wikitext2:train") == load_text("wikitext2:train") == "train\n"
+    assert caplog.text.count("wiki.train.part.raw") == 1
 
 
 def test_wikitext2_comes_from_datasets_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

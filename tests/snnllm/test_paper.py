@@ -179,6 +179,15 @@ def test_published_values_stand_beside_measured_ones(command, tmp_path, monkeypa
     assert "published wikitext2" in text
     assert "11.36 / 11.93" in text
     assert "## Published values of LLaMA-2-7B" in text
+    assert (
+        "Rows that are trained: 1 epochs on these windows; the paper trains for 20 epochs" in text
+    )
+    assert "Only rows whose name contains 'float model' or 'SpikeLLM'." in text
+    assert "more rows lie" not in text
+    assert main(command(tmp_path, "--rows", "float model")) == 0
+    text = (tmp_path / "results.md").read_text()
+    assert "Rows that are trained" not in text
+    assert re.search("[1-9] more rows lie in this folder", text)
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(
@@ -626,7 +635,9 @@ def test_zero_shot_tasks_stand_in_the_table_and_other_rows_are_refused(
     assert set(scores) <= {0.0, 100.0}
     assert line["mean acc"] == pytest.approx(sum(scores) / 6)
     assert line["mean acc_norm"] is not None
-    assert "the first 1 samples of piqa" in (tmp_path / "results.md").read_text()
+    text = (tmp_path / "results.md").read_text()
+    assert "the first 1 samples of piqa" in text
+    assert "Standard error of an accuracy: up to 50.0 points, of their mean 20.4." in text
     others = shutil.copytree(task_data, tmp_path / "others")
     (others / "piqa_val.jsonl").write_text((task_data / "boolq_val.jsonl").read_text())
     arguments[arguments.index("--task-data") + 1] = str(others)
