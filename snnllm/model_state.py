@@ -28,9 +28,8 @@ class ModelState:
         self._encoders: list[SpikeEncoder] = []
         self._spiking: list[SpikingModule] = []
         self._linears: list[SpikingLinear] = []
-        self._buffers: list[
-            dict[str, Tensor | None]
-        ] = []  # those of spiking modules have a version
+        # Of other modules than the spiking ones, which have a version.
+        self._buffers: list[dict[str, Tensor | None]] = []
         self._values: tuple[Any, ...] = ()
         self._recordable = False
 

@@ -162,8 +162,8 @@ def _summary(stated: Mapping[str, Any]) -> list[str]:
     epochs = sorted({row["epochs"] for row in stated["rows"].values()} - {None})
     if epochs:
         lines += [
-            f"Rows that are trained: {' or '.join(map(str, epochs))} epochs on these windows; the paper trains for "
-            f"{_PUBLISHED_EPOCHS} epochs on {_PUBLISHED_WINDOWS} windows of 2048 tokens."
+            f"Epochs of the rows that are trained: {' or '.join(map(str, epochs))}; in the paper "
+            f"{_PUBLISHED_EPOCHS}, on {_PUBLISHED_WINDOWS} windows of 2048 tokens."
         ]
     if stated["only_rows"]:
         lines += [f"Only rows whose name contains {' or '.join(map(repr, stated['only_rows']))}."]

@@ -186,7 +186,7 @@ def test_published_values_stand_beside_measured_ones(command, tmp_path, monkeypa
     assert "more rows lie" not in text
     assert main(command(tmp_path, "--rows", "float model")) == 0
     text = (tmp_path / "results.md").read_text()
-    assert "Rows that are trained" not in text
+    assert "Epochs of" not in text
     assert re.search("[1-9] more rows lie in this folder", text)
 
 
