@@ -270,7 +270,8 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         return super()._sample(input_ids, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._steps = None  # what is recorded, and its cache, stays on no device that the model leaves
+        # What is recorded, and its cache, stays on no device that the model leaves.
+        self._steps = None
         return super()._apply(fn, recurse)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -179,9 +179,7 @@ def test_published_values_stand_beside_measured_ones(command, tmp_path, monkeypa
     assert "published wikitext2" in text
     assert "11.36 / 11.93" in text
     assert "## Published values of LLaMA-2-7B" in text
-    assert (
-        "Rows that are trained: 1 epochs on these windows; the paper trains for 20 epochs" in text
-    )
+    assert "Epochs of the rows that are trained: 1; in the paper 20, on 128 windows" in text
     assert "Only rows whose name contains 'float model' or 'SpikeLLM'." in text
     assert "more rows lie" not in text
     assert main(command(tmp_path, "--rows", "float model")) == 0
