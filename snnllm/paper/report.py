@@ -20,9 +20,8 @@ from snnllm.paper.jobs import Job, jobs_of
 from snnllm.paper.published import Published, published_values, recognise
 from snnllm.paper.recipes import Line, Table
 from snnllm.paper.runner import Runner
+from snnllm.pipelines.omniquant_options import OmniQuantOptions, Recipe
 from snnllm.work import write_durably
-
-_PUBLISHED_EPOCHS, _PUBLISHED_WINDOWS = 20, 128
 
 __all__ = ["manifest", "published_lines", "table_lines", "write_results"]
 
@@ -163,7 +162,7 @@ def _summary(stated: Mapping[str, Any]) -> list[str]:
     if epochs:
         lines += [
             f"Epochs of the rows that are trained: {' or '.join(map(str, epochs))}; in the paper "
-            f"{_PUBLISHED_EPOCHS}, on {_PUBLISHED_WINDOWS} windows of 2048 tokens."
+            f"{OmniQuantOptions.recipe(Recipe.PAPER).epochs}, on 128 windows of 2048 tokens."
         ]
     if stated["only_rows"]:
         lines += [f"Only rows whose name contains {' or '.join(map(repr, stated['only_rows']))}."]
