@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling of `generate` with a static cache: prefill and step are CUDA graphs.
+"""Greedy decoding and sampling of `generate` with a static cache, its default: prefill and step are CUDA graphs.
 
 `transformers` compiles the forward pass and waits for the device after every token. Here nothing is
 compiled: the second step is recorded as it runs and replayed from then on, with masks and positions
@@ -9,7 +9,7 @@ prompts are recorded too, padded on the right to a few lengths (`recording.padde
 Graphs are valid for the buffers that they were recorded with. These serve the next calls of `generate`: a
 cache has a few more tokens than asked for, so that calls of similar length share one, and smaller ones lie in
 the memory of the largest. What stays allocated is that cache and the activations of the largest graph,
-which all graphs share; prompts for which that is much run without (`_MOST_TOKENS`, `_MOST_PAIRS`, `_MOST_SCORES`).
+which all graphs share; prompts for which that is much run without (`MOST_TOKENS`, `_MOST_PAIRS`, `_MOST_SCORES`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
 from snnllm.attention import SpikingLlamaAttention
 from snnllm.block import CACHE_ARGUMENT, prepare
@@ -34,7 +34,7 @@ from snnllm.recording import Buffers, Prompts, Recording, padded_length, within
 _log = logging.getLogger(__name__)
 _KEPT_BUFFERS = 4  # batches and capacities that are remembered
 _KEPT_PROMPTS = 8  # lengths of prompts for each of them
-_MOST_TOKENS = 8192  # of a recorded prefill, in all prompts
+MOST_TOKENS = 8192  # of a recorded prefill, in all prompts; of a cache that nobody has asked for
 _MOST_PAIRS = 1 << 27  # of tokens and places in the cache: the mask of a recorded prefill
 _MOST_SCORES = 1 << 26  # of all heads, where attention has them in memory at once
 
@@ -42,6 +42,39 @@ _MOST_SCORES = 1 << 26  # of all heads, where attention has them in memory at on
 def records_on(device: torch.device) -> bool:
     """Whether passes on a device can be recorded."""
     return device.type == "cuda"
+
+
+def static_cache(
+    model: Any, config: Any, cache: Any, batch: int, length: int
+) -> StaticCache | None:
+    """The static cache of a generation: the one that transformers made, or one instead of a growing one.
+
+    Args:
+        model: That generates.
+        config: Of the generation.
+        cache: Which transformers found or made.
+        batch: B.
+        length: Tokens that a sequence has at most; the last one is in no cache.
+
+    Returns:
+        An empty cache of nobody else; None if the caller has to have the other one. The memory of a cache is kept for
+        the next generation, so a large one has to be asked for.
+    """
+    if type(cache) not in (StaticCache, DynamicCache) or cache.offloading:
+        return None
+    if getattr(cache, "_is_user_defined", False):
+        return None
+    if type(cache) is StaticCache:
+        empty = all(type(x) is StaticLayer and not x.is_initialized for x in cache.layers)
+        return cache if empty and length <= cache.layers[0].max_cache_len + 1 else None
+    if (
+        config.cache_implementation is not None
+        or config.prefill_chunk_size is not None
+        or cache.get_seq_length() > 0
+        or batch * padded_length(length - 1) > MOST_TOKENS
+    ):
+        return None
+    return StaticCache(config=model.config, max_cache_len=length - 1)
 
 
 class DecodeSteps:
@@ -167,7 +200,7 @@ class DecodeSteps:
         )
         pairs = batch * length * buffers.capacity  # of the mask
         return (
-            batch * length <= _MOST_TOKENS
+            batch * length <= MOST_TOKENS
             and pairs <= _MOST_PAIRS
             and not (scores and heads * pairs > _MOST_SCORES)
         )

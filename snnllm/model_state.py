@@ -18,7 +18,7 @@ from snnllm.shared_input import all_hooked, hooked
 
 
 class ModelState:
-    """The state of a model at the last call of `changed`.
+    """The state of a model when its passes could be recorded last.
 
     It holds the modules of the model, but not the model itself, which owns it: no cycle keeps it alive.
     """
@@ -31,10 +31,9 @@ class ModelState:
         # Of other modules than the spiking ones, which have a version.
         self._buffers: list[dict[str, Tensor | None]] = []
         self._values: tuple[Any, ...] = ()
-        self._recordable = False
 
     def changed(self, model: Any) -> bool | None:
-        """Whether a model is another than at the last call; None if its passes cannot be recorded.
+        """Whether a model is another than when its passes could be recorded last; None if they cannot be now.
 
         They can if all linears run in operators of Triton, nobody watches and no `forward` is patched, as
         accelerate's hooks do. A change is a module, parameter or buffer replaced or moved, other tensors in
@@ -69,10 +68,11 @@ class ModelState:
         )
         changed = values != self._values
         if changed:
-            self._values = values
             linears = self._linears
-            self._recordable = bool(linears) and all(x.runs_in_triton() for x in linears)
-        return changed if self._recordable else None
+            if not linears or not all(x.runs_in_triton() for x in linears):
+                return None  # and what has been recorded is of use again in the state before
+            self._values = values
+        return changed
 
     def _sort(self, modules: list[nn.Module | None]) -> None:
         """Keep another tree, of which nothing is known yet."""

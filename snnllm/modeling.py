@@ -14,16 +14,14 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    StaticCache,
 )
-from transformers.cache_utils import StaticLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from snnllm import checkpoint
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention, register_attention
 from snnllm.block import CACHE_ARGUMENT, fuse_block, fuse_norm, prepare
 from snnllm.config import SpikeConfig
-from snnllm.decoding import DecodeSteps, records_on, sample
+from snnllm.decoding import DecodeSteps, records_on, sample, static_cache
 from snnllm.execution import choose_views
 from snnllm.hf_quantizer import register_quantizer
 from snnllm.layout import LinearLayout
@@ -219,13 +217,13 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
     def _sample(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Greedy decoding and sampling: recorded steps for a static cache on a GPU (`snnllm.decoding`).
+        """Greedy decoding and sampling: recorded steps with a static cache on a GPU (`snnllm.decoding`).
 
         Whoever passes a `compile_config`, `disable_compile`, a cache of his own, asks for more than
-        the tokens, hooks a module, or generates with the model in another thread, too, gets the loop of
-        transformers.
+        the tokens, for a dynamic cache or a large one (`decoding.MOST_TOKENS`), hooks a module, or generates with
+        the model in another thread, too, gets the loop of transformers.
         """
-        config, cache = kwargs.get("generation_config"), cast(Any, kwargs.get(CACHE_ARGUMENT))
+        config, length = kwargs.get("generation_config"), kwargs["stopping_criteria"].max_length
         recorded = (
             not args
             and not self.training
@@ -234,10 +232,6 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
             and not torch.is_autocast_enabled(self.device.type)
             and self.config._attn_implementation in _MASKED
             and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
-            and type(cache) is StaticCache
-            and not cache.offloading
-            and not getattr(cache, "_is_user_defined", False)
-            and all(type(x) is StaticLayer and not x.is_initialized for x in cache.layers)
             and config is not None
             and config.compile_config is None
             and not config.disable_compile
@@ -245,13 +239,15 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
             and not config.is_assistant
             and not kwargs.get("synced_gpus")
             and not set(kwargs) - _SAMPLED
-            and kwargs["stopping_criteria"].max_length is not None
-            and kwargs["stopping_criteria"].max_length <= cache.layers[0].max_cache_len + 1
+            and length is not None
         )
-        if recorded and self._steps is None:
+        cache = None
+        if recorded:
+            cache = static_cache(self, config, kwargs.get(CACHE_ARGUMENT), len(input_ids), length)
+        if cache is not None and self._steps is None:
             self._steps = DecodeSteps()
         steps = self._steps
-        if not recorded or steps is None or not steps.lock.acquire(blocking=False):
+        if cache is None or steps is None or not steps.lock.acquire(blocking=False):
             return super()._sample(input_ids, *args, **kwargs)
         try:
             with torch.cuda.device_of(input_ids):  # a graph is recorded on the current device
@@ -264,6 +260,7 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
                     )
                     given = {name: kwargs.pop(name, None) for name in names}
                     kwargs.pop("synced_gpus", None)
+                    kwargs[CACHE_ARGUMENT] = cache
                     return sample(self, steps, input_ids, **given, model_kwargs=kwargs)
         finally:
             steps.lock.release()

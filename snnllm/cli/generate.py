@@ -26,7 +26,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="with --sample (default: 0)")
     parser.add_argument(
-        "--cache", choices=["dynamic", "static"], help="default: static on a GPU, else dynamic"
+        *("--cache",),
+        choices=["dynamic", "static"],
+        help="default: static where steps can be recorded on a GPU (up to 8192 tokens), else dynamic",
     )
     add_run_options(parser)
     parser.set_defaults(run=run)
@@ -47,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {"do_sample": args.sample, "max_new_tokens": args.max_new_tokens}
     if args.sample:
         options["temperature"] = args.temperature
-    if (args.cache or ("static" if model.device.type == "cuda" else "dynamic")) == "static":
-        options["cache_implementation"] = "static"
+    if args.cache:
+        options["cache_implementation"] = args.cache
     start = time.perf_counter()
     out = model.generate(ids, streamer=TextStreamer(tokenizer, skip_prompt=False), **options)
     seconds = time.perf_counter() - start

@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.generation import utils as generation
 
-from snnllm import modeling
+from snnllm import decoding, modeling
 from snnllm.config import SpikeConfig
 from snnllm.decoding import DecodeSteps
+from snnllm.execution import use_view
 from snnllm.linear import SpikingLinear
 from snnllm.pipelines.rotated import RotatedOptions, rotated_config
 from snnllm.random_model import Shape, llama_config, random_spiking
+from snnllm.views import View
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -43,7 +46,10 @@ def prompts() -> dict[str, Tensor]:
 
 
 def generate(model: Any, prompts: dict[str, Tensor], **options: Any) -> Tensor:
+    """With a dynamic cache, unless another is asked for; None: the default of the model."""
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options}
+    if "past_key_values" not in options:
+        options.setdefault("cache_implementation", "dynamic")
     with torch.no_grad():
         ids: Tensor = model.generate(**prompts, **options)
     return ids
@@ -62,7 +68,8 @@ def recorded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(modeling, "sample", listed)
     if not CUDA:
         monkeypatch.setattr(modeling, "records_on", lambda device: True)
-        monkeypatch.setattr(SpikingLinear, "runs_in_triton", lambda self: True)
+        collapsed = View.COLLAPSED
+        monkeypatch.setattr(SpikingLinear, "runs_in_triton", lambda self: self.view is collapsed)
     return calls
 
 
@@ -71,6 +78,64 @@ def test_tokens_are_those_of_the_dynamic_cache(model, prompts, recorded):
     assert not recorded
     for _ in range(2):  # the second time with the buffers of the first
         assert torch.equal(generate(model, prompts, cache_implementation="static"), expected)
+    assert len(recorded) == 2
+
+
+DEFAULT: dict[str, Any] = {"cache_implementation": None}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_return_sequences": 2, "do_sample": True}])
+def test_who_asks_for_no_cache_gets_recorded_steps(model, prompts, recorded, options):
+    torch.manual_seed(0)
+    expected = generate(model, prompts, **options)
+    torch.manual_seed(0)
+    assert torch.equal(generate(model, prompts, **DEFAULT, **options), expected)
+    assert len(recorded) == 1
+
+
+@pytest.mark.parametrize(
+    "why",
+    *[("many", "hook", "beams", "scores", "no cache", "view", "another", "own", "chunks")],
+)
+def test_who_asks_for_no_cache_gets_a_growing_one(model, prompts, recorded, monkeypatch, why):
+    """Where steps are not recorded; with a static one transformers would compile."""
+    options: dict[str, Any] = {}
+    compiled: list[Any] = []
+    monkeypatch.setattr(
+        type(model), "get_compiled_call", lambda self, config: compiled.append(1) or self.__call__
+    )
+    with ExitStack() as stack:
+        if why == "many":  # three prompts, a cache of 128 tokens for each
+            monkeypatch.setattr(decoding, "MOST_TOKENS", 3 * 128 - 1)
+        elif why == "hook":
+            stack.callback(model.model.norm.register_forward_hook(lambda *given: None).remove)
+        elif why == "view":
+            stack.enter_context(use_view(model, View.UNROLLED))
+        elif why == "another":  # thread has the buffers
+            monkeypatch.setattr(model, "_steps", DecodeSteps())
+            stack.enter_context(model._steps.lock)
+        else:
+            options = {
+                "beams": {"num_beams": 2},
+                "scores": {"return_dict_in_generate": True},
+                "no cache": {"use_cache": False},
+                "own": {"past_key_values": DynamicCache(config=model.config)},
+                "chunks": {"prefill_chunk_size": 4},
+            }[why]
+        found = generate(model, prompts, **DEFAULT, **options)
+    assert not recorded
+    assert not compiled
+    if why == "own":
+        assert options["past_key_values"].get_seq_length() == found.shape[1] - 1
+
+
+def test_another_view_leaves_what_is_recorded(model, prompts, recorded):
+    generate(model, prompts, **STATIC)
+    buffers = model._steps._buffers
+    with use_view(model, View.UNROLLED):
+        generate(model, prompts)
+    generate(model, prompts, **STATIC)
+    assert model._steps._buffers is buffers
     assert len(recorded) == 2
 
 
