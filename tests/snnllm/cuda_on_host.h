@@ -22,6 +22,8 @@
 
 struct int4 { int x, y, z, w; };
 struct __align__(16) uint4 { unsigned x, y, z, w; };
+struct __align__(16) float4 { float x, y, z, w; };
+struct __align__(8) uint2 { unsigned x, y; };
 static int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 static int min(int a, int b) { return a < b ? a : b; }
 static unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
@@ -31,6 +33,7 @@ static float __int2float_rn(int i) { return (float)i; }
 static float __fmul_rn(float a, float b) { volatile float c = a * b; return c; }
 static float __fadd_rn(float a, float b) { volatile float c = a + b; return c; }
 static float __fdiv_rn(float a, float b) { volatile float c = a / b; return c; }
+static float __fsqrt_rn(float a) { return sqrtf(a); }
 
 struct Index { int x; };
 static Index threadIdx, blockIdx, gridDim;
@@ -44,6 +47,7 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done = false;
+  int phase = 0;  // of the barrier of the cluster
   std::vector<std::vector<Copy>> copies;  // groups; the last one is open
   std::vector<std::vector<Product>> products;
   unsigned exchange[8];
@@ -79,6 +83,15 @@ static void meet(int name, int threads) {
 static void __syncthreads() { meet(-1 - blockIdx.x % cluster, fibers.size() / cluster); }
 static void __syncwarp() { meet(current / 32, 32); }
 static void cluster_meets() { meet(-100, fibers.size()); }
+static void cluster_arrives() { me().phase++, idle = 0; }
+static void cluster_waits() {  // who has ended has arrived at all that follow
+  const int phase = me().phase;
+  wait_until([&] {
+    for (const Fiber& f : fibers)
+      if (!f.done && f.phase < phase) return false;
+    return true;
+  });
+}
 static Fiber& lane_of_warp(int lane) { return fibers[current / 32 * 32 + lane]; }
 
 static unsigned char* shared_at(unsigned at) { return SHARED_MEMORY + at; }
@@ -185,6 +198,10 @@ static float of_block(const float* mine, int rank) {
   memcpy(&v, shared_memories[rank] + at, 4);
   return v;
 }
+static void to_block(int* mine, int rank, int value) {
+  memcpy(shared_memories[rank] + shared_address(mine), &value, 4);
+}
+static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 static float half_to_float(unsigned short bits) { return (float)*(_Float16*)&bits; }
 static int byte_of(unsigned word, int i) { return (signed char)(word >> 8 * i); }
 static int dot_4(unsigned a, unsigned b, int add) {

@@ -43,9 +43,6 @@ INLINE float number(const void* x, i64 at, int dtype) {
   const unsigned short bits = ((const unsigned short*)x)[at];
   return dtype == 1 ? __int_as_float((int)bits << 16) : half_to_float(bits);
 }
-INLINE unsigned bits_above(float x) {  // of x where it is positive or NaN, as `range_bits`
-  return x > 0.0f || x != x ? (unsigned)__float_as_int(x) & 0x7fffffffu : 0u;
-}
 template <int WORDS> INLINE unsigned byte_at(const unsigned (&row)[WORDS], int i) {
   return row[i / 4] >> 8 * (i % 4) & 255u;
 }
@@ -101,7 +98,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
       x[i] = number(query, at + PER_LANE * lane + i, QUERY);
       slot[i] = G == 2 ? key_slot[head * D + PER_LANE * lane + i] : -1;
     }
-    float s[2], z[2], top[2];
+    Spikes spikes[2];
 #pragma unroll
     for (int g = 0; g < QUERY_GROUPS; g++) {
       unsigned below = 0, above = 0;
@@ -111,21 +108,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
           below = max(below, bits_above(-x[i]));
           above = max(above, bits_above(x[i]));
         }
-      const float low = -__int_as_float(maximum_of_warp(below)) * clip[g];
-      const float high = __int_as_float(maximum_of_warp(above)) * clip[g];
-      const float step = __fdiv_rn(high - low, capacity[g]);
-      top[g] = capacity[g];
-      s[g] = step < 1e-5f ? 1e-5f : step;  // NaN stays
-      z[g] = fminf(fmaxf(__fdiv_rn(-low, s[g]) + 12582912.0f - 12582912.0f, 0.0f), top[g]);
+      spikes[g] = spikes_of(maximum_of_warp(below), maximum_of_warp(above), capacity[g], clip[g]);
     }
-    if (QUERY_GROUPS == 1) s[1] = s[0], z[1] = z[0], top[1] = top[0];
+    if (QUERY_GROUPS == 1) spikes[1] = spikes[0];
     __syncwarp();
     int sum[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       const int group = slot[i] >= 0, c = PER_LANE * lane + i;
-      const float charged = __fdiv_rn(x[i], group ? s[1] : s[0]) + ((group ? z[1] : z[0]) + 0.5f);
-      const int code = (int)fminf(fmaxf(charged, 0.0f), group ? top[1] : top[0]) - (int)(group ? z[1] : z[0]);
+      const Spikes own = group ? spikes[1] : spikes[0];
+      const int code = count_of(__fdiv_rn(x[i], own.threshold), own) - (int)own.zero;
       codes[(r * G) * D + c] = group ? 0 : code;
       if (G == 2) codes[(r * G + G - 1) * D + c] = group ? code : 0;
       if (KEY_PLANE && group) own_codes[r * OWN + slot[i]] = code;
@@ -133,7 +125,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
     }
     sum[0] = sum_of_warp(sum[0]), sum[1] = sum_of_warp(sum[1]);
     if (lane < 2) {
-      scales[2 * r + lane] = lane ? s[1] : s[0];
+      scales[2 * r + lane] = lane ? spikes[1].threshold : spikes[0].threshold;
       code_sums[2 * r + lane] = lane ? sum[1] : sum[0];
     }
   }

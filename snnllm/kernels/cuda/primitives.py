@@ -140,6 +140,20 @@ INLINE float of_block(const float* mine, int rank) {  // from the shared memory 
   return v;
 }
 
+INLINE void cluster_arrives() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+INLINE void cluster_waits() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+INLINE void to_block(int* mine, int rank, int value) {  // into the same place of a block of the cluster
+  unsigned at;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(mine)), "r"(rank));
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
+}
+INLINE float sigmoid(float x) {  // as `gated` of neurons.backends.triton_encode_row
+  float v;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(__fmul_rn(x, -1.4426950408889634f)));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(__fadd_rn(1.0f, v)));
+  return v;
+}
+
 INLINE unsigned pair(float low, float high) {  // two 16-bit floats
   unsigned v;
 #if OUT == 2
@@ -164,6 +178,22 @@ INLINE float low_of(unsigned pair) {
 )
 
 SHARED = r"""
+INLINE unsigned bits_above(float x) {  // of x where it is positive or NaN, as `range_bits`
+  return x > 0.0f || x != x ? (unsigned)__float_as_int(x) & 0x7fffffffu : 0u;
+}
+// Threshold and zero point of a range, and what a count needs, as neurons.thresholds.encode_parameters.
+struct Spikes { float threshold, zero, most; };
+INLINE Spikes spikes_of(unsigned below, unsigned above, float most, float clip) {
+  const float low = __fmul_rn(-__int_as_float(below), clip), high = __fmul_rn(__int_as_float(above), clip);
+  const float step = __fdiv_rn(__fadd_rn(high, -low), most);
+  const float threshold = step < 1e-5f ? 1e-5f : step;  // NaN stays
+  // Adding 3 * 2^22 rounds half to even.
+  const float zero = __fadd_rn(__fadd_rn(__fdiv_rn(-low, threshold), 12582912.0f), -12582912.0f);
+  return {threshold, fminf(fmaxf(zero, 0.0f), most), most};
+}
+INLINE int count_of(float quotient, const Spikes& s) {  // of x / threshold
+  return (int)fminf(fmaxf(__fadd_rn(quotient, __fadd_rn(s.zero, 0.5f)), 0.0f), s.most);
+}
 INLINE float maximum(float x) {  // of a warp
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x = fmaxf(x, of_partner(x, step));

@@ -7,7 +7,8 @@ outputs NaN or infinite.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,8 @@ class TritonLinear(PreparedLinear):
         arguments: weight, segment table, scale, zero, row sums, shift and bias, as
             `operators.encoded_linear` takes them.
         bits: 2, 4 or 8, the width of a packed code.
+        shifted: counts have 128 taken off.
+        ahead: packed weights, or parts of them, of up to two linears that run next (`announce`).
     """
 
     name: str
@@ -82,6 +85,7 @@ class TritonLinear(PreparedLinear):
     arguments: tuple[Any, ...]
     bits: int
     shifted: bool
+    ahead: list[Tensor] = field(default_factory=list)
 
 
 class TritonBackend:
@@ -177,8 +181,7 @@ class TritonBackend:
     def linear(self, x: Tensor, prepared: PreparedLinear, offset: Tensor | None = None) -> Tensor:
         """Return y [.., N] in x.dtype of x [.., K], less an offset that the encoder takes off."""
         layer = _triton(prepared)
-        rows = _rows(x, layer)
-        y = multiply(encode_plan(rows, layer.plan, offset), layer, rows.dtype)
+        y, _ = encode_and_multiply(_rows(x, layer), layer, offset)
         return y.view(*x.shape[:-1], layer.out_features).to(x.dtype)
 
     def int_bmm(self, a: Tensor, b: Tensor) -> Tensor:
@@ -256,9 +259,50 @@ def multiply(
     if layer.shifted:
         count = count ^ 128
     count = count.view(torch.int8)
-    arguments = (*parameters, *layer.arguments, layer.bits, dtype, residual)
+    arguments = (*parameters, *layer.arguments, layer.bits, dtype, residual, *layer.ahead)
     out: Tensor = encoded_linear(count, *arguments)
     return out
+
+
+def encode_and_multiply(
+    x: Tensor,
+    layer: TritonLinear,
+    offset: Tensor | None,
+    norm: tuple[Tensor | None, float] | None = None,
+    added: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs `[M, N]` of float rows `[M, K]`, or of their norm, and the new residual stream.
+
+    Args:
+        x: Rows, stride 1 along K.
+        layer: The linear.
+        offset: Taken off what is encoded, float32 `[K]`; or None.
+        norm: Gains and eps of an RMSNorm in front; or None.
+        added: With a norm, the residual stream that x is added to; or None.
+
+    Returns:
+        Outputs in the dtype of x, and `x + added`, empty if nothing is added.
+    """
+    from snnllm.kernels.triton.operators import float_linear  # needs Triton
+
+    plan = layer.plan
+    gain, eps = (None, None) if norm is None else norm
+    encoding = (plan.order, plan.segments, plan.capacities, plan.clip, plan.spec.shared, plan.runs)
+    arguments = (*encoding, *layer.arguments, layer.bits, *layer.ahead)
+    y, stream = float_linear(x.detach(), added, gain, eps, offset, *arguments)
+    return y, stream
+
+
+def announce(layers: Sequence[TritonLinear], limit: int) -> None:
+    """Tell linears that run one after the other which weights come next: the first `limit` bytes of them."""
+    for index, layer in enumerate(layers):
+        layer.ahead.clear()
+        left = limit
+        for other in layers[index + 1 : index + 3]:
+            part = other.arguments[0].view(-1)[: left // 16 * 16]
+            if part.numel():
+                layer.ahead.append(part)
+            left -= part.numel()
 
 
 def _rows(x: Tensor, layer: TritonLinear) -> Tensor:

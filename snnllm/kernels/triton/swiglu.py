@@ -35,6 +35,7 @@ from neurons.backends.triton_encode import (
 )
 from neurons.backends.triton_encode_tiles import MOST_POSITIONS, registers, tiles_of
 from snnllm.hadamard import RADIX, rotation_blocks
+from snnllm.kernels.cuda import encode as cuda_encode
 from snnllm.kernels.triton.rotation import rotate_kernel
 from snnllm.kernels.triton.swiglu_rows import (
     rotate_and_encode_kernel,
@@ -288,12 +289,18 @@ def _silu_mul_encode_op(
         "HAS_OFFSET": offset is not None,
         "EARLY": gate.shape[0] <= EARLY_ROWS and early_launch(gate.device),
     }
+    if sizes and cuda_encode.unsuitable(gate, up, sizes, runs) is None:
+        layout = (offset, capacities, clip)
+        planned = cuda_encode.arguments(gate, up, layout, encoded, runs, shared)
+        with on(gate.device):
+            cuda_encode.launch(planned, gate)
+        return count, threshold, zero_point, count_sum
     with on(gate.device):
         if sizes:
             _launch_rotating(gate, up, sizes, (capacities, clip, taken, *encoded), options)
         else:
-            layout = (gate if order is None else order, capacities, clip, taken, *encoded)
-            _launch(gate, up, layout, options)
+            operands = (gate if order is None else order, capacities, clip, taken, *encoded)
+            _launch(gate, up, operands, options)
     return count, threshold, zero_point, count_sum
 
 
