@@ -280,7 +280,7 @@ def attend(
     floats = [x for x in launch.arguments if isinstance(x, float)]
     build("attention", launch.macros)(
         launch.blocks,
-        cuda_attention_source.THREADS,
+        launch.threads,
         (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors)),
         (ctypes.c_int * len(integers))(*integers),
         (ctypes.c_float * len(floats))(*floats),
@@ -484,7 +484,7 @@ def test_gated_rows_are_rotated_and_encoded(
     integers = [x for x in launch.arguments if isinstance(x, int)]
     build("gated", launch.macros)(
         launch.blocks,
-        launch.macros["THREADS"],
+        launch.threads,
         (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors)),
         (ctypes.c_int * len(integers))(*integers),
     )

@@ -139,7 +139,7 @@ def run_decode(
             *((key_slot, value_slot, capacity, clip), sizes, out, _units(query.device)),
         )
         with on(query.device):
-            cuda_attention.launch(planned, query.device, early_launch(query.device))
+            planned(query.device, early_launch(query.device))
         return
     share = heads // kv_heads
     rows = max(_power(1, share * tokens), 8 // groups)

@@ -6,13 +6,13 @@ differ by their order.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from snnllm.kernels.cuda import attention_source
-from snnllm.kernels.cuda.driver import load, without
+from snnllm.kernels.cuda.driver import Launch, without
 from snnllm.kernels.cuda.primitives import OUTPUTS
 
 _CHANNELS = (32, 64, 128)
@@ -22,22 +22,6 @@ _MOST_CLUSTER = 8
 _KEYS_AT_ONCE = 32 * attention_source.THREADS // 32
 _NO_MASK, _BOOL_MASK = -1, 4
 _INT_MAX = 2**31 - 1
-
-
-class Launch(NamedTuple):
-    """What one launch needs.
-
-    Attributes:
-        macros: Of the source.
-        blocks: Of the grid.
-        shared: Bytes of shared memory of a block.
-        arguments: Of the kernel.
-    """
-
-    macros: dict[str, int]
-    blocks: int
-    shared: int
-    arguments: tuple[Any, ...]
 
 
 def unsuitable(query: Tensor, key: Tensor, value: Tensor, planes: tuple[int, int]) -> str | None:
@@ -116,20 +100,10 @@ def arguments(
     }
     strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
     return Launch(
-        macros,
-        cluster * pairs,
+        *(attention_source.SOURCE, "attend_one", macros, cluster * pairs, attention_source.THREADS),
         attention_source.shared_bytes(share, channels, groups),
         (
             *(query, key, value, *tables, hides, out, *strides, batch_stride, key_stride),
             *(kv_heads, keys, float(scaling), lowest),
         ),
     )
-
-
-def launch(planned: Launch, device: torch.device, early: bool) -> None:
-    """Launch what `arguments` planned on the current device; `early` as in `driver.Kernel`."""
-    kernel = load(
-        *(attention_source.SOURCE, tuple(planned.macros.items()), "attend_one"),
-        *(attention_source.THREADS, planned.shared, device),
-    )
-    kernel(planned.blocks, planned.arguments, early)

@@ -13,7 +13,7 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,6 +91,34 @@ class Kernel:
         )
         function = ctypes.c_void_p(self.function)  # of an int, ctypes passes 32 bits
         _check(_driver().cuLaunchKernelEx(ctypes.byref(launch), function, pointers, None))
+
+
+class Launch(NamedTuple):
+    """A launch, before there is a device.
+
+    Attributes:
+        source: As `compiled` takes it.
+        name: Of the kernel.
+        macros: Of the source.
+        blocks: Of the grid.
+        threads: Of a block.
+        shared: Bytes of shared memory of a block.
+        arguments: Of the kernel.
+    """
+
+    source: str
+    name: str
+    macros: dict[str, int]
+    blocks: int
+    threads: int
+    shared: int
+    arguments: tuple[Any, ...]
+
+    def __call__(self, device: torch.device, early: bool = False) -> None:
+        """Launch on a device, which is the current one; `early` as in `Kernel`."""
+        macros = tuple(self.macros.items())
+        kernel = load(self.source, macros, self.name, self.threads, self.shared, device)
+        kernel(self.blocks, self.arguments, early)
 
 
 @cache

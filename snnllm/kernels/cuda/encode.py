@@ -9,34 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from snnllm.hadamard import RADIX, rotation_blocks
 from snnllm.kernels.cuda import encode_source
-from snnllm.kernels.cuda.driver import load, processors, without
+from snnllm.kernels.cuda.driver import Launch, processors, without
 from snnllm.kernels.cuda.primitives import OUTPUTS
 
 _MOST_CLUSTER = 8
 _MOST_THREADS = 512
 _WARP = 32
-
-
-class Launch(NamedTuple):
-    """What one launch needs.
-
-    Attributes:
-        macros: Of the source.
-        blocks: Of the grid.
-        shared: Bytes of shared memory of a block.
-        arguments: Of the kernel.
-    """
-
-    macros: dict[str, int]
-    blocks: int
-    shared: int
-    arguments: tuple[Any, ...]
 
 
 def unsuitable(gate: Tensor, up: Tensor, sizes: Sequence[int], runs: Sequence[int]) -> str | None:
@@ -112,17 +95,7 @@ def arguments(
         *(0,) * (8 - len(runs)),
     )
     return Launch(
-        macros,
-        rows * cluster,
+        *(encode_source.SOURCE, "encode_gated", macros, rows * cluster, threads),
         encode_source.gated_shared_bytes(threads),
         (gate, up, *layout, *outputs, *numbers),
     )
-
-
-def launch(planned: Launch, gate: Tensor) -> None:
-    """Launch what `arguments` planned on the current device; it may start before the kernel in front ends."""
-    kernel = load(
-        *(encode_source.SOURCE, tuple(planned.macros.items()), "encode_gated"),
-        *(planned.macros["THREADS"], planned.shared, gate.device),
-    )
-    kernel(planned.blocks, planned.arguments, True)

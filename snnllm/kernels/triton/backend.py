@@ -294,7 +294,10 @@ def encode_and_multiply(
 
 
 def announce(layers: Sequence[TritonLinear], limit: int) -> None:
-    """Tell linears that run one after the other which weights come next: the first `limit` bytes of them."""
+    """Tell linears that run one after the other which weights come next: the first `limit` bytes of them.
+
+    A linear keeps these weights alive, until it is told others.
+    """
     for index, layer in enumerate(layers):
         layer.ahead.clear()
         left = limit

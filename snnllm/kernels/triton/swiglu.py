@@ -293,7 +293,7 @@ def _silu_mul_encode_op(
         layout = (offset, capacities, clip)
         planned = cuda_encode.arguments(gate, up, layout, encoded, runs, shared)
         with on(gate.device):
-            cuda_encode.launch(planned, gate)
+            planned(gate.device, early=True)
         return count, threshold, zero_point, count_sum
     with on(gate.device):
         if sizes:
