@@ -46,9 +46,10 @@ class ModelState:
         for module in found:  # which grows on the way: all modules, level by level
             if module is None:
                 continue
-            if (module._forward_hooks or module._forward_pre_hooks) and hooked(module):
-                return None
-            if "forward" in vars(module) and _patched(module):
+            watched = (
+                module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            )
+            if watched and hooked(module):
                 return None
             if module._parameters:
                 holders.append(module._parameters)
@@ -83,9 +84,3 @@ class ModelState:
         inside = {id(m) for module in self._spiking for m in module.modules()}
         others = [m for m in modules if m is not None and id(m) not in inside]
         self._buffers = [m._buffers for m in others if m._buffers]
-
-
-def _patched(module: nn.Module) -> bool:
-    """Whether the `forward` of an instance is another than that of its class."""
-    own = vars(module)["forward"]
-    return getattr(own, "__func__", own) is not type(module).forward

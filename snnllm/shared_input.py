@@ -95,12 +95,15 @@ def all_hooked() -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether somebody wants to see what goes into a module or comes out of it.
+    """Whether somebody wants to see what goes into a module or comes out of it, by hooks or a `forward` of his own.
 
     transformers leaves hooks in a model that was asked for hidden states or attentions once; they only
-    look while a call asks again.
+    look while a call asks again. accelerate replaces `forward`.
     """
     if all_hooked():
+        return True
+    own = module.__dict__.get("forward")
+    if own is not None and getattr(own, "__func__", own) is not type(module).forward:
         return True
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return any(getattr(hook, "__module__", None) != _CAPTURE for hook in hooks)
@@ -115,7 +118,7 @@ def stamp_of(modules: Sequence[nn.Module]) -> tuple[Any, ...] | None:
     for module in modules:
         if not isinstance(module, SpikingLinear) or module.view is not View.COLLAPSED:
             return None
-        if hooked(module) or hasattr(module, "_hf_hook"):
+        if hooked(module):
             return None
         if not torch.compiler.is_compiling() and module.encoder.watched:
             return None

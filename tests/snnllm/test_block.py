@@ -280,6 +280,28 @@ def test_hooks_of_attention_and_mlp_see_hidden_states(ids):
 
 
 @pytest.mark.usefixtures("fused")
+def test_replaced_forwards_are_called(ids):
+    """Those of accelerate's hooks, too."""
+    model = make(attention="float")
+    layer, seen = model.model.layers[0], []
+    with torch.no_grad():
+        logits = model(ids).logits
+        for part in (layer.mlp, layer.self_attn, layer.input_layernorm, layer.self_attn.o_proj):
+            original = part.forward
+
+            def counted(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+                seen.append(original.__self__)
+                return original(*args, **kwargs)
+
+            part.forward = counted
+        assert torch.equal(model(ids).logits, logits)
+    assert {type(part).__name__ for part in seen} == {
+        *("SpikingLlamaMLP", "ProjectedAttention", "SpikingRMSNorm", "SpikingLinear")
+    }
+    assert len(seen) == 4
+
+
+@pytest.mark.usefixtures("fused")
 def test_copies_and_state_dicts_are_those_of_the_stored_codes(ids):
     model = make(attention="float")
     prepare(model)
