@@ -15,7 +15,7 @@ from snnllm.execution import View
 from snnllm.hadamard import OnlineRotation
 from snnllm.kernels import get_backend
 from snnllm.kernels.spec import concatenate
-from snnllm.kernels.triton.backend import TritonBackend, TritonLinear, encode_and_multiply, multiply
+from snnllm.kernels.triton.backend import TritonBackend, TritonLinear, multiply
 from snnllm.linear import SpikingLinear
 
 _CAPTURE = "transformers.utils.output_capturing"
@@ -58,12 +58,19 @@ class SharedInput:
             x: `[..., K]`.
             residual: As x; or None.
         """
+        from neurons.backends.triton_encode import EncodedRows  # needs Triton
+        from snnllm.kernels.triton.norm import rms_norm_encode
+
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(rows.shape)
-        gains = (norm.weight, norm.variance_epsilon)
-        y, stream = encode_and_multiply(rows, self.layer, self.offset, gains, added)
-        stream = x if residual is None else stream.view(x.shape)
-        return Projected(y.view(*x.shape[:-1], -1)), stream
+        plan = self.layer.plan
+        encoded = rms_norm_encode(
+            *(rows, added, norm.weight, norm.variance_epsilon, plan.order, plan.segments),
+            *(plan.capacities, plan.clip, plan.spec.shared, self.offset),
+            runs=plan.runs,
+        )
+        y = multiply(EncodedRows(*encoded[:4]), self.layer, x.dtype)
+        return Projected(y.view(*x.shape[:-1], -1)), encoded.residual.view(x.shape)
 
     def gated(self, gate: Tensor, up: Tensor, residual: Tensor | None = None) -> Tensor:
         """The outputs for `silu(gate) * up`, both `[..., K]`, plus a residual `[..., N]` if one is given."""

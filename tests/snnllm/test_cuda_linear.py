@@ -36,9 +36,9 @@ MOST_SHARED = 227 * 1024
 SHAPES = [
     cuda_linear._HALF,
     *(
-        choose_shape(m, n, k, 132)
-        for m, n, k in itertools.product(
-            (1, 8, 16, 17, 32, 33, 64, 256, 512, 513, 4096), (512, 4096, 11008), (4096, 11008)
+        choose_shape(m, n, 132)
+        for m, n in itertools.product(
+            (1, 8, 16, 17, 32, 33, 64, 256, 512, 513, 4096), (512, 4096, 11008)
         )
     ),
 ]
@@ -46,8 +46,7 @@ SHAPES = [
 
 def macros(shape: Rows | Tiles, rows8: int = 1, segments: int = 2) -> dict[str, int]:
     own = {name.upper(): int(value) for name, value in shape._asdict().items()}
-    more = {"ROWS8": rows8, "SINGLE": 0, "ENCODE": 0, "GROUPS": 1, "ONE_RANGE": 1}
-    more = more if isinstance(shape, Rows) else {}
+    more = {"ROWS8": rows8} if isinstance(shape, Rows) else {}
     return {**own, **more, "SEGMENTS": segments, "SHIFT": 1, "BIAS": 1, "RESIDUAL": 0, "JOINT": 1}
 
 
@@ -103,14 +102,11 @@ def test_handles_of_kernels_are_passed_whole(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("rows", range(1, 33))
 def test_shared_memory_of_few_rows_fits(rows: int) -> None:
-    for columns, width in itertools.product((64, 4096, 11008, 28672), (576, 4096, 8192, 28672)):
-        shape = choose_shape(rows, columns, width, 132)
+    for columns in (64, 4096, 11008, 28672):
+        shape = choose_shape(rows, columns, 132)
         assert isinstance(shape, Rows)
         rows8 = 1 << (-(-rows // 8) - 1).bit_length()
-        single = width if rows == 1 else 0
-        shared = cuda_rows_source.shared_bytes(
-            rows8, shape.strips, shape.stages, 2, residual=4, single=single
-        )
+        shared = cuda_rows_source.shared_bytes(rows8, shape.strips, shape.stages, 2, residual=4)
         # Each resident block takes 1 KiB more.
         assert (shared + 1024) * shape.resident <= MOST_SHARED + 1024
 
@@ -118,7 +114,7 @@ def test_shared_memory_of_few_rows_fits(rows: int) -> None:
 @pytest.mark.parametrize("rows", [33, 64, 128, 256, 512, 2048, 16384])
 def test_shared_memory_of_many_rows_fits(rows: int) -> None:
     for columns in (64, 4096, 11008, 28672):
-        shape = choose_shape(rows, columns, 4096, 132)
+        shape = choose_shape(rows, columns, 132)
         assert isinstance(shape, Tiles)
         for one in (shape, cuda_linear._HALF):
             assert cuda_tiles_source.shared_bytes(*one[:5], 2) <= MOST_SHARED
@@ -194,13 +190,10 @@ def test_every_shape_compiles_without_serialised_products(
 @pytest.mark.parametrize("out", [0, 1, 2])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_encoding_kernels_compile(out: int, groups: int) -> None:
-    several = {"GROUPS": groups, "ONE_RANGE": groups % 2, "OFFSET": 1, "OUT": out}
-    gated = {"CLUSTER": 2 * groups, "THREADS": 96, **several}
-    row = {**macros(Rows(2, 4, 3), segments=groups), **several, "RESIDUAL": 0, "SINGLE": 1}
-    row |= {"ENCODE": groups, "ADDED": groups - 1, "GAIN": groups - 1, "CHUNKS": 4 * groups}
-    for source, names in ((cuda_rows_source.SOURCE, row), (cuda_encode_source.SOURCE, gated)):
-        code, _ = cuda_driver.compiled(source, tuple(names.items()), "sm_90a")
-        assert code.startswith(b"\x7fELF")
+    names = {"GROUPS": groups, "ONE_RANGE": groups % 2, "OFFSET": 1, "OUT": out}
+    names |= {"CLUSTER": 2 * groups, "THREADS": 96}
+    code, _ = cuda_driver.compiled(cuda_encode_source.SOURCE, tuple(names.items()), "sm_90a")
+    assert code.startswith(b"\x7fELF")
 
 
 def test_a_broken_source_is_refused_with_the_log() -> None:

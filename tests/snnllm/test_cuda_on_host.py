@@ -26,13 +26,11 @@ from snnllm.kernels.cuda import attention as cuda_attention
 from snnllm.kernels.cuda import attention_source as cuda_attention_source
 from snnllm.kernels.cuda import encode as cuda_encode
 from snnllm.kernels.cuda import encode_source as cuda_encode_source
-from snnllm.kernels.cuda import linear as cuda_linear
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
 from snnllm.kernels.cuda.primitives import OUTPUTS, PREAMBLE, SHARED
 from snnllm.kernels.triton.backend import TritonBackend, TritonLinear, encode_plan
 from snnllm.kernels.triton.swiglu import silu_mul_encode
-from snnllm.norm import rms_norm
 
 FLAGS = ("-std=c++17", "-O2", "-w", "-ffp-contract=off", "-shared", "-fPIC")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -48,12 +46,7 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n) {
                 (const int*)p[3], (const int*)p[4], (const int*)p[5], (const float*)p[6],
                 (const int*)p[7], (const int*)p[8], (const int*)p[9], (const float*)p[10], p[11], p[12],
                 n[0], n[1], n[2], n[3], n[4], (const unsigned char*)p[1], n[1] * n[2] / 2,
-                (const unsigned char*)p[1] + 16, 16
-#if ENCODE
-                , p[13], p[14], p[15], (const float*)p[16], (const float*)p[17], (const float*)p[18], p[19],
-                *(const float*)p[20], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13]
-#endif
-                );
+                (const unsigned char*)p[1] + 16, 16);
   });
 }
 """,
@@ -92,7 +85,7 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n, const fl
 """,
 }
 BODIES = {
-    "rows": cuda_encode_source.ENCODING + cuda_rows_source.BODY,
+    "rows": cuda_rows_source.BODY,
     "gated": cuda_encode_source.ENCODING + cuda_encode_source.BODY,
     "tiles": cuda_tiles_source.BODY,
     "attention": cuda_attention_source.BODY,
@@ -173,10 +166,6 @@ def run(
         "RESIDUAL": int(residual is not None),
         "JOINT": int(scale.shape[1] == 1),
         "OUT": OUTPUTS[dtype],
-        "SINGLE": int(m == 1),
-        "ENCODE": 0,
-        "GROUPS": 1,
-        "ONE_RANGE": 1,
     }
     tensors = [count ^ 128 if layer.shifted else count, weight, threshold, zero_point, count_sum]
     tensors += [segments, scale, zero, row_sum, shift, bias, residual, out]
@@ -351,97 +340,6 @@ def test_attention_of_one_token_is_that_of_torch(
     torch.testing.assert_close(
         out.float(), expected.float(), rtol=0, atol=bound * float(value.abs().max())
     )
-
-
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-@pytest.mark.parametrize(
-    ("sizes", "capacities", "dtype", "shared"),
-    [
-        ((300,), (15,), torch.bfloat16, False),
-        ((1920, 168), (15, 30), torch.bfloat16, False),  # padding, and a part of 1024 channels
-        ((4224, 128), (15, 200), torch.float32, False),  # shifted, constants read late
-        ((256, 128), (15, 30), torch.float32, True),
-    ],
-    ids=["one", "two", "long", "shared"],
-)
-def test_a_row_is_encoded_in_front_of_its_product(
-    build: Any,
-    norm: bool,
-    sizes: tuple[int, ...],
-    capacities: tuple[int, ...],
-    dtype: Any,
-    shared: bool,
-) -> None:
-    """The bits of the norm, of the encoder and of the product one after the other."""
-    n, k = 40, sum(sizes)
-    spec = spec_of(n, sizes, capacities, bias=dtype == torch.bfloat16)
-    encoder = dataclasses.replace(spec.encoder, order=torch.arange(k), shared=shared)
-    spec = dataclasses.replace(spec, encoder=encoder)
-    generator = torch.Generator().manual_seed(k)
-    x, added = ((torch.randn(1, k, generator=generator) * 3).to(dtype) for _ in range(2))
-    gain = torch.rand(k, generator=generator).add(0.5).to(dtype)
-    offset = torch.randn(k, generator=generator) / 8
-    layer = TritonBackend().prepare(spec)
-    assert isinstance(layer, TritonLinear)
-    weight, segments, scale, zero, row_sum, shift, bias = layer.arguments
-    plan, stream = layer.plan, torch.zeros_like(x)
-    row = cuda_linear.FloatRow(
-        *((x, added, gain, 1e-5) if norm else (x, None, None, None)),
-        *(offset, plan.capacities, plan.clip, shared, tuple(plan.runs or ()), stream),
-    )
-    assert cuda_linear.encodes(row, dtype, len(sizes))
-    out = torch.full((1, n), 77.0, dtype=dtype)
-    macros = {
-        **{"ROWS8": 1, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1, "SINGLE": 1, "RESIDUAL": 0},
-        **{"SEGMENTS": len(sizes), "SHIFT": int(shift is not None), "BIAS": int(bias is not None)},
-        **{"OUT": OUTPUTS[dtype], **cuda_linear.row_macros(row)},
-    }
-    pointers = [
-        None,
-        weight,
-        None,
-        None,
-        None,
-        segments,
-        scale,
-        zero,
-        row_sum,
-        shift,
-        bias,
-        None,
-        out,
-    ]
-    *operands, eps, channels, a, b, c, d, e, f, g, h = cuda_linear.row_arguments(row)
-    pointers += [*operands, torch.tensor(eps)]
-    numbers = (
-        1,
-        n,
-        2 * weight.shape[1],
-        len(sizes),
-        scale.shape[1],
-        channels,
-        a,
-        b,
-        c,
-        d,
-        e,
-        f,
-        g,
-        h,
-    )
-    build("rows", macros)(
-        -(-n // 32),
-        cuda_rows_source.ROW_THREADS,
-        (ctypes.c_void_p * len(pointers))(*(None if t is None else t.data_ptr() for t in pointers)),
-        (ctypes.c_int * len(numbers))(*numbers),
-    )
-    total = x + added
-    y = rms_norm(total, gain, 1e-5) if norm else x
-    reference = ReferenceBackend()
-    expected = reference.linear(y.float() - offset, reference.prepare(spec)).to(dtype)
-    assert torch.equal(out, expected)
-    if norm:
-        assert torch.equal(stream, total)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,6 @@ def arguments(
     )
     return Launch(
         *(encode_source.SOURCE, "encode_gated", macros, rows * cluster, threads),
-        encode_source.gated_shared_bytes(threads),
+        encode_source.shared_bytes(threads),
         (gate, up, *layout, *outputs, *numbers),
     )

@@ -1,23 +1,23 @@
-"""CUDA C++ that encodes rows: what the linear of one row runs in front of itself, and a kernel for gated rows.
+"""CUDA C++ that encodes few gated rows: one of them does not fill a block of threads fast enough.
 
-The integers are those of `neurons.backends.triton_encode`, the norm that of `snnllm.norm`, the rotation that of
-`snnllm.hadamard.OnlineRotation`, operation by operation. A row has one or two groups of neighbouring channels
-(`neurons.backends.triton_encode_tiles.runs_of`).
+The integers are those of `neurons.backends.triton_encode`, the rotation that of `snnllm.hadamard.OnlineRotation`,
+operation by operation. A row has one or two groups of neighbouring channels
+(`neurons.backends.triton_encode_tiles.runs_of`). `ENCODING` has the steps of an encoder, `BODY` the kernel:
 
-`ENCODING`: the steps. Macros: GROUPS (1 or 2), ONE_RANGE (of both groups), OUT (dtype of the row and of its gains).
+A cluster of CLUSTER blocks of threads encodes a row of `silu(gate) * up`, rotated in Hadamard blocks, each a power of
+two from 16 to 256 that begins at a multiple of its size. A thread has 16 neighbouring channels; it mixes them in
+registers, and the threads of a Hadamard block then exchange theirs through shared memory.
 
-`BODY`: a cluster of CLUSTER blocks of threads encodes a row of `silu(gate) * up`, rotated in Hadamard blocks, each
-a power of two from 16 to 256 that begins at a multiple of its size. A thread has 16 neighbouring channels; it mixes
-them in registers, and the threads of a Hadamard block then exchange theirs through shared memory. Macros besides:
-THREADS (a multiple of 32), CLUSTER (up to 8), OFFSET.
+Macros: THREADS (a multiple of 32), CLUSTER (up to 8), OFFSET, GROUPS (1 or 2), ONE_RANGE (of both groups), OUT (dtype
+of the row).
 """
 
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
 
-__all__ = ["BODY", "ENCODING", "SOURCE", "gated_shared_bytes"]
+__all__ = ["BODY", "ENCODING", "SOURCE", "shared_bytes"]
 
 
-def gated_shared_bytes(threads: int) -> int:
+def shared_bytes(threads: int) -> int:
     """Shared memory of a block of threads: channels on their way, maxima of warps and blocks, sums."""
     return 4 * (17 * threads + 4 * (threads // 32) + 2 * 4 * 8)
 
@@ -43,13 +43,6 @@ INLINE void round_four(float (&x)[4]) {  // to the type of the row
 #if OUT != 0
   const unsigned a = pair(x[0], x[1]), b = pair(x[2], x[3]);
   x[0] = low_of(a), x[1] = low_of(a >> 16), x[2] = low_of(b), x[3] = low_of(b >> 16);
-#endif
-}
-INLINE void store_four(void* to, i64 at, const float (&x)[4]) {
-#if OUT == 0
-  *(float4*)((float*)to + at) = {x[0], x[1], x[2], x[3]};
-#else
-  *(uint2*)((unsigned short*)to + at) = {pair(x[0], x[1]), pair(x[2], x[3])};
 #endif
 }
 INLINE void widen(unsigned (&range)[4], const float (&x)[4], int group) {  // below and above of each group

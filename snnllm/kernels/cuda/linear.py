@@ -18,8 +18,6 @@ from snnllm.kernels.cuda.driver import Kernel, load, processors, tensor_map, wit
 from snnllm.kernels.cuda.primitives import OUTPUTS
 
 _FEW_ROWS = 32
-_MOST_STAGES = 11
-_MOST_CHANNELS = 8192  # of a row that the kernel encodes: a thread holds 4 of every 1024
 
 
 class Rows(NamedTuple):
@@ -34,34 +32,6 @@ class Rows(NamedTuple):
     strips: int
     stages: int
     resident: int
-
-
-class FloatRow(NamedTuple):
-    """A row that the kernel for one row encodes.
-
-    Attributes:
-        x: `[1, K]`, of the dtype of the outputs.
-        added: Added to it first; or None.
-        gain: Of the norm, `[K]`; or None.
-        eps: Of the norm; None: no norm.
-        offset: Taken off before it is encoded, float32 `[K]`; or None.
-        capacities: float32 `[G]`.
-        clip: float32 `[G]`.
-        shared: One range for all groups.
-        runs: Layout of the groups (`neurons.backends.triton_encode_tiles.runs_of`).
-        stream: `x + added`, written if something is added.
-    """
-
-    x: Tensor
-    added: Tensor | None
-    gain: Tensor | None
-    eps: float | None
-    offset: Tensor | None
-    capacities: Tensor
-    clip: Tensor
-    shared: bool
-    runs: tuple[int, ...] | None
-    stream: Tensor
 
 
 class Tiles(NamedTuple):
@@ -106,42 +76,8 @@ def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> 
     return without(device)
 
 
-def encodes(row: FloatRow, out: torch.dtype, segments: int) -> bool:
-    """Whether the kernel for one row can encode it: one or two groups of neighbouring channels, four at a time.
-
-    Args:
-        row: The row.
-        out: Dtype of the outputs.
-        segments: S.
-    """
-    x, layout = row.x, row.runs
-    if x.shape[0] != 1 or x.shape[1] > _MOST_CHANNELS or x.dtype != out or out not in OUTPUTS:
-        return False
-    if (
-        layout is None
-        or len(layout) != 4 * segments
-        or segments > 2
-        or segments != len(row.capacities)
-    ):
-        return False
-    alike = [t for t in (row.added, row.gain) if t is not None]
-    return (
-        min(layout[3::4]) >= 0
-        and not any(size % 4 for size in layout)
-        and sum(layout[2::4]) == x.shape[1]
-        and all(t.dtype == out and t.numel() == x.shape[1] for t in alike)
-        and all(t.stride(-1) == 1 and t.data_ptr() % 16 == 0 for t in (x, *alike))
-        and (row.offset is None or row.offset.data_ptr() % 16 == 0)
-    )
-
-
-def choose_shape(rows: int, columns: int, width: int, processors: int) -> Rows | Tiles:
-    """Kernel and tile sizes for M rows, N columns and P positions on so many multiprocessors; measured on an H100."""
-    if rows == 1:
-        blocks = -(-width // 1024)  # of a warp; the ring holds all of them where it can
-        if columns <= 32 * processors:
-            return Rows(2, min(blocks, _MOST_STAGES), 1)
-        return Rows(2, min(blocks, 4), 3 if blocks <= 4 else 2)
+def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
+    """Kernel and tile sizes for M rows and N columns on so many multiprocessors; measured on an H100."""
     if rows <= _FEW_ROWS:
         if columns <= 32 * processors:  # a block of threads has a multiprocessor of its own
             return Rows(2, 6 if rows <= 8 else 4, 1)
@@ -156,7 +92,7 @@ def choose_shape(rows: int, columns: int, width: int, processors: int) -> Rows |
 
 
 def launch(
-    count: Tensor | FloatRow,
+    count: Tensor,
     weight: Tensor,
     parameters: tuple[Tensor | None, ...],
     out: Tensor,
@@ -168,25 +104,24 @@ def launch(
     """Launch on the current device.
 
     Args:
-        count: As `triton.operators.encoded_linear` has it; or a row that `encodes` takes.
+        count: As `triton.operators.encoded_linear` has it.
         weight: Likewise.
-        parameters: Threshold, zero point, sum of counts (None for a float row), segments, scale, zero of weights,
-            row sums, shift, bias and residual; the last three may be None.
+        parameters: Threshold, zero point, sum of counts, segments, scale, zero of weights, row sums, shift,
+            bias and residual; the last three may be None.
         out: `[M, N]`, or int32 `[S, M, N]` for the accumulators.
         groups: G.
         weight_groups: J.
         early: May start before the kernel in front ends.
         ahead: Packed weights that are read soon after, for few rows.
     """
-    row = count if isinstance(count, FloatRow) else None
-    rows, columns, width = len(count if row is None else row.x), len(weight), 2 * weight.shape[1]
+    (rows, width), columns = count.shape, len(weight)
     *others, row_sum, shift, bias, residual = parameters
     assert row_sum is not None
     if residual is not None and residual.data_ptr() % 16:  # read 16 bytes at a time
         parameters = (*others, row_sum, shift, bias, residual.clone())
     segments = row_sum.shape[1]
-    multiprocessors = processors(weight.device)
-    shape = choose_shape(rows, columns, width, multiprocessors)
+    multiprocessors = processors(count.device)
+    shape = choose_shape(rows, columns, multiprocessors)
     macros = {
         "SEGMENTS": segments,
         "SHIFT": int(shift is not None),
@@ -196,16 +131,11 @@ def launch(
     }
     sizes: tuple[Any, ...] = (rows, columns, width, groups, weight_groups)
     if isinstance(shape, Rows):
+        kernel = _rows_kernel(shape, rows, tuple(macros.items()), count.device)
         soon = [value for w in ahead for value in (w, 0 if w is None else w.numel())]
-        more: tuple[Any, ...] = ()
-        if row is not None:
-            macros |= row_macros(row)
-            more = row_arguments(row)
-        kernel = _rows_kernel(shape, rows, width, tuple(macros.items()), weight.device)
-        arguments = (None if row else count, weight, *parameters, out, *sizes, *soon, *more)
+        arguments = (count, weight, *parameters, out, *sizes, *soon)
         kernel(-(-columns // (16 * shape.strips)), arguments, early)
         return
-    assert isinstance(count, Tensor)  # a float row is one
     macros["JOINT"] = int(weight_groups == 1)
     operands, sizes = (count, weight), (out, *sizes)
     tiles = -(-rows // shape.bm) * -(-columns // shape.bn)
@@ -214,27 +144,6 @@ def launch(
     _launch_tiles(shape, macros, operands, parameters, sizes, (0, whole), early)
     if whole < tiles:  # early: it waits itself, and must, for what comes behind waits for it only
         _launch_tiles(_HALF, macros, operands, parameters, sizes, (whole, tiles), True)
-
-
-def row_macros(row: FloatRow) -> dict[str, int]:
-    """The macros with which the kernel encodes a row."""
-    return {
-        "ENCODE": 1 if row.eps is None else 2,
-        "ADDED": int(row.added is not None),
-        "GAIN": int(row.gain is not None),
-        "OFFSET": int(row.offset is not None),
-        "CHUNKS": -(-row.x.shape[1] // 1024),
-        "GROUPS": len(row.capacities),
-        "ONE_RANGE": int(row.shared),
-    }
-
-
-def row_arguments(row: FloatRow) -> tuple[Any, ...]:
-    """The last arguments of the kernel that encodes a row."""
-    assert row.runs is not None  # `encodes`
-    layout = (*row.runs, *(0,) * (8 - len(row.runs)))
-    operands = (row.x, row.added, row.gain, row.offset, row.capacities, row.clip, row.stream)
-    return (*operands, row.eps or 0.0, row.x.shape[1], *layout)
 
 
 def whole_tiles(tiles: int, processors: int) -> int:
@@ -262,18 +171,17 @@ def _launch_tiles(
 
 
 def _rows_kernel(
-    shape: Rows, rows: int, width: int, macros: tuple[tuple[str, int], ...], device: torch.device
+    shape: Rows, rows: int, macros: tuple[tuple[str, int], ...], device: torch.device
 ) -> Kernel:
     eights = 1 << (-(-rows // 8) - 1).bit_length()
-    known = {"ENCODE": 0, **dict(macros)}
-    own = ("ROWS8", eights), ("SINGLE", int(rows == 1)), *_macros(shape)
+    own = ("ROWS8", eights), *_macros(shape)
+    known = dict(macros)
     element = (4 if known["OUT"] == OUTPUTS[torch.float32] else 2) * known["RESIDUAL"]
-    single = width if rows == 1 else 0
     shared = cuda_rows_source.shared_bytes(
-        eights, shape.strips, shape.stages, known["SEGMENTS"], element, single
+        eights, shape.strips, shape.stages, known["SEGMENTS"], element
     )
     return load(
-        *(cuda_rows_source.SOURCE, tuple(known.items()) + own, "linear_rows"),
+        *(cuda_rows_source.SOURCE, macros + own, "linear_rows"),
         *(cuda_rows_source.ROW_THREADS, shared, device),
     )
 

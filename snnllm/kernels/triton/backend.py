@@ -181,7 +181,8 @@ class TritonBackend:
     def linear(self, x: Tensor, prepared: PreparedLinear, offset: Tensor | None = None) -> Tensor:
         """Return y [.., N] in x.dtype of x [.., K], less an offset that the encoder takes off."""
         layer = _triton(prepared)
-        y, _ = encode_and_multiply(_rows(x, layer), layer, offset)
+        rows = _rows(x, layer)
+        y = multiply(encode_plan(rows, layer.plan, offset), layer, rows.dtype)
         return y.view(*x.shape[:-1], layer.out_features).to(x.dtype)
 
     def int_bmm(self, a: Tensor, b: Tensor) -> Tensor:
@@ -262,35 +263,6 @@ def multiply(
     arguments = (*parameters, *layer.arguments, layer.bits, dtype, residual, *layer.ahead)
     out: Tensor = encoded_linear(count, *arguments)
     return out
-
-
-def encode_and_multiply(
-    x: Tensor,
-    layer: TritonLinear,
-    offset: Tensor | None,
-    norm: tuple[Tensor | None, float] | None = None,
-    added: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Outputs `[M, N]` of float rows `[M, K]`, or of their norm, and the new residual stream.
-
-    Args:
-        x: Rows, stride 1 along K.
-        layer: The linear.
-        offset: Taken off what is encoded, float32 `[K]`; or None.
-        norm: Gains and eps of an RMSNorm in front; or None.
-        added: With a norm, the residual stream that x is added to; or None.
-
-    Returns:
-        Outputs in the dtype of x, and `x + added`, empty if nothing is added.
-    """
-    from snnllm.kernels.triton.operators import float_linear  # needs Triton
-
-    plan = layer.plan
-    gain, eps = (None, None) if norm is None else norm
-    encoding = (plan.order, plan.segments, plan.capacities, plan.clip, plan.spec.shared, plan.runs)
-    arguments = (*encoding, *layer.arguments, layer.bits, *layer.ahead)
-    y, stream = float_linear(x.detach(), added, gain, eps, offset, *arguments)
-    return y, stream
 
 
 def announce(layers: Sequence[TritonLinear], limit: int) -> None:

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from neurons.backends.device import EARLY_ROWS, early_launch, interpreted, on
 from neurons.backends.operator import operator
-from neurons.backends.triton_encode import encode_rows
 from snnllm.kernels.cuda import linear as cuda_linear
 from snnllm.kernels.triton.dot import dot_product
 from snnllm.kernels.triton.linear import matmul
-from snnllm.kernels.triton.norm import rms_norm_encode
 
 
 def choose_config(rows: int, columns: int) -> tuple[int, ...]:
@@ -171,120 +169,6 @@ def _(
     further: Tensor | None = None,
 ) -> Tensor:
     return _output(count, weight, segments, dtype)
-
-
-@operator("snnllm::float_linear")
-def float_linear(
-    x: Tensor,
-    added: Tensor | None,
-    gain: Tensor | None,
-    eps: float | None,
-    offset: Tensor | None,
-    order: Tensor,
-    layout: Tensor,
-    capacities: Tensor,
-    clip: Tensor,
-    shared: bool,
-    runs: list[int] | None,
-    weight: Tensor,
-    segments: Tensor,
-    scale: Tensor,
-    weight_zero: Tensor,
-    row_sum: Tensor,
-    shift: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    ahead: Tensor | None = None,
-    further: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`y` of float rows: `rms_norm_encode` or `encode_rows`, and `encoded_linear`; one kernel for one row on Hopper.
-
-    Args:
-        x: `[M, K]`, stride 1 along K.
-        added: Added to x first, as x; None: nothing.
-        gain: Of the norm, `[K]` in the dtype of x; or None.
-        eps: Of the norm; None: the rows are encoded as they are, and nothing is added.
-        offset: As `rms_norm_encode` takes it; likewise the next five, the segments as the layout.
-        order: Likewise.
-        layout: Likewise.
-        capacities: Likewise.
-        clip: Likewise.
-        shared: Likewise.
-        runs: Likewise.
-        weight: As `encoded_linear` takes it; likewise what follows.
-        segments: Likewise.
-        scale: Likewise.
-        weight_zero: Likewise.
-        row_sum: Likewise.
-        shift: Likewise.
-        bias: Likewise.
-        bits: Likewise.
-        ahead: Likewise.
-        further: Likewise.
-
-    Returns:
-        `[M, N]` in the dtype of x, and `x + added`, empty if nothing is added.
-    """
-    stream = x.new_empty(0 if added is None else x.shape)
-    row = cuda_linear.FloatRow(
-        *(
-            x,
-            added,
-            gain,
-            eps,
-            offset,
-            capacities,
-            clip,
-            shared,
-            None if runs is None else tuple(runs),
-        ),
-        stream,
-    )
-    one = cuda_linear.unsuitable(x.device, len(weight), bits, len(segments)) is None
-    if one and cuda_linear.encodes(row, x.dtype, len(segments)):
-        out = x.new_empty((1, len(weight)))
-        parameters = (None, None, None, segments, scale, weight_zero, row_sum, shift, bias, None)
-        with on(x.device):
-            launched = (row, weight, parameters, out, len(capacities), scale.shape[1], True)
-            cuda_linear.launch(*launched, (ahead, further))
-        return out, stream
-    if eps is None:
-        encoded: Any = encode_rows(x, order, layout, capacities, clip, shared, offset, runs)
-    else:
-        norm = (x, added, gain, eps, order, layout, capacities, clip, shared, offset)
-        encoded = rms_norm_encode(*norm, runs=runs)
-        stream = stream if added is None else encoded.residual
-    count, *parameters = encoded[:4]
-    count = (count if shift is None else count ^ 128).view(torch.int8)
-    arguments = (weight, segments, scale, weight_zero, row_sum, shift, bias, bits, x.dtype)
-    return encoded_linear(count, *parameters, *arguments, None, ahead, further), stream
-
-
-@float_linear.register_fake
-def _(
-    x: Tensor,
-    added: Tensor | None,
-    gain: Tensor | None,
-    eps: float | None,
-    offset: Tensor | None,
-    order: Tensor,
-    layout: Tensor,
-    capacities: Tensor,
-    clip: Tensor,
-    shared: bool,
-    runs: list[int] | None,
-    weight: Tensor,
-    segments: Tensor,
-    scale: Tensor,
-    weight_zero: Tensor,
-    row_sum: Tensor,
-    shift: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    ahead: Tensor | None = None,
-    further: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(0 if added is None else x.shape)
 
 
 def _output(count: Tensor, weight: Tensor, segments: Tensor, dtype: torch.dtype) -> Tensor:
