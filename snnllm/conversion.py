@@ -49,7 +49,7 @@ class ConversionReport:
         spike: The configuration.
         blocks: One report per block, in order.
         spiking_modules: Number of modules that compute with spikes.
-        seconds: Wall time.
+        seconds: Wall time, with that of blocks that an interrupted call converted.
         peak_mib: Peak resident memory of the process, MiB.
         weight_bytes: Bytes of all safetensors files.
         linear_bytes: Bytes of the converted linears' codes, scales and zero points.
@@ -146,7 +146,7 @@ def convert(
     spill = plan(source, spike, windows.shape, pipeline, max_memory_mib).spills
     run = dataclasses.replace(run, spill=work.folder if spill else None, saved=work.load)
     reports: list[BlockReport] = []
-    finished = False
+    resumed, finished = work.count, False
     try:
         source, spike, blocks = start_pipeline(
             pipeline, source, spike, run, allocation or {}, options
@@ -169,7 +169,7 @@ def convert(
         target,
         spike,
         tuple(reports),
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start + sum(report.seconds for report in reports[:resumed]),
         peak_mib=peak_mib(),
         provenance=provenance,
         **sizes,

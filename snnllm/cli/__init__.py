@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         return code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        more = "; the same command continues" if getattr(args, "resumes", False) else ""
+        print(f"interrupted{more}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `snnllm inspect MODEL | head`: who reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end

@@ -472,7 +472,16 @@ def test_interrupted(monkeypatch, capsys):
 
     monkeypatch.setattr("snnllm.cli.inspect.open_model", interrupt)
     assert main(["inspect", "model"]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_interrupted_conversion_says_how_to_go_on(monkeypatch, capsys):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snnllm.cli.convert.run", interrupt)
+    assert main(["convert", "model", "out"]) == 130
+    assert "the same command continues" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,17 @@ def test_every_pipeline_resumes(make_llama, token_ids, tmp_path, caplog, pipelin
     interrupted(model, tmp_path / "out", token_ids, after=0, **arguments)
     interrupted(model, tmp_path / "out", token_ids, after=1, **arguments)
     seen: list[int] = []
-    convert(
+    start = time.perf_counter()
+    report = convert(
         *(model, tmp_path / "out", SpikeConfig(), token_ids),
         on_block=lambda report: seen.append(report.index),
         **arguments,
     )
+    here = time.perf_counter() - start
     assert seen == [0, 1, 2]
+    kept = sum(block.seconds for block in report.blocks[:2])
+    assert kept < report.seconds < here + kept + 0.01
+    assert report.seconds > here  # and what the interrupted calls did
     assert "resuming in" in caplog.text
     assert "after block 1" in caplog.text
     assert files(tmp_path / "whole") == files(tmp_path / "out")
