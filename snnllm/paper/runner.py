@@ -304,6 +304,7 @@ class Runner:
         values = report.to_dict()
         del values["output"]
         record[CONVERSION] = {**values, "device_mib": device_mib(self.device)}
+        record["seconds"][CONVERSION] = report.seconds  # also those before an interruption
         self._save(name)
         return True
 
