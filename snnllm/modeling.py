@@ -223,7 +223,8 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         the tokens, for a dynamic cache or a large one (`decoding.MOST_TOKENS`), hooks a module, or generates with
         the model in another thread, too, gets the loop of transformers.
         """
-        config, length = kwargs.get("generation_config"), kwargs["stopping_criteria"].max_length
+        config = kwargs.get("generation_config")
+        length = getattr(kwargs.get("stopping_criteria"), "max_length", None)
         recorded = (
             not args
             and not self.training
