@@ -240,10 +240,9 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
             and not config.is_assistant
             and not kwargs.get("synced_gpus")
             and not set(kwargs) - _SAMPLED
-            and length is not None
         )
         cache = None
-        if recorded:
+        if recorded and length is not None:
             cache = static_cache(self, config, kwargs.get(CACHE_ARGUMENT), len(input_ids), length)
         if cache is not None and self._steps is None:
             self._steps = DecodeSteps()
