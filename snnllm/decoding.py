@@ -18,7 +18,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,7 @@ def records_on(device: torch.device) -> bool:
 
 
 def static_cache(
-    model: Any, config: Any, cache: Any, batch: int, length: int
+    model: Any, config: Any, cache: Any, batch: int, length: int, observers: Iterable[Any]
 ) -> StaticCache | None:
     """The static cache of a generation: the one that transformers made, or one instead of a growing one.
 
@@ -55,6 +55,8 @@ def static_cache(
         cache: Which transformers found or made.
         batch: B.
         length: Tokens that a sequence has at most; the last one is in no cache.
+        observers: Processors and criteria. Our loop calls them once more behind the end, for which those of
+            transformers do not care.
 
     Returns:
         An empty cache of nobody else; None if the caller has to have the other one. The memory of a cache is kept for
@@ -71,10 +73,24 @@ def static_cache(
         config.cache_implementation is not None
         or config.prefill_chunk_size is not None
         or cache.get_seq_length() > 0
+        or not all(type(x).__module__.startswith("transformers.") for x in observers)
         or batch * padded_length(length - 1) > MOST_TOKENS
+        or not _has_memory(model, batch * padded_length(length - 1))
     ):
         return None
     return StaticCache(config=model.config, max_cache_len=length - 1)
+
+
+def _has_memory(model: Any, tokens: int) -> bool:
+    """Whether a cache of so many tokens takes at most half of the free memory of a GPU."""
+    if model.device.type != "cuda":
+        return True
+    config = model.config
+    heads = config.num_key_value_heads * config.num_hidden_layers
+    size = 2 * tokens * heads * config.head_dim * model.dtype.itemsize  # encoded ones have less
+    own = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free: int = torch.cuda.mem_get_info(model.device)[0] + own
+    return bool(2 * size <= free)
 
 
 class DecodeSteps:

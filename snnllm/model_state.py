@@ -64,14 +64,18 @@ class ModelState:
             [(p.data_ptr(), p.dtype) for held in holders for p in held.values() if p is not None],
             [b.data_ptr() for held in self._buffers for b in held.values() if b is not None],
             [linear.backend for linear in self._linears],
-            [(module.view, module.version) for module in self._spiking],
+            [module.version for module in self._spiking],
             model.config._attn_implementation,
+            [module.view for module in self._spiking],
         )
         changed = values != self._values
         if changed:
             linears = self._linears
             if not linears or not all(x.runs_in_triton() for x in linears):
-                return None  # and what has been recorded is of use again in the state before
+                # Another view packs nothing anew: what has been recorded is of use again behind it.
+                if values[:-1] != self._values[:-1]:
+                    self._values = ()
+                return None
             self._values = values
         return changed
 

@@ -220,11 +220,13 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         """Greedy decoding and sampling: recorded steps with a static cache on a GPU (`snnllm.decoding`).
 
         Whoever passes a `compile_config`, `disable_compile`, a cache of his own, asks for more than
-        the tokens, for a dynamic cache or a large one (`decoding.MOST_TOKENS`), hooks a module, or generates with
-        the model in another thread, too, gets the loop of transformers.
+        the tokens, for a dynamic cache or a large one (`decoding.MOST_TOKENS`), has processors or criteria of his
+        own without asking for a static cache, hooks a module, or generates with the model in another thread, too,
+        gets the loop of transformers.
         """
         config = kwargs.get("generation_config")
-        length = getattr(kwargs.get("stopping_criteria"), "max_length", None)
+        criteria = kwargs.get("stopping_criteria")
+        length = getattr(criteria, "max_length", None)
         recorded = (
             not args
             and not self.training
@@ -243,7 +245,9 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         )
         cache = None
         if recorded and length is not None:
-            cache = static_cache(self, config, kwargs.get(CACHE_ARGUMENT), len(input_ids), length)
+            observers = (*(kwargs.get("logits_processor") or ()), *(criteria or ()))
+            made = kwargs.get(CACHE_ARGUMENT)
+            cache = static_cache(self, config, made, len(input_ids), length, observers)
         if cache is not None and self._steps is None:
             self._steps = DecodeSteps()
         steps = self._steps

@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="with --sample (default: 0)")
     parser.add_argument(
-        *("--cache",),
+        "--cache",
         choices=["dynamic", "static"],
         help="default: static where steps can be recorded on a GPU (up to 8192 tokens), else dynamic",
     )

@@ -154,8 +154,17 @@ static void box_copy(unsigned to, const Map* map, int column, int row, unsigned 
   settle(b);
 }
 
+static std::map<const unsigned char*, int> fetched;  // of a launch: where each begins, and its bytes
 static void fetch(const void* from, int bytes) {
   if (bytes <= 0 || bytes % 16 || (u64)from % 16) { fprintf(stderr, "bad fetch\n"); exit(6); }
+  if (!fetched.emplace((const unsigned char*)from, bytes).second) { fprintf(stderr, "fetched twice\n"); exit(6); }
+}
+// Whether some bytes have been fetched, once each, and are then forgotten.
+static bool fetched_whole(const void* from, int bytes) {
+  const unsigned char *at = (const unsigned char*)from, *end = at + bytes;
+  for (auto part = fetched.find(at); at < end && part != fetched.end() && part->first == at; part = fetched.erase(part))
+    at += part->second;
+  return at == end;
 }
 
 static void load_matrices(unsigned (&a)[4], unsigned at) {
@@ -257,6 +266,9 @@ template <int LEFT> static void finish() {
 }
 static int finished(int sum) { return sum; }
 static void not_before(unsigned&) {}
+#if defined(OUT) && OUT == 2
+#error "pair and low_of are those of bfloat16 here"
+#endif
 static unsigned pair(float low, float high) {  // bfloat16, to nearest even
   auto half = [](float f) {
     const unsigned u = __float_as_int(f);

@@ -40,14 +40,15 @@ pytestmark = [
 ]
 ENTRY = {
     "rows": r"""
+alignas(16) static unsigned char ahead[16 * 1000], further[16];  // more and fewer than there are warps
 extern "C" void launch(int blocks, int threads, void** p, const int* n) {
   run(blocks, threads, [&] {
     linear_rows((const unsigned char*)p[0], (const unsigned char*)p[1], (const float*)p[2],
                 (const int*)p[3], (const int*)p[4], (const int*)p[5], (const float*)p[6],
                 (const int*)p[7], (const int*)p[8], (const int*)p[9], (const float*)p[10], p[11], p[12],
-                n[0], n[1], n[2], n[3], n[4], (const unsigned char*)p[1], n[1] * n[2] / 2,
-                (const unsigned char*)p[1] + 16, 16);
+                n[0], n[1], n[2], n[3], n[4], ahead, sizeof ahead, further, sizeof further);
   });
+  if (!fetched_whole(ahead, sizeof ahead) || !fetched_whole(further, sizeof further) || fetched.size()) exit(7);
 }
 """,
     "tiles": r"""
@@ -375,7 +376,7 @@ def test_gated_rows_are_rotated_and_encoded(
     )
     outputs = tuple(torch.full_like(t, 77) for t in expected)
     assert cuda_encode._aligned(sizes, tuple(plan.runs or ()))
-    launch = cuda_encode.arguments(
+    launch = cuda_encode.planned(
         gate, up, (offset, plan.capacities, plan.clip), outputs, plan.runs or (), shared
     )
     tensors = [x for x in launch.arguments if x is None or isinstance(x, Tensor)]

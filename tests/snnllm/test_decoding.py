@@ -95,7 +95,21 @@ def test_who_asks_for_no_cache_gets_recorded_steps(model, prompts, recorded, opt
 
 @pytest.mark.parametrize(
     "why",
-    *[("many", "hook", "beams", "scores", "no cache", "view", "another", "own", "chunks")],
+    [
+        *(
+            "many",
+            "memory",
+            "hook",
+            "beams",
+            "scores",
+            "no cache",
+            "view",
+            "another",
+            "own",
+            "chunks",
+        ),
+        *("processor", "criterion"),
+    ],
 )
 def test_who_asks_for_no_cache_gets_a_growing_one(model, prompts, recorded, monkeypatch, why):
     """Where steps are not recorded; with a static one transformers would compile."""
@@ -107,6 +121,8 @@ def test_who_asks_for_no_cache_gets_a_growing_one(model, prompts, recorded, monk
     with ExitStack() as stack:
         if why == "many":  # three prompts, a cache of 128 tokens for each
             monkeypatch.setattr(decoding, "MOST_TOKENS", 3 * 128 - 1)
+        elif why == "memory":
+            monkeypatch.setattr(decoding, "_has_memory", lambda model, tokens: False)
         elif why == "hook":
             stack.callback(model.model.norm.register_forward_hook(lambda *given: None).remove)
         elif why == "view":
@@ -121,12 +137,27 @@ def test_who_asks_for_no_cache_gets_a_growing_one(model, prompts, recorded, monk
                 "no cache": {"use_cache": False},
                 "own": {"past_key_values": DynamicCache(config=model.config)},
                 "chunks": {"prefill_chunk_size": 4},
+                # They would be called behind the end.
+                "processor": {"logits_processor": [lambda ids, scores: scores]},
+                "criterion": {"stopping_criteria": [lambda ids, scores, **kwargs: False]},
             }[why]
         found = generate(model, prompts, **DEFAULT, **options)
     assert not recorded
     assert not compiled
     if why == "own":
         assert options["past_key_values"].get_seq_length() == found.shape[1] - 1
+
+
+def test_a_cache_takes_at_most_half_of_the_free_memory(model, monkeypatch):
+    config = model.config
+    size = 2 * 128 * config.num_key_value_heads * config.num_hidden_layers * config.head_dim * 4
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 400)
+    for spare, fits in ((0, True), (-1, False)):
+        free = 2 * size - 600 + spare
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+        assert decoding._has_memory(model, 128) is fits
 
 
 def test_another_view_leaves_what_is_recorded(model, prompts, recorded):

@@ -24,7 +24,10 @@ from snnllm.shared_input import hooked
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(SpikingLinear, "runs_in_triton", lambda self: self.view == "collapsed")
+    def runs_in_triton(self: SpikingLinear) -> bool:
+        return self.view is View.COLLAPSED and self.backend != "another"
+
+    monkeypatch.setattr(SpikingLinear, "runs_in_triton", runs_in_triton)
     spike = SpikeConfig.preset("W4A4T2", attention="encoded")
     shape = llama_config(Shape(32, 96, 4, 2, 2, 64), 96)
     return random_spiking(shape, spike, torch.device("cpu"), torch.float32)
@@ -182,6 +185,18 @@ def test_other_views_cannot_be_recorded_and_change_nothing(model: Any) -> None:
     assert [state.changed(model) for _ in range(2)] == [None, None]
     set_view(model, View.COLLAPSED)
     assert state.changed(model) is False
+
+
+def test_another_backend_in_between_is_a_change(model: Any) -> None:
+    """It packs other weights in the place of those that were recorded."""
+    state = ModelState()
+    state.changed(model)
+    linear = next(m for m in model.modules() if isinstance(m, SpikingLinear))
+    before = linear.backend
+    linear.backend = "another"
+    assert state.changed(model) is None
+    linear.backend = before
+    assert state.changed(model) is True
 
 
 def test_a_model_without_spiking_linears_cannot_be_recorded() -> None:

@@ -22,7 +22,9 @@ _MOST_THREADS = 512
 _WARP = 32
 
 
-def unsuitable(gate: Tensor, up: Tensor, sizes: Sequence[int], runs: Sequence[int]) -> str | None:
+def unsuitable(
+    gate: Tensor, up: Tensor, sizes: Sequence[int], runs: Sequence[int], offset: Tensor | None
+) -> str | None:
     """Return None where the kernel serves, else the reason why not.
 
     Args:
@@ -30,18 +32,22 @@ def unsuitable(gate: Tensor, up: Tensor, sizes: Sequence[int], runs: Sequence[in
         up: Likewise.
         sizes: Channels of the groups of the rotation.
         runs: Layout of the groups (`neurons.backends.triton_encode_tiles.runs_of`).
+        offset: float32 `[K]` or None.
     """
+    reason = without(gate.device)
+    if reason is not None:
+        return reason
     if not _aligned(tuple(sizes), tuple(runs)):
         return "one or two groups of neighbours in Hadamard blocks at multiples of their sizes, from 16, only"
     step = 16 // gate.element_size()
-    if any(x.data_ptr() % 16 or x.stride(0) % step for x in (gate, up)):
+    starts = [x.data_ptr() for x in (gate, up, offset) if x is not None]
+    if any(at % 16 for at in starts) or any(x.stride(0) % step for x in (gate, up)):
         return "rows at multiples of 16 bytes only"
     if gate.shape[1] > RADIX * _MOST_THREADS * _MOST_CLUSTER:
         return f"up to {RADIX * _MOST_THREADS * _MOST_CLUSTER} channels only"
-    reason = without(gate.device)
-    if reason is None and _MOST_CLUSTER * len(gate) > processors(gate.device):
+    if _MOST_CLUSTER * len(gate) > processors(gate.device):
         return "more rows than the device has clusters at a time: a block of threads for each is enough"
-    return reason
+    return None
 
 
 @lru_cache(maxsize=1024)
@@ -56,7 +62,7 @@ def _aligned(sizes: tuple[int, ...], runs: tuple[int, ...]) -> bool:
     )
 
 
-def arguments(
+def planned(
     gate: Tensor,
     up: Tensor,
     layout: tuple[Tensor | None, Tensor, Tensor],

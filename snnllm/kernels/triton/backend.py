@@ -268,14 +268,14 @@ def multiply(
 def announce(layers: Sequence[TritonLinear], limit: int) -> None:
     """Tell linears that run one after the other which weights come next: the first `limit` bytes of them.
 
-    A linear keeps these weights alive, until it is told others.
+    A linear keeps these weights alive, until it is told others. Weights on another device are none that come next.
     """
     for index, layer in enumerate(layers):
         layer.ahead.clear()
         left = limit
         for other in layers[index + 1 : index + 3]:
             part = other.arguments[0].view(-1)[: left // 16 * 16]
-            if part.numel():
+            if part.numel() and part.device == layer.arguments[0].device:
                 layer.ahead.append(part)
             left -= part.numel()
 

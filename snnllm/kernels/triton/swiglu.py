@@ -289,11 +289,11 @@ def _silu_mul_encode_op(
         "HAS_OFFSET": offset is not None,
         "EARLY": gate.shape[0] <= EARLY_ROWS and early_launch(gate.device),
     }
-    if sizes and cuda_encode.unsuitable(gate, up, sizes, runs) is None:
+    if sizes and cuda_encode.unsuitable(gate, up, sizes, runs, offset) is None:
         layout = (offset, capacities, clip)
-        planned = cuda_encode.arguments(gate, up, layout, encoded, runs, shared)
+        launch = cuda_encode.planned(gate, up, layout, encoded, runs, shared)
         with on(gate.device):
-            planned(gate.device, early=True)
+            launch(gate.device, early=True)
         return count, threshold, zero_point, count_sum
     with on(gate.device):
         if sizes:
