@@ -69,13 +69,14 @@ def static_cache(
     if type(cache) is StaticCache:
         empty = all(type(x) is StaticLayer and not x.is_initialized for x in cache.layers)
         return cache if empty and length <= cache.layers[0].max_cache_len + 1 else None
+    tokens = batch * padded_length(length - 1)
     if (
         config.cache_implementation is not None
         or config.prefill_chunk_size is not None
         or cache.get_seq_length() > 0
         or not all(type(x).__module__.startswith("transformers.") for x in observers)
-        or batch * padded_length(length - 1) > MOST_TOKENS
-        or not _has_memory(model, batch * padded_length(length - 1))
+        or tokens > MOST_TOKENS
+        or not _has_memory(model, tokens)
     ):
         return None
     return StaticCache(config=model.config, max_cache_len=length - 1)

@@ -368,12 +368,8 @@ def test_linears_know_the_weights_that_come_next():
     model = make()
     prepare(model)
     layers = _in_turn(model)
-    assert [layer.out_features for layer in layers] == [
-        64,
-        32,
-        96,
-        32,
-    ]  # q, k, v; o; gate, up; down
+    # q, k and v; o; gate and up; down
+    assert [layer.out_features for layer in layers] == [64, 32, 96, 32]
     announce(layers, limit=512)  # bytes: o_proj has 4 bits of 32 x 128 positions
     parts = [[part.numel() for part in layer.ahead] for layer in layers]
     sizes = [layer.arguments[0].numel() for layer in layers]

@@ -93,24 +93,10 @@ def test_who_asks_for_no_cache_gets_recorded_steps(model, prompts, recorded, opt
     assert len(recorded) == 1
 
 
-@pytest.mark.parametrize(
-    "why",
-    [
-        *(
-            "many",
-            "memory",
-            "hook",
-            "beams",
-            "scores",
-            "no cache",
-            "view",
-            "another",
-            "own",
-            "chunks",
-        ),
-        *("processor", "criterion"),
-    ],
-)
+REASONS = "many memory hook beams scores uncached view another own chunks processor criterion"
+
+
+@pytest.mark.parametrize("why", REASONS.split())
 def test_who_asks_for_no_cache_gets_a_growing_one(model, prompts, recorded, monkeypatch, why):
     """Where steps are not recorded; with a static one transformers would compile."""
     options: dict[str, Any] = {}
@@ -134,7 +120,7 @@ def test_who_asks_for_no_cache_gets_a_growing_one(model, prompts, recorded, monk
             options = {
                 "beams": {"num_beams": 2},
                 "scores": {"return_dict_in_generate": True},
-                "no cache": {"use_cache": False},
+                "uncached": {"use_cache": False},
                 "own": {"past_key_values": DynamicCache(config=model.config)},
                 "chunks": {"prefill_chunk_size": 4},
                 # They would be called behind the end.

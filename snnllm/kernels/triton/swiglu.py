@@ -281,6 +281,12 @@ def _silu_mul_encode_op(
         encoded = encode_rows(row, order, segments, capacities, clip, shared, offset, runs)
         count, threshold, zero_point, count_sum = encoded
         return count, threshold, zero_point, count_sum
+    if sizes and cuda_encode.unsuitable(gate, up, sizes, runs, offset) is None:
+        layout = (offset, capacities, clip)
+        launch = cuda_encode.planned(gate, up, layout, encoded, runs, shared)
+        with on(gate.device):
+            launch(gate.device, early=True)
+        return count, threshold, zero_point, count_sum
     taken = gate if offset is None else offset
     options = {
         "RUNS": tuple(runs),
@@ -289,12 +295,6 @@ def _silu_mul_encode_op(
         "HAS_OFFSET": offset is not None,
         "EARLY": gate.shape[0] <= EARLY_ROWS and early_launch(gate.device),
     }
-    if sizes and cuda_encode.unsuitable(gate, up, sizes, runs, offset) is None:
-        layout = (offset, capacities, clip)
-        launch = cuda_encode.planned(gate, up, layout, encoded, runs, shared)
-        with on(gate.device):
-            launch(gate.device, early=True)
-        return count, threshold, zero_point, count_sum
     with on(gate.device):
         if sizes:
             _launch_rotating(gate, up, sizes, (capacities, clip, taken, *encoded), options)
