@@ -33,6 +33,7 @@ static float __int2float_rn(int i) { return (float)i; }
 static float __fmul_rn(float a, float b) { volatile float c = a * b; return c; }
 static float __fadd_rn(float a, float b) { volatile float c = a + b; return c; }
 static float __fdiv_rn(float a, float b) { volatile float c = a / b; return c; }
+static float __fsqrt_rn(float a) { return sqrtf(a); }
 
 struct Index { int x; };
 static Index threadIdx, blockIdx, gridDim;

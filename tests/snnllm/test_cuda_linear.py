@@ -191,9 +191,12 @@ def test_every_shape_compiles_without_serialised_products(
 @pytest.mark.parametrize("groups", [1, 2])
 def test_encoding_kernels_compile(out: int, groups: int) -> None:
     names = {"GROUPS": groups, "ONE_RANGE": groups % 2, "OFFSET": 1, "OUT": out}
-    names |= {"CLUSTER": 2 * groups, "THREADS": 96}
-    code, _ = cuda_driver.compiled(cuda_encode_source.SOURCE, tuple(names.items()), "sm_90a")
-    assert code.startswith(b"\x7fELF")
+    gated = {**names, "CLUSTER": 2 * groups, "THREADS": 96}
+    normed = {**names, "CHUNKS": 4 * groups, "ADDED": groups - 1, "GAIN": groups - 1}
+    sources = (cuda_encode_source.GATED_SOURCE, cuda_encode_source.NORMED_SOURCE)
+    for source, macros in zip(sources, (gated, normed), strict=True):
+        code, _ = cuda_driver.compiled(source, tuple(macros.items()), "sm_90a")
+        assert code.startswith(b"\x7fELF")
 
 
 def test_a_broken_source_is_refused_with_the_log() -> None:

@@ -28,9 +28,11 @@ from snnllm.kernels.cuda import encode as cuda_encode
 from snnllm.kernels.cuda import encode_source as cuda_encode_source
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
+from snnllm.kernels.cuda.driver import Launch
 from snnllm.kernels.cuda.primitives import OUTPUTS, PREAMBLE, SHARED
 from snnllm.kernels.triton.backend import TritonBackend, TritonLinear, encode_plan
 from snnllm.kernels.triton.swiglu import silu_mul_encode
+from snnllm.norm import rms_norm
 
 FLAGS = ("-std=c++17", "-O2", "-w", "-ffp-contract=off", "-shared", "-fPIC")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -65,13 +67,22 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n) {
 }
 """,
     "gated": r"""
-extern "C" void launch(int blocks, int threads, void** p, const int* n) {
+extern "C" void launch(int blocks, int threads, void** p, const int* n, const float*) {
   auto kernel = [&] {
     encode_gated(p[0], p[1], (const float*)p[2], (const float*)p[3], (const float*)p[4], (unsigned char*)p[5],
                  (float*)p[6], (int*)p[7], (int*)p[8], n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8],
                  n[9], n[10], n[11]);
   };
   run(blocks, threads, kernel, CLUSTER);
+}
+""",
+    "normed": r"""
+extern "C" void launch(int blocks, int threads, void** p, const int* n, const float* f) {
+  run(blocks, threads, [&] {
+    encode_normed(p[0], p[1], p[2], (const float*)p[3], (const float*)p[4], (const float*)p[5], p[6],
+                  (unsigned char*)p[7], (float*)p[8], (int*)p[9], (int*)p[10], f[0], n[0], n[1], n[2], n[3],
+                  n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11]);
+  });
 }
 """,
     "attention": r"""
@@ -87,11 +98,18 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n, const fl
 }
 BODIES = {
     "rows": cuda_rows_source.BODY,
-    "gated": cuda_encode_source.ENCODING + cuda_encode_source.BODY,
+    "gated": cuda_encode_source.ENCODING + cuda_encode_source.GATED,
+    "normed": cuda_encode_source.ENCODING + cuda_encode_source.NORMED,
     "tiles": cuda_tiles_source.BODY,
     "attention": cuda_attention_source.BODY,
 }
-MEMORY = {"rows": "memory", "tiles": "unaligned", "gated": "memory", "attention": "memory"}
+MEMORY = {
+    "rows": "memory",
+    "tiles": "unaligned",
+    "gated": "memory",
+    "normed": "memory",
+    "attention": "memory",
+}
 """Shared memory as the kernels call it."""
 
 
@@ -124,6 +142,20 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, 
         return ctypes.CDLL(str(library)).launch
 
     return compiled
+
+
+def launched(build: Any, name: str, planned: Launch) -> None:
+    """Run a planned launch: pointers, integers and floats of a kernel come in arrays of their own."""
+    tensors = [x for x in planned.arguments if x is None or isinstance(x, Tensor)]
+    integers = [x for x in planned.arguments if isinstance(x, int)]
+    floats = [x for x in planned.arguments if isinstance(x, float)]
+    build(name, planned.macros)(
+        planned.blocks,
+        planned.threads,
+        (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors)),
+        (ctypes.c_int * len(integers))(*integers),
+        (ctypes.c_float * len(floats))(*floats),
+    )
 
 
 def spec_of(n: int, sizes: tuple[int, ...], capacities: tuple[int, ...], bias: bool) -> LinearSpec:
@@ -265,16 +297,7 @@ def attend(
         *(query, key, value, (mask, *strides)),
         *((*slots, tables.query_capacity, tables.query_clip), sizes, out, multiprocessors),
     )
-    tensors = [x for x in launch.arguments if x is None or isinstance(x, Tensor)]
-    integers = [x for x in launch.arguments if isinstance(x, int)]
-    floats = [x for x in launch.arguments if isinstance(x, float)]
-    build("attention", launch.macros)(
-        launch.blocks,
-        launch.threads,
-        (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors)),
-        (ctypes.c_int * len(integers))(*integers),
-        (ctypes.c_float * len(floats))(*floats),
-    )
+    launched(build, "attention", launch)
     return out
 
 
@@ -376,19 +399,52 @@ def test_gated_rows_are_rotated_and_encoded(
     )
     outputs = tuple(torch.full_like(t, 77) for t in expected)
     assert cuda_encode._aligned(sizes, tuple(plan.runs or ()))
-    launch = cuda_encode.planned(
+    launch = cuda_encode.gated_launch(
         gate, up, (offset, plan.capacities, plan.clip), outputs, plan.runs or (), shared
     )
-    tensors = [x for x in launch.arguments if x is None or isinstance(x, Tensor)]
-    integers = [x for x in launch.arguments if isinstance(x, int)]
-    build("gated", launch.macros)(
-        launch.blocks,
-        launch.threads,
-        (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors)),
-        (ctypes.c_int * len(integers))(*integers),
-    )
+    launched(build, "gated", launch)
     for mine, other in zip(outputs, expected, strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "options"),
+    [
+        ((300,), torch.bfloat16, {}),
+        ((1920, 168), torch.bfloat16, {"rows": 3}),  # padding, and a part of 1024 channels
+        ((4224, 128), torch.float32, {}),  # constants read late
+        ((256, 128), torch.float32, {"shared": True, "bare": True}),
+    ],
+    ids=["one", "two", "long", "shared"],
+)
+def test_normalised_rows_are_encoded(
+    build: Any, sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """The bits of the norm and of the encoder one after the other."""
+    k, rows, shared = sum(sizes), options.get("rows", 1), options.get("shared", False)
+    generator = torch.Generator().manual_seed(k)
+    x, added = ((torch.randn(rows, k, generator=generator) * 3).to(dtype) for _ in range(2))
+    gain = torch.rand(k, generator=generator).add(0.5).to(dtype)
+    offset = torch.randn(k, generator=generator) / 8
+    capacities = (15, 200)[: len(sizes)]
+    spec = EncoderSpec(torch.arange(k), sizes, capacities, shared, "layer")
+    linear = dataclasses.replace(spec_of(8, sizes, capacities, False), encoder=spec)
+    plan = TritonBackend().prepare(linear).plan
+    total = x if "bare" in options else x + added
+    norm = rms_norm(total, None if "bare" in options else gain, 1e-5)
+    taken = None if "bare" in options else offset
+    expected = encode_plan(norm, plan, taken)
+    outputs = (torch.zeros_like(x), *(torch.full_like(t, 77) for t in expected))
+    operands = (x, None, None) if "bare" in options else (x, added, gain)
+    runs = plan.runs or ()
+    assert "compute capability" in str(cuda_encode.normed_unsuitable(*operands, runs, taken))
+    layout = (taken, plan.capacities, plan.clip)
+    launched(
+        build, "normed", cuda_encode.normed_launch(*operands, 1e-5, layout, outputs, runs, shared)
+    )
+    for mine, other in zip(outputs[1:], expected, strict=True):
+        assert torch.equal(mine, other)
+    assert "bare" in options or torch.equal(outputs[0], total)
 
 
 RESIDUALS = {

@@ -85,19 +85,47 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
 #pragma unroll
     for (int i = 0; i < 8; i++)
       if (value_slot[head * D + i / 4 * (D / 2) + 4 * word + i % 4] >= 0) salient_value |= 1u << i;
+  // What the mask adds to the score of a key; minus infinity where it hides or there is none.
+  auto bias_of = [&](int n) {
+    if (n >= keys) return NOTHING;
+    if (MASK < 0) return 0.0f;
+    const i64 at = (i64)batch * mask_batch_stride + (i64)n * mask_key_stride;
+    if (MASK == 4) return ((const unsigned char*)mask)[at] ? 0.0f : NOTHING;
+    const float bias = number(mask, at, MASK);
+    return bias > lowest ? bias : NOTHING;
+  };
+  const int blocks = (keys + 31) / 32, mine_first = rank + CLUSTER * warp;
+  constexpr int NEXT = CLUSTER * WARPS;
+  float biases[4];  // at once: each would cost the latency of the memory
+  auto load_biases = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) biases[i] = bias_of(32 * (first + i * NEXT) + lane);
+  };
+  // The kernel in front writes queries and the last key; masks and other keys are there before, in memory.
+  load_biases(mine_first);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int n = 32 * (mine_first + i * NEXT) + lane;
+    if (!(biases[i] > NOTHING)) continue;
+    fetch(key + (i64)n * key_token_stride, KEY_BYTES);
+    fetch(value + (i64)n * value_token_stride, VALUE_BYTES);
+  }
+  const int own_slot = VALUE_PLANE ? value_slot[head * D + threadIdx.x % D] : -1;  // of what this thread writes
+  int slot[PER_LANE];  // of the channels of a query
+#pragma unroll
+  for (int i = 0; i < PER_LANE; i++) slot[i] = G == 2 ? key_slot[head * D + PER_LANE * lane + i] : -1;
+  float tops[QUERY_GROUPS], clips[QUERY_GROUPS];
+#pragma unroll
+  for (int g = 0; g < QUERY_GROUPS; g++) tops[g] = capacity[g], clips[g] = clip[g];
   wait_for_kernel_in_front();
 
   // Queries: a warp encodes one, a lane has neighbouring channels.
   for (int r = warp; r < ROWS; r += WARPS) {
     const i64 at = (i64)batch * query_batch_stride + (i64)(head * ROWS + r) * query_head_stride;
     float x[PER_LANE];
-    int slot[PER_LANE];
     own_codes[r * OWN + lane] = 0;
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-      x[i] = number(query, at + PER_LANE * lane + i, QUERY);
-      slot[i] = G == 2 ? key_slot[head * D + PER_LANE * lane + i] : -1;
-    }
+    for (int i = 0; i < PER_LANE; i++) x[i] = number(query, at + PER_LANE * lane + i, QUERY);
     Spikes spikes[2];
 #pragma unroll
     for (int g = 0; g < QUERY_GROUPS; g++) {
@@ -108,7 +136,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
           below = max(below, bits_above(-x[i]));
           above = max(above, bits_above(x[i]));
         }
-      spikes[g] = spikes_of(maximum_of_warp(below), maximum_of_warp(above), capacity[g], clip[g]);
+      spikes[g] = spikes_of(maximum_of_warp(below), maximum_of_warp(above), tops[g], clips[g]);
     }
     if (QUERY_GROUPS == 1) spikes[1] = spikes[0];
     __syncwarp();
@@ -142,21 +170,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
 #pragma unroll
     for (int i = 0; i < OWN_PER_LANE; i++) own[r][i] = 0.0f;
   }
-  // What the mask adds to the score of a key; minus infinity where it hides or there is none.
-  auto bias_of = [&](int n) {
-    if (n >= keys) return NOTHING;
-    if (MASK < 0) return 0.0f;
-    const i64 at = (i64)batch * mask_batch_stride + (i64)n * mask_key_stride;
-    if (MASK == 4) return ((const unsigned char*)mask)[at] ? 0.0f : NOTHING;
-    const float bias = number(mask, at, MASK);
-    return bias > lowest ? bias : NOTHING;
-  };
-  const int blocks = (keys + 31) / 32;
-  constexpr int NEXT = CLUSTER * WARPS;
-  for (int first = rank + CLUSTER * warp; first < blocks; first += 4 * NEXT) {
-    float biases[4];  // at once: each would cost the latency of the memory
-#pragma unroll
-    for (int i = 0; i < 4; i++) biases[i] = bias_of(32 * (first + i * NEXT) + lane);
+  for (int first = mine_first; first < blocks; first += 4 * NEXT) {
+    if (first != mine_first) load_biases(first);
 #pragma unroll 1
     for (int i = 0; i < 4; i++) {
       const float bias = i == 0 ? biases[0] : i == 1 ? biases[1] : i == 2 ? biases[2] : biases[3];
@@ -292,7 +307,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
   for (int i = threadIdx.x; i < ROWS * D; i += 256) {
     const int r = i / D, c = i % D;
     const float* slab = slabs + r * SLAB;
-    const int slot = VALUE_PLANE ? value_slot[head * D + c] : -1;
     float top = NOTHING, x = 0.0f, all = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) top = fmaxf(top, slab[w * ROWS * SLAB + D + OWN]);
@@ -301,11 +315,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
       if (slab[D + OWN] == NOTHING) continue;
       const float share = exp2f((slab[D + OWN] - top) * LOG2E);
       all += share * slab[D + OWN + 1];
-      x += share * (slab[c] + (slot >= 0 ? 16.0f * slab[D + slot] : 0.0f));
+      x += share * (slab[c] + (own_slot >= 0 ? 16.0f * slab[D + own_slot] : 0.0f));
+    }
+    if (CLUSTER == 1) {  // A query that sees no key: zeros.
+      store(out, ((i64)head_pair * ROWS + r) * D + c, __fdiv_rn(x, all == 0.0f ? 1.0f : all));
+      continue;
     }
     mine[r * (D + 2) + c] = x;
     if (c == 0) mine[r * (D + 2) + D] = top, mine[r * (D + 2) + D + 1] = all;
   }
+  if (CLUSTER == 1) return;
   cluster_meets();
   for (int i = rank * 256 + threadIdx.x; i < ROWS * D; i += CLUSTER * 256) {
     const int r = i / D, c = i % D;
@@ -320,7 +339,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
       all += share * of_block(row + D + 1, of);
       x += share * of_block(row + c, of);
     }
-    // A query that sees no key: zeros.
     store(out, ((i64)head_pair * ROWS + r) * D + c, __fdiv_rn(x, all == 0.0f ? 1.0f : all));
   }
   cluster_meets();  // the others read this block's sums

@@ -1,7 +1,7 @@
-"""Encoding of few gated and rotated rows in CUDA C++ on Hopper: where it serves, its launch.
+"""Encoding of few rows in CUDA C++ on Hopper, gated and rotated or normalised: where it serves, its launch.
 
-The integers are those of `snnllm.kernels.triton.swiglu`, whose kernel has a whole row in one block of threads and runs
-wherever this cannot.
+The integers are those of `snnllm.kernels.triton.swiglu` and `snnllm.kernels.triton.norm`, whose kernels run wherever
+these cannot.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ from itertools import accumulate
 
 from torch import Tensor
 
+from neurons.backends.device import EARLY_ROWS
 from snnllm.hadamard import RADIX, rotation_blocks
 from snnllm.kernels.cuda import encode_source
 from snnllm.kernels.cuda.driver import Launch, processors, without
 from snnllm.kernels.cuda.primitives import OUTPUTS
+from snnllm.norm import LANES
 
 _MOST_CLUSTER = 8
 _MOST_THREADS = 512
 _WARP = 32
+_MOST_NORMED = 8192  # channels: a thread holds 4 of every 1024
+_VECTOR = 4
 
 
-def unsuitable(
+def gated_unsuitable(
     gate: Tensor, up: Tensor, sizes: Sequence[int], runs: Sequence[int], offset: Tensor | None
 ) -> str | None:
-    """Return None where the kernel serves, else the reason why not.
+    """Return None where the kernel for gated rows serves, else the reason why not.
 
     Args:
         gate: `[M, K]`, stride 1 along K.
@@ -39,15 +43,57 @@ def unsuitable(
         return reason
     if not _aligned(tuple(sizes), tuple(runs)):
         return "one or two groups of neighbours in Hadamard blocks at multiples of their sizes, from 16, only"
-    step = 16 // gate.element_size()
-    starts = [x.data_ptr() for x in (gate, up, offset) if x is not None]
-    if any(at % 16 for at in starts) or any(x.stride(0) % step for x in (gate, up)):
-        return "rows at multiples of 16 bytes only"
+    if not _in_vectors(gate, up, offset):
+        return "rows in fours only"
     if gate.shape[1] > RADIX * _MOST_THREADS * _MOST_CLUSTER:
         return f"up to {RADIX * _MOST_THREADS * _MOST_CLUSTER} channels only"
     if _MOST_CLUSTER * len(gate) > processors(gate.device):
         return "more rows than the device has clusters at a time: a block of threads for each is enough"
     return None
+
+
+def normed_unsuitable(
+    x: Tensor,
+    added: Tensor | None,
+    gain: Tensor | None,
+    runs: Sequence[int] | None,
+    offset: Tensor | None,
+) -> str | None:
+    """Return None where the kernel for normalised rows serves, else the reason why not.
+
+    Args:
+        x: `[M, K]`, stride 1 along K.
+        added: Likewise; or None.
+        gain: `[K]` in the dtype of x; or None.
+        runs: Layout of the groups (`neurons.backends.triton_encode_tiles.runs_of`).
+        offset: float32 `[K]` or None.
+    """
+    reason = without(x.device)
+    if reason is not None:
+        return reason
+    if x.shape[1] > _MOST_NORMED or len(x) > EARLY_ROWS:
+        return f"up to {_MOST_NORMED} channels and {EARLY_ROWS} rows only"
+    if (
+        runs is None
+        or len(runs) not in (4, 8)
+        or min(runs[3::4]) < 0
+        or sum(runs[2::4]) != x.shape[1]
+    ):
+        return "one or two groups of neighbours only"
+    if any(size % _VECTOR for size in runs) or not _in_vectors(x, added, gain, offset):
+        return "groups and rows in fours only"
+    return None
+
+
+def _in_vectors(*operands: Tensor | None) -> bool:
+    """Whether rows can be read four neighbours at a time."""
+    for x in operands:
+        if x is None:
+            continue
+        step = _VECTOR * x.element_size()
+        if x.data_ptr() % step or (x.dim() == 2 and x.stride(0) % _VECTOR):
+            return False
+    return True
 
 
 @lru_cache(maxsize=1024)
@@ -62,7 +108,7 @@ def _aligned(sizes: tuple[int, ...], runs: tuple[int, ...]) -> bool:
     )
 
 
-def planned(
+def gated_launch(
     gate: Tensor,
     up: Tensor,
     layout: tuple[Tensor | None, Tensor, Tensor],
@@ -70,38 +116,76 @@ def planned(
     runs: Sequence[int],
     shared: bool,
 ) -> Launch:
-    """The launch for operands of which `unsuitable` says nothing.
+    """The launch for operands of which `gated_unsuitable` says nothing.
 
     Args:
-        gate: As in `unsuitable`.
+        gate: As in `gated_unsuitable`.
         up: Likewise.
         layout: Offset float32 `[K]` or None, capacities and clip factors float32 `[G]`.
         outputs: Counts uint8 `[M, P]`, thresholds, zero points, sums of counts `[M, G]`.
-        runs: As in `unsuitable`.
+        runs: As in `gated_unsuitable`.
         shared: One range for both groups.
     """
-    (rows, channels), offset = gate.shape, layout[0]
+    rows, channels = gate.shape
     warps = -(-channels // (RADIX * _WARP))
     cluster = min(_MOST_CLUSTER, 1 << (warps - 1).bit_length())
     threads = _WARP * -(-warps // cluster)
+    macros = {**_macros(gate, layout[0], runs, shared), "CLUSTER": cluster, "THREADS": threads}
+    numbers = (gate.stride(0), up.stride(0), channels, outputs[0].shape[1], *_both(runs))
+    return Launch(
+        *(encode_source.GATED_SOURCE, "encode_gated", macros, rows * cluster, threads),
+        encode_source.gated_shared_bytes(threads),
+        (gate, up, *layout, *outputs, *numbers),
+    )
+
+
+def normed_launch(
+    x: Tensor,
+    added: Tensor | None,
+    gain: Tensor | None,
+    eps: float,
+    layout: tuple[Tensor | None, Tensor, Tensor],
+    outputs: tuple[Tensor, ...],
+    runs: Sequence[int],
+    shared: bool,
+) -> Launch:
+    """The launch for operands of which `normed_unsuitable` says nothing.
+
+    Args:
+        x: As in `normed_unsuitable`.
+        added: Likewise.
+        gain: Likewise.
+        eps: Added to the mean of the squares.
+        layout: As in `gated_launch`.
+        outputs: The sum of x and what is added `[M, K]`, written if something is; then as in `gated_launch`.
+        runs: As in `normed_unsuitable`.
+        shared: One range for both groups.
+    """
+    rows, channels = x.shape
     macros = {
-        "CLUSTER": cluster,
-        "THREADS": threads,
+        **_macros(x, layout[0], runs, shared),
+        "CHUNKS": -(-channels // LANES),
+        "ADDED": int(added is not None),
+        "GAIN": int(gain is not None),
+    }
+    strides = (x.stride(0), 0 if added is None else added.stride(0))
+    numbers = (float(eps), *strides, channels, outputs[1].shape[1], *_both(runs))
+    return Launch(
+        *(encode_source.NORMED_SOURCE, "encode_normed", macros, rows, encode_source.NORMED_THREADS),
+        encode_source.normed_shared_bytes(),
+        (x, added, gain, *layout, *outputs, *numbers),
+    )
+
+
+def _macros(x: Tensor, offset: Tensor | None, runs: Sequence[int], shared: bool) -> dict[str, int]:
+    return {
         "GROUPS": len(runs) // 4,
         "ONE_RANGE": int(shared),
         "OFFSET": int(offset is not None),
-        "OUT": OUTPUTS[gate.dtype],
+        "OUT": OUTPUTS[x.dtype],
     }
-    numbers = (
-        gate.stride(0),
-        up.stride(0),
-        channels,
-        outputs[0].shape[1],
-        *runs,
-        *(0,) * (8 - len(runs)),
-    )
-    return Launch(
-        *(encode_source.SOURCE, "encode_gated", macros, rows * cluster, threads),
-        encode_source.shared_bytes(threads),
-        (gate, up, *layout, *outputs, *numbers),
-    )
+
+
+def _both(runs: Sequence[int]) -> tuple[int, ...]:
+    """The layout of two groups, the second one empty if there is one."""
+    return (*runs, *(0,) * (8 - len(runs)))

@@ -1,25 +1,45 @@
-"""CUDA C++ that encodes few gated rows: one of them does not fill a block of threads fast enough.
+"""CUDA C++ that encodes few rows, which may start before the kernel in front ends.
 
-The integers are those of `neurons.backends.triton_encode`, the rotation that of `snnllm.hadamard.OnlineRotation`,
-operation by operation. A row has one or two groups of neighbouring channels
-(`neurons.backends.triton_encode_tiles.runs_of`). `ENCODING` has the steps of an encoder, `BODY` the kernel:
+The integers are those of `neurons.backends.triton_encode`, the norm that of `snnllm.norm`, the rotation that of
+`snnllm.hadamard.OnlineRotation`, operation by operation. A row has one or two groups of neighbouring channels
+(`neurons.backends.triton_encode_tiles.runs_of`). `ENCODING` has the steps of an encoder. Macros: GROUPS (1 or 2),
+ONE_RANGE (of both groups), OFFSET, OUT (dtype of the row).
 
-A cluster of CLUSTER blocks of threads encodes a row of `silu(gate) * up`, rotated in Hadamard blocks, each a power of
-two from 16 to 256 that begins at a multiple of its size. A thread has 16 neighbouring channels; it mixes them in
-registers, and the threads of a Hadamard block then exchange theirs through shared memory.
+`GATED`: a cluster of CLUSTER blocks of threads encodes a row of `silu(gate) * up`, rotated in Hadamard blocks, each a
+power of two from 16 to 256 that begins at a multiple of its size; one block of threads would take twice the time. A
+thread has 16 neighbouring channels; it mixes them in registers, and the threads of a Hadamard block then exchange
+theirs through shared memory. Macros besides: THREADS (a multiple of 32), CLUSTER (up to 8).
 
-Macros: THREADS (a multiple of 32), CLUSTER (up to 8), OFFSET, GROUPS (1 or 2), ONE_RANGE (of both groups), OUT (dtype
-of the row).
+`NORMED`: a block of 256 threads encodes the norm of a row, to which something is added first. A thread has four
+neighbouring channels of every 1024, so that squares are added as `snnllm.norm` does, and reads them once. Macros
+besides: CHUNKS (channels / 1024, up), ADDED, GAIN.
 """
 
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
 
-__all__ = ["BODY", "ENCODING", "SOURCE", "shared_bytes"]
+__all__ = [
+    "ENCODING",
+    "GATED",
+    "GATED_SOURCE",
+    "NORMED",
+    "NORMED_SOURCE",
+    "NORMED_THREADS",
+    "gated_shared_bytes",
+    "normed_shared_bytes",
+]
+
+NORMED_THREADS = 256
+"""Eight warps."""
 
 
-def shared_bytes(threads: int) -> int:
+def gated_shared_bytes(threads: int) -> int:
     """Shared memory of a block of threads: channels on their way, maxima of warps and blocks, sums."""
     return 4 * (17 * threads + 4 * (threads // 32) + 2 * 4 * 8)
+
+
+def normed_shared_bytes() -> int:
+    """Shared memory of a block of threads: ranges, sums and squares of its warps."""
+    return 4 * NORMED_THREADS // 32 * (4 + 2 + 1)
 
 
 ENCODING = r"""
@@ -45,6 +65,13 @@ INLINE void round_four(float (&x)[4]) {  // to the type of the row
   x[0] = low_of(a), x[1] = low_of(a >> 16), x[2] = low_of(b), x[3] = low_of(b >> 16);
 #endif
 }
+INLINE void store_four(void* to, i64 at, const float (&x)[4]) {
+#if OUT == 0
+  *(float4*)((float*)to + at) = {x[0], x[1], x[2], x[3]};
+#else
+  *(uint2*)((unsigned short*)to + at) = {pair(x[0], x[1]), pair(x[2], x[3])};
+#endif
+}
 INLINE void widen(unsigned (&range)[4], const float (&x)[4], int group) {  // below and above of each group
   unsigned below = 0, above = 0;
 #pragma unroll
@@ -52,17 +79,22 @@ INLINE void widen(unsigned (&range)[4], const float (&x)[4], int group) {  // be
   if (ONE_RANGE || group == 0) range[0] = max(range[0], below), range[1] = max(range[1], above);
   else range[2] = max(range[2], below), range[3] = max(range[3], above);
 }
+// Capacities and clip factors of both groups.
+struct Tops { float most[2], clip[2]; };
+INLINE Tops tops_of(const float* most, const float* clip) {
+  return {{most[0], most[GROUPS - 1]}, {clip[0], clip[GROUPS - 1]}};
+}
 // The parameters of both groups from the ranges of WARPS warps (or blocks), a power of two.
 template <int WARPS>
-INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const float* most, const float* clip) {
+INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Tops& tops) {
   unsigned range[4];
 #pragma unroll
   for (int i = 0; i < 4; i++)
     if (i < 2 || (GROUPS == 2 && !ONE_RANGE)) range[i] = maximum_of_warp(ranges[threadIdx.x % WARPS * 4 + i]);
-  spikes[0] = spikes_of(range[0], range[1], most[0], clip[0]);
+  spikes[0] = spikes_of(range[0], range[1], tops.most[0], tops.clip[0]);
   if (GROUPS == 2) {
     constexpr int of = ONE_RANGE ? 0 : 2;
-    spikes[1] = spikes_of(range[of], range[of + 1], most[GROUPS - 1], clip[GROUPS - 1]);
+    spikes[1] = spikes_of(range[of], range[of + 1], tops.most[1], tops.clip[1]);
   } else spikes[1] = spikes[0];
 }
 // Counts of neighbours as bytes of a word, as neurons.backends.triton_encode_row.quotient.
@@ -83,7 +115,7 @@ INLINE unsigned counts_of(const float (&x)[4], const Spikes& s, float inverse, i
 }
 """
 
-BODY = r"""
+GATED = r"""
 // One level of butterflies among 16 numbers.
 template <int H> INLINE void butterflies(float (&x)[16]) {
 #pragma unroll
@@ -127,6 +159,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
   for (int v = 0; v < 4; v++)
     if (OFFSET && inside) load_floats(off[v], offset + c + 4 * v);
+  const Tops tops = tops_of(capacity, clip);
   if (CLUSTER > 1) cluster_waits();
   wait_for_kernel_in_front();
 
@@ -194,7 +227,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   if (CLUSTER > 1) cluster_arrives(), cluster_waits();
   else __syncthreads();
   Spikes spikes[2];
-  spikes_of_all<CLUSTER>(spikes, of_blocks, capacity, clip);
+  spikes_of_all<CLUSTER>(spikes, of_blocks, tops);
   const Spikes mine = group ? spikes[1] : spikes[0];
   const float inverse = __fdiv_rn(1.0f, mine.threshold);
   int sum[2] = {0, 0}, total = 0;
@@ -243,4 +276,125 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 }
 """
 
-SOURCE = PREAMBLE + PRIMITIVES + SHARED + ENCODING + BODY
+NORMED = r"""
+extern "C" __global__ void __launch_bounds__(256) encode_normed(
+    const void* x, const void* added, const void* gain, const float* offset, const float* capacity,
+    const float* clip, void* stream, unsigned char* count, float* threshold, int* zero_point, int* count_sum,
+    float eps, int x_stride, int added_stride, int channels, int positions, int start0, int stop0, int many0,
+    int first0, int start1, int stop1, int many1, int first1) {
+  constexpr bool KEPT = CHUNKS <= 4;  // gains and offsets wait in registers
+  extern __shared__ __align__(128) unsigned char memory[];
+  unsigned* ranges = (unsigned*)memory;     // [8][4], of the warps
+  int* sums = (int*)(ranges + 8 * 4);       // [8][2]
+  float* squares = (float*)(sums + 8 * 2);  // [8]
+  launch_dependents();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const i64 row = blockIdx.x;
+  const Run runs[2] = {{start0, stop0, many0, first0}, {start1, stop1, many1, first1}};
+  count += row * positions;
+  auto channel = [&](int v) { return 1024 * v + 4 * (int)threadIdx.x; };
+  auto group_of = [&](int c) { return GROUPS == 2 && c >= first1 && c < first1 + many1; };
+  float own[CHUNKS][4], gains[CHUNKS][4], offsets[CHUNKS][4];
+  auto load_constants = [&] {
+#pragma unroll
+    for (int v = 0; v < CHUNKS; v++) {
+      if (channel(v) >= channels) continue;
+      if (GAIN) load_four(gains[v], gain, channel(v));
+      if (OFFSET) load_floats(offsets[v], offset + channel(v));
+    }
+  };
+  if (KEPT) load_constants();
+  const Tops tops = tops_of(capacity, clip);
+  wait_for_kernel_in_front();
+
+#pragma unroll
+  for (int v = 0; v < CHUNKS; v++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) own[v][i] = 0.0f;
+    if (channel(v) < channels) load_four(own[v], x, row * x_stride + channel(v));
+  }
+  float lanes[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int v = 0; v < CHUNKS; v++) {
+    if (channel(v) >= channels) continue;
+    if (ADDED) {
+      float more[4];
+      load_four(more, added, row * added_stride + channel(v));
+#pragma unroll
+      for (int i = 0; i < 4; i++) own[v][i] = __fadd_rn(own[v][i], more[i]);
+      round_four(own[v]);
+      store_four(stream, row * channels + channel(v), own[v]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) lanes[i] = __fadd_rn(lanes[i], __fmul_rn(own[v][i], own[v][i]));
+  }
+  if (!KEPT) load_constants();
+  // In neighbours: lanes, threads, warps.
+  float all = __fadd_rn(__fadd_rn(lanes[0], lanes[1]), __fadd_rn(lanes[2], lanes[3]));
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) all = __fadd_rn(all, of_partner(all, step));
+  if (lane == 0) squares[warp] = all;
+  __syncthreads();
+  all = squares[lane % 8];
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) all = __fadd_rn(all, of_partner(all, step));
+  const float variance = __fdiv_rn(all, __int2float_rn(channels));
+  const float scale = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(variance, eps)));
+  unsigned range[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int v = 0; v < CHUNKS; v++) {
+    if (channel(v) >= channels) continue;
+#pragma unroll
+    for (int i = 0; i < 4; i++) own[v][i] = __fmul_rn(own[v][i], scale);
+    round_four(own[v]);
+    if (GAIN) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) own[v][i] = __fmul_rn(own[v][i], gains[v][i]);
+      round_four(own[v]);
+    }
+    if (OFFSET)
+#pragma unroll
+      for (int i = 0; i < 4; i++) own[v][i] = __fadd_rn(own[v][i], -offsets[v][i]);
+    widen(range, own[v], group_of(channel(v)));
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    if (i < 2 || (GROUPS == 2 && !ONE_RANGE)) {
+      range[i] = maximum_of_warp(range[i]);
+      if (lane == 0) ranges[4 * warp + i] = range[i];
+    }
+  __syncthreads();
+  Spikes spikes[2];
+  spikes_of_all<8>(spikes, ranges, tops);
+  const float inverses[2] = {__fdiv_rn(1.0f, spikes[0].threshold), __fdiv_rn(1.0f, spikes[1].threshold)};
+  int sum[2] = {0, 0};
+#pragma unroll
+  for (int v = 0; v < CHUNKS; v++) {
+    if (channel(v) >= channels) continue;
+    const int g = group_of(channel(v));
+    const Run run = g ? runs[1] : runs[0];
+    int total = 0;
+    *(unsigned*)(count + run.start + channel(v) - run.first) =
+        counts_of(own[v], g ? spikes[1] : spikes[0], g ? inverses[1] : inverses[0], total);
+    if (g) sum[1] += total;
+    else sum[0] += total;
+  }
+  for (int g = 0; g < GROUPS; g++)
+    for (int i = runs[g].start + runs[g].many + threadIdx.x; i < runs[g].stop; i += 256) count[i] = 0;
+  sum[0] = sum_of_warp(sum[0]), sum[1] = sum_of_warp(sum[1]);
+  if (lane < 2) sums[2 * warp + lane] = lane ? sum[1] : sum[0];
+  __syncthreads();
+  if (threadIdx.x < GROUPS) {
+    const Spikes of = threadIdx.x ? spikes[1] : spikes[0];
+    int together = 0;
+#pragma unroll
+    for (int w = 0; w < 8; w++) together += sums[2 * w + threadIdx.x];
+    threshold[row * GROUPS + threadIdx.x] = of.threshold;
+    zero_point[row * GROUPS + threadIdx.x] = (int)of.zero;
+    count_sum[row * GROUPS + threadIdx.x] = together;
+  }
+}
+"""
+
+GATED_SOURCE = PREAMBLE + PRIMITIVES + SHARED + ENCODING + GATED
+NORMED_SOURCE = PREAMBLE + PRIMITIVES + SHARED + ENCODING + NORMED

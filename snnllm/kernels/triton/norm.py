@@ -26,6 +26,7 @@ from neurons.backends.triton_encode import (
 )
 from neurons.backends.triton_encode_row import encode_row, normalized, rounded
 from neurons.backends.triton_encode_tiles import encode_tiles, tiles_of
+from snnllm.kernels.cuda import encode as cuda_encode
 from snnllm.norm import LANES, check_gain
 
 __all__ = ["NormEncoded", "rms_norm", "rms_norm_encode"]
@@ -181,7 +182,18 @@ def _rms_norm_encode_op(
     groups, many = capacities.shape[0], segments.shape[0]
     count, threshold, zero_point, count_sum = outputs(x, positions, groups, many)
     row, stream = _rows(x, with_row), _rows(x, residual is not None)
-    if x.shape[0]:
+    if (
+        x.shape[0]
+        and not with_row
+        and cuda_encode.normed_unsuitable(x, residual, weight, runs, offset) is None
+    ):
+        planned = cuda_encode.normed_launch(
+            *(x, residual, weight, eps, (offset, capacities, clip)),
+            *((stream, count, threshold, zero_point, count_sum), runs or (), shared),
+        )
+        with on(x.device):
+            planned(x.device, early=True)
+    elif x.shape[0]:
         gather = order is not None
         block, warps = shape_of_programs(x.shape[0], positions)
         if runs:

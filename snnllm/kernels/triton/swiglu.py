@@ -281,9 +281,9 @@ def _silu_mul_encode_op(
         encoded = encode_rows(row, order, segments, capacities, clip, shared, offset, runs)
         count, threshold, zero_point, count_sum = encoded
         return count, threshold, zero_point, count_sum
-    if sizes and cuda_encode.unsuitable(gate, up, sizes, runs, offset) is None:
+    if sizes and cuda_encode.gated_unsuitable(gate, up, sizes, runs, offset) is None:
         layout = (offset, capacities, clip)
-        launch = cuda_encode.planned(gate, up, layout, encoded, runs, shared)
+        launch = cuda_encode.gated_launch(gate, up, layout, encoded, runs, shared)
         with on(gate.device):
             launch(gate.device, early=True)
         return count, threshold, zero_point, count_sum
