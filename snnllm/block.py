@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaMLP,
     LlamaRMSNorm,
+    LlamaRotaryEmbedding,
     eager_attention_forward,
 )
 
@@ -38,6 +39,8 @@ CACHE_ARGUMENT = (
     if "cache" in inspect.signature(LlamaAttention.forward).parameters
     else "past_key_values"
 )
+_CONSTANT_FREQUENCIES = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embeddings that do not look at the positions for their frequencies."""
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _PACKED = ("_prepared", "_packed_weight", "_projections", "_gates", "_down")
 """Attributes that hold packed weights."""
@@ -56,6 +59,25 @@ class SpikingRMSNorm(LlamaRMSNorm):
 
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         return rms_norm(rows, self.weight, self.variance_epsilon)[0].view(hidden_states.shape)
+
+
+class SpikingRotaryEmbedding(LlamaRotaryEmbedding):
+    """Rotary tables of frequencies that never change, in one kernel where kernels run."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Make cos and sin `[B, S, D]` of positions `[B, S]` in the dtype of x."""
+        if (
+            not _in_kernels(self, x)
+            or self.rope_type not in _CONSTANT_FREQUENCIES
+            or not x.device == position_ids.device == self.inv_freq.device
+        ):
+            return cast("tuple[Tensor, Tensor]", super().forward(x, position_ids))
+        from snnllm.kernels.triton.rotary import rotary_tables  # needs Triton
+
+        tables: tuple[Tensor, Tensor] = rotary_tables(
+            position_ids, self.inv_freq, float(self.attention_scaling), x.dtype
+        )
+        return tables
 
 
 class SpikingLlamaMLP(LlamaMLP):
@@ -236,6 +258,11 @@ def fuse_block(block: LlamaDecoderLayer) -> None:
 def fuse_norm(norm: nn.Module) -> None:
     """Give an RMSNorm of transformers the forward function of this module."""
     norm.__class__ = SpikingRMSNorm
+
+
+def fuse_rotary(embedding: nn.Module) -> None:
+    """Give a rotary embedding of transformers the forward function of this module."""
+    embedding.__class__ = SpikingRotaryEmbedding
 
 
 def prepare(model: nn.Module) -> None:

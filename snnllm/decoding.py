@@ -1,9 +1,9 @@
-"""Greedy decoding and sampling of `generate` with a static cache, its default: prefill and step are CUDA graphs.
+"""Passes of `generate` with a static cache, its default: prefill and step are CUDA graphs.
 
 `transformers` compiles the forward pass and waits for the device after every token. Here nothing is
 compiled: the second step is recorded as it runs and replayed from then on, with masks and positions
-kept on the device; and whether all sequences have ended is read one step late, so that the device
-never waits for the program. The host needs longer to launch a prefill than the device needs to run it, so
+kept on the device. `snnllm.sampling` has the loop that chooses tokens.
+The host needs longer to launch a prefill than the device needs to run it, so
 prompts are recorded too, padded on the right to a few lengths (`recording.padded_length`).
 
 Graphs are valid for the buffers that they were recorded with. These serve the next calls of `generate`: a
@@ -23,11 +23,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
 from snnllm.attention import SpikingLlamaAttention
-from snnllm.block import CACHE_ARGUMENT, prepare
+from snnllm.block import prepare
 from snnllm.model_state import ModelState
 from snnllm.recording import Buffers, Prompts, Recording, padded_length, within
 
@@ -129,13 +129,16 @@ class DecodeSteps:
             prepare(model)
         return changed is not None
 
-    def begin(self, cache: StaticCache, mask: Tensor, positions: Tensor) -> None:
+    def begin(
+        self, cache: StaticCache, mask: Tensor, positions: Tensor, dtype: torch.dtype
+    ) -> None:
         """Meet the empty cache of a new generation: give it buffers of an earlier one, if some fit.
 
         Args:
             cache: Empty; its layers are replaced, or enlarged to a length that others share.
             mask: 1 at tokens, 0 at padding, `[B, S]` of the prompts.
             positions: Of the first new tokens, `[B or 1, 1]`.
+            dtype: Of the model.
         """
         free = self._cache is None or self._cache() is None
         # Tensors of the inference mode cannot be written outside of it.
@@ -147,7 +150,7 @@ class DecodeSteps:
         key = len(mask), padded_length(cache.layers[0].max_cache_len)
         buffers = self._known.pop(key, None)
         if buffers is None:
-            buffers = self._make(cache, *key, mask.device)
+            buffers = self._make(cache, *key, mask.device, dtype)
         self._known[key] = self._buffers = buffers
         if len(self._known) > _KEPT_BUFFERS:
             self._known.popitem(last=False)
@@ -155,14 +158,21 @@ class DecodeSteps:
         self._cache = weakref.ref(cache)
         buffers.clear(mask, positions)
 
-    def _make(self, cache: StaticCache, batch: int, capacity: int, device: torch.device) -> Buffers:
+    def _make(
+        self,
+        cache: StaticCache,
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Buffers:
         layers = within(self._largest, batch, capacity) if self._largest else None
         if layers is None:
             self._forget()
             layers = self._largest = list(cache.layers)
             for layer in layers:
                 layer.max_cache_len = capacity
-        return Buffers(layers, batch, capacity, device)
+        return Buffers(layers, batch, capacity, device, dtype)
 
     def prefill(self, model: Any, tokens: Tensor, positions: Tensor) -> Tensor | None:
         """Float32 logits `[B, V]` behind prompts; None if transformers' prefill has to run.
@@ -222,11 +232,15 @@ class DecodeSteps:
             and not (scores and heads * pairs > _MOST_SCORES)
         )
 
-    def __call__(self, model: Any, tokens: Tensor) -> Tensor:
-        """Float32 logits `[B, V]` behind tokens `[B]`; overwritten by the next call."""
+    @property
+    def tokens(self) -> Tensor:
+        """What the next step takes, int64 `[B]`, to be written."""
+        return self._present()[0].tokens[:, 0]
+
+    def __call__(self, model: Any) -> Tensor:
+        """Float32 logits `[B, V]` behind `tokens`; overwritten by the next call."""
         buffers, _ = self._present()
-        buffers.tokens.copy_(tokens.unsqueeze(1))
-        records = records_on(tokens.device) and "decoding" not in self._refused
+        records = records_on(buffers.tokens.device) and "decoding" not in self._refused
         work = partial(self._run_step, model)
         if buffers.step is None and buffers.stepped and records:
             buffers.step = self._record("decoding", work)
@@ -253,88 +267,3 @@ class DecodeSteps:
         assert self._buffers is not None
         assert cache is not None  # `sample` holds it
         return self._buffers, cache
-
-
-def sample(
-    model: Any,
-    steps: DecodeSteps,
-    input_ids: Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
-    streamer: Any,
-    model_kwargs: dict[str, Any],
-) -> Tensor:
-    """Greedy decoding or sampling; the tokens that `GenerationMixin._sample` makes.
-
-    Returns:
-        Prompts and new tokens, `[B, S + new]`.
-    """
-    mask = model_kwargs.get("attention_mask")
-    positions = model_kwargs["position_ids"]
-    steps.begin(
-        model_kwargs[CACHE_ARGUMENT],
-        torch.ones_like(input_ids) if mask is None else mask,
-        positions[:, -1:] + 1,
-    )
-    pad = generation_config._pad_token_tensor
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    logits = None
-    if generation_config.prefill_chunk_size is None:
-        logits = steps.prefill(model, input_ids, positions)
-    if logits is None:
-        outputs = model._prefill(
-            input_ids, generation_config, model_kwargs, is_first_iteration=True
-        )
-        logits = outputs.logits[:, -1].to(torch.float32, copy=True)
-        del outputs
-    finished = _LateFlag(input_ids.device)
-    while True:
-        if logits_processor:  # one may keep them, and the next step writes to the same memory
-            logits = logits.clone()
-        scores = logits_processor(input_ids, logits)
-        if generation_config.do_sample:
-            probability = nn.functional.softmax(scores, dim=-1)
-            tokens = torch.multinomial(probability, num_samples=1).squeeze(1)
-        else:
-            tokens = torch.argmax(scores, dim=-1)
-        if ends:
-            tokens = torch.where(ended, pad, tokens)
-        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-        ended = ended | stopping_criteria(input_ids, None)
-        full = input_ids.shape[1] >= stopping_criteria.max_length
-        if streamer is not None:  # which waits for every token anyway
-            streamer.put(tokens.cpu())
-            if full or bool(ended.all()):
-                streamer.end()
-                return input_ids
-        elif finished.before(ended.all()):
-            return input_ids[:, :-1]
-        elif full:
-            return input_ids
-        logits = steps(model, tokens)
-
-
-class _LateFlag:
-    """A flag on a device, read one step late without waiting for the present step."""
-
-    def __init__(self, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self._values = [torch.zeros((), dtype=torch.bool, pin_memory=cuda) for _ in range(2)]
-        self._copied = [torch.cuda.Event() if cuda else None for _ in range(2)]
-        self._step = 0
-
-    def before(self, flag: Tensor) -> bool:
-        """Remember the flag of this step; return that of the step before, False at the first."""
-        now, last = self._step % 2, (self._step + 1) % 2
-        self._values[now].copy_(flag, non_blocking=True)
-        copied, earlier = self._copied[now], self._copied[last]
-        if copied is not None:
-            copied.record()
-        self._step += 1
-        if self._step == 1:
-            return False
-        if earlier is not None:
-            earlier.synchronize()
-        return bool(self._values[last])

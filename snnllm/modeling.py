@@ -19,15 +19,16 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from snnllm import checkpoint
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention, register_attention
-from snnllm.block import CACHE_ARGUMENT, fuse_block, fuse_norm, prepare
+from snnllm.block import CACHE_ARGUMENT, fuse_block, fuse_norm, fuse_rotary, prepare
 from snnllm.config import SpikeConfig
-from snnllm.decoding import DecodeSteps, records_on, sample, static_cache
+from snnllm.decoding import DecodeSteps, records_on, static_cache
 from snnllm.execution import choose_views
 from snnllm.hf_quantizer import register_quantizer
 from snnllm.layout import LinearLayout
 from snnllm.linear import SpikingLinear
 from snnllm.locate import SPIKING
 from snnllm.precision import FLOAT32_BUFFERS
+from snnllm.sampling import sample
 from snnllm.ternary_linear import TernaryLinear
 
 _log = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         for index, block in enumerate(self.model.layers):
             spike_block(block, index, config, spike)
         fuse_norm(self.model.norm)
+        fuse_rotary(self.model.rotary_emb)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

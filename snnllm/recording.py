@@ -102,6 +102,7 @@ class Buffers:
         batch: B.
         capacity: Tokens of the cache.
         device: Of the model.
+        dtype: Likewise.
 
     Attributes:
         tokens: `[B, 1]`, of the next step.
@@ -109,20 +110,27 @@ class Buffers:
         length: Tokens in the cache, `[1]`.
         start: 0, `[1]`.
         seen: Whether a token may be looked at once it is written, `[B, capacity]`.
+        mask: Of the tokens in the cache, as attention adds it, `[B, 1, 1, capacity]`.
         stepped: Whether a step has run.
         step: The recorded step, or None.
         prompts: By padded length, the last used ones at the end; None where one has been met once.
     """
 
     def __init__(
-        self, layers: list[StaticLayer], batch: int, capacity: int, device: torch.device
+        self,
+        layers: list[StaticLayer],
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.layers, self.capacity = layers, capacity
         self.tokens = torch.zeros((batch, 1), dtype=torch.int64, device=device)
-        self.positions = torch.zeros_like(self.tokens)
-        self.length = torch.zeros(1, dtype=torch.int64, device=device)
+        self._counters = torch.zeros(1 + batch, dtype=torch.int64, device=device)
+        self.length, self.positions = self._counters[:1], self._counters[1:, None]
         self.start = torch.zeros_like(self.length)
         self.seen = torch.ones((batch, capacity), dtype=torch.bool, device=device)
+        self.mask = self._mask(self.start, 1, dtype)
         self.stepped = False
         self.step: Recording | None = None
         self.prompts: OrderedDict[int, Prompts | None] = OrderedDict()
@@ -144,6 +152,7 @@ class Buffers:
         self.seen[:, given:] = True  # everything counts, as far as it has been written
         self.positions.copy_(positions)
         self.length.fill_(given)
+        self.mask.copy_(self._mask(self.length - 1, 1, self.mask.dtype))
         self.empty()
 
     def empty(self) -> None:
@@ -155,15 +164,20 @@ class Buffers:
 
     def run_step(self, model: Any, cache: StaticCache) -> Tensor:
         """Float32 logits `[B, V]` behind one more token of each sequence."""
-        logits = self._run(model, cache, self.tokens, self.positions, self.length, 0)
-        self.positions.add_(1)
-        self.length.add_(1)
+        self.mask.index_fill_(3, self.length, 0.0)  # no prompt has padding there
+        logits = self._run(
+            model, cache, self.tokens, self.positions, self.length, self.mask, keep=0
+        )
+        self._counters.add_(1)
         return logits
 
     def run_prompts(self, model: Any, cache: StaticCache, prompts: Prompts) -> Tensor:
         """Float32 logits `[B, V]` behind the prompts, which then are all that the cache holds."""
-        last = self.length - 1
-        logits = self._run(model, cache, prompts.tokens, prompts.positions, self.start, last)
+        mask = self._mask(self.start, prompts.tokens.shape[1], model.dtype)
+        logits = self._run(
+            *(model, cache, prompts.tokens, prompts.positions, self.start, mask),
+            keep=self.length - 1,
+        )
         lengths = [layer.cumulative_length for layer in self.layers]
         torch._foreach_copy_(lengths, [self.length[0]] * len(lengths))
         return logits
@@ -175,11 +189,12 @@ class Buffers:
         tokens: Tensor,
         positions: Tensor,
         first: Tensor,
+        mask: Tensor,
         keep: Tensor | int,
     ) -> Tensor:
         outputs = model(
             input_ids=tokens,
-            attention_mask=self._mask(first, tokens.shape[1], model.dtype),
+            attention_mask=mask,
             position_ids=positions,
             use_cache=True,
             return_dict=True,

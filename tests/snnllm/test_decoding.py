@@ -240,8 +240,8 @@ def test_a_cache_in_use_keeps_its_buffers(model, prompts):
     steps = DecodeSteps()
     positions = prompts["attention_mask"].sum(1, keepdim=True)
     first, second = (StaticCache(config=model.config, max_cache_len=20) for _ in range(2))
-    steps.begin(first, prompts["attention_mask"], positions)
-    steps.begin(second, prompts["attention_mask"], positions)
+    steps.begin(first, prompts["attention_mask"], positions, torch.float32)
+    steps.begin(second, prompts["attention_mask"], positions, torch.float32)
     assert steps.ready(model) is CUDA
     assert first.layers[0] is not second.layers[0]
 

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, StaticCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 pytest.importorskip("triton", reason="needs triton (pip install triton)")
 
-from snnllm.kernels.triton.rotary import rotate_and_store, rotate_heads
+from snnllm.block import fuse_rotary
+from snnllm.kernels.triton.rotary import rotary_tables, rotate_and_store, rotate_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -122,3 +123,35 @@ def test_the_operators_are_sound():
         (projected, cos, sin, 2, keys, keys.clone(), length, length.clone()),
         test_utils=checks,
     )
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 1e4},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},  # scales the tables
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", ROPES)
+def test_tables_are_those_of_transformers(kind, dtype):
+    """Their bits on a GPU; the interpreter has another cosine."""
+    config = LlamaConfig(
+        hidden_size=48,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        rope_parameters=ROPES[kind],
+    )
+    embedding = LlamaRotaryEmbedding(config).to(DEVICE, dtype)
+    positions = torch.tensor([[0, 1, 63], [4000, 5, 7]], device=DEVICE)
+    x = torch.zeros(2, 3, 48, device=DEVICE, dtype=dtype)
+    expected = embedding(x, positions)
+    fuse_rotary(embedding)
+    fused = embedding(x, positions)
+    scaling = float(embedding.attention_scaling)
+    tables = rotary_tables(positions, embedding.inv_freq, scaling, dtype)
+    for mine, theirs, own in zip(fused, expected, tables, strict=True):
+        assert torch.equal(mine, theirs)
+        if DEVICE == "cuda":
+            assert torch.equal(own, theirs)
+        torch.testing.assert_close(own, theirs)

@@ -1,13 +1,15 @@
-"""Rotary position embedding of fused q/k/v projections in one Triton kernel.
+"""Rotary position embedding in Triton: the tables of cos and sin, and fused q/k/v projections.
 
-Transformers rotates q and k with ten elementwise kernels. Here a program takes some heads of a token
-from the fused projection and writes them, rotated, in the layout that attention reads. Products and
-sums are rounded to the dtype one by one, so the bits are those of ``apply_rotary_pos_emb``.
+Transformers makes the tables with nine kernels and rotates q and k with ten. Here one makes the tables, and
+in one more a program takes some heads of a token from the fused projection and writes them, rotated, in the
+layout that attention reads. Products and sums are rounded to the dtype one by one, so the bits are those of
+``apply_rotary_pos_emb``.
 """
 # No `from __future__ import annotations`: torch reads the annotations of operators as types.
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,9 +18,51 @@ from neurons.backends.device import on
 from neurons.backends.operator import operator
 from neurons.backends.triton_encode_row import rounded
 
-__all__ = ["check_projected", "rotate_and_store", "rotate_heads", "turned"]
+__all__ = ["check_projected", "rotary_tables", "rotate_and_store", "rotate_heads", "turned"]
 
 _HEADS = 4
+
+
+@operator("snnllm::rotary_tables")
+def rotary_tables(
+    positions: Tensor, frequencies: Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Make the tables of `LlamaRotaryEmbedding`. Carries no gradient.
+
+    Args:
+        positions: int64 ``[B, S]``.
+        frequencies: Inverse frequencies ``[D / 2]``, float32, bfloat16 or float16, contiguous; D even.
+        scaling: Factor on both tables, in float32.
+        dtype: Of the tables.
+
+    Returns:
+        cos and sin, ``[B, S, D]``: of the product of position and frequency in float32, the D / 2 of them twice.
+    """
+    positions, half = positions.contiguous(), len(frequencies)
+    cos, sin = _tables(positions, half, dtype)
+    if positions.numel():
+        launch: Any = _rotary_tables[(positions.numel(),)]
+        with on(positions.device):
+            launch(
+                *(positions, frequencies, cos, sin, scaling),
+                HALF=half,
+                BLOCK=triton.next_power_of_2(half),
+                num_warps=1,
+                enable_fp_fusion=False,
+            )
+    return cos, sin
+
+
+def _tables(positions: Tensor, half: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    cos = positions.new_empty((*positions.shape, 2 * half), dtype=dtype)
+    return cos, torch.empty_like(cos)
+
+
+@rotary_tables.register_fake
+def _(
+    positions: Tensor, frequencies: Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _tables(positions, len(frequencies), dtype)
 
 
 def rotate_heads(
@@ -206,6 +250,29 @@ def _launch(
             num_warps=1,
             enable_fp_fusion=False,
         )
+
+
+@triton.jit(do_not_specialize=["scaling"])
+def _rotary_tables(  # type: ignore[no-untyped-def]
+    positions_ptr,
+    frequencies_ptr,
+    cos_ptr,
+    sin_ptr,
+    scaling,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < HALF
+    frequency = tl.load(frequencies_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    angle = tl.load(positions_ptr + row).to(tl.float32) * frequency
+    at, dtype = row * 2 * HALF + i, cos_ptr.dtype.element_ty
+    cos, sin = rounded(tl.cos(angle) * scaling, dtype), rounded(tl.sin(angle) * scaling, dtype)
+    tl.store(cos_ptr + at, cos, mask=inside)
+    tl.store(cos_ptr + at + HALF, cos, mask=inside)
+    tl.store(sin_ptr + at, sin, mask=inside)
+    tl.store(sin_ptr + at + HALF, sin, mask=inside)
 
 
 @triton.jit
