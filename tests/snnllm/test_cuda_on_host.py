@@ -22,6 +22,8 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from snnllm.attention import SpikingLlamaAttention, spiking_attention
 from snnllm.config import SpikeConfig
 from snnllm.kernels.attention.backend import TritonAttention
+from snnllm.kernels.attention.rotation import mixing_of
+from snnllm.kernels.attention.store import store_heads
 from snnllm.kernels.cuda import attention as cuda_attention
 from snnllm.kernels.cuda import attention_source as cuda_attention_source
 from snnllm.kernels.cuda import encode as cuda_encode
@@ -88,9 +90,11 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n, const fl
     "attention": r"""
 extern "C" void launch(int blocks, int threads, void** p, const int* n, const float* f) {
   auto kernel = [&] {
-    attend_one(p[0], (const unsigned char*)p[1], (const unsigned char*)p[2], (const int*)p[3],
-               (const int*)p[4], (const float*)p[5], (const float*)p[6], p[7], p[8], n[0], n[1], n[2],
-               n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], f[0], f[1]);
+    attend_one(p[0], (unsigned char*)p[1], (unsigned char*)p[2], (const int*)p[3], (const int*)p[4],
+               (const float*)p[5], (const float*)p[6], p[7], p[8], p[9], p[10], (const unsigned char*)p[11],
+               (const float*)p[12], (const float*)p[13], (const float*)p[14], (const float*)p[15],
+               (const i64*)p[16], (i64*)p[17], n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9],
+               n[10], n[11], n[12], f[0], f[1]);
   };
   run(blocks, threads, kernel, CLUSTER);
 }
@@ -274,16 +278,15 @@ def test_kernels_have_the_integers_and_outputs_of_the_reference(
 
 def attend(
     build: Any,
-    module: SpikingLlamaAttention,
+    tables: TritonAttention,
     operands: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
     dtype: torch.dtype,
     multiprocessors: int,
+    new: cuda_attention.NewToken | None = None,
 ) -> Tensor:
     """What the kernel makes of float queries `[B, H, 1, D]` and payloads of K and V."""
     query, key, value = operands
-    encoders = (module.q_encoder, module.k_encoder, module.v_encoder)
-    tables = TritonAttention.of(*encoders)
     batch, heads, _, channels = query.shape
     strides = (0, 0)
     if mask is not None:
@@ -295,7 +298,7 @@ def attend(
     out = torch.full((batch, 1, heads, channels), 77.0, dtype=dtype)
     launch = cuda_attention.arguments(
         *(query, key, value, (mask, *strides)),
-        *((*slots, tables.query_capacity, tables.query_clip), sizes, out, multiprocessors),
+        *((*slots, tables.query_capacity, tables.query_clip), sizes, out, multiprocessors, new),
     )
     launched(build, "attention", launch)
     return out
@@ -356,7 +359,9 @@ def test_attention_of_one_token_is_that_of_torch(
     if mask == "float":
         assert hides is not None
         hides[..., -1] = 0.5  # a bias
-    out = attend(build, module, (query, *payloads), hides, dtype, 4 * kv_heads)
+    encoders = (module.q_encoder, module.k_encoder, module.v_encoder)
+    tables = TritonAttention.of(*encoders)
+    out = attend(build, tables, (query, *payloads), hides, dtype, 4 * kv_heads)
     expected = spiking_attention(module, query, *payloads, hides, dim**-0.5)[0]
     if mask == "blind":
         assert not out[1].any()
@@ -364,6 +369,74 @@ def test_attention_of_one_token_is_that_of_torch(
     torch.testing.assert_close(
         out.float(), expected.float(), rtol=0, atol=bound * float(value.abs().max())
     )
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "position", "spike"),
+    [
+        (2, 2, 128, 64, {"rotation": "groups", "key_offset": True}),
+        (6, 2, 64, 40, {"rotation": "groups", "kv_salient_steps": 4, "query_groups": True}),
+        (8, 1, 32, 0, {"rotation": "groups", "value_range": "shared", "query_groups": True}),
+        (2, 1, 64, 69, {"kv_salient_steps": 1, "key_offset": True}),
+        (2, 1, 128, 70, {"salient_ratio": 0.5, "activation_bits": 3}),  # behind the end
+    ],
+    ids=["rotated", "steps", "shared", "one", "many"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_attention_stores_the_new_token(
+    build: Any,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    position: int,
+    spike: dict[str, Any],
+) -> None:
+    """The payloads of the kernel that only stores, and the output of the one that only attends."""
+    config = LlamaConfig(
+        hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
+    )
+    module = SpikingLlamaAttention(config, 0, SpikeConfig(**{"salient_ratio": 0.1, **spike})).eval()
+    generator = torch.Generator().manual_seed(position)
+    masks = torch.rand(2, kv_heads, dim, generator=generator) < spike.get("salient_ratio", 0.1)
+    masks &= len(module.k_encoder.steps) > 1
+    module.set_channel_groups(*masks.to(torch.uint8))
+    if module.qk_rotation is not None:
+        module.qk_rotation.sort(torch.rand(kv_heads, dim, generator=generator).argsort(-1))
+    if "offset_key" in module._buffers:
+        module.get_buffer("offset_key").copy_(torch.randn(kv_heads, dim, generator=generator))
+    encoders = (module.q_encoder, module.k_encoder, module.v_encoder)
+    kernels = TritonAttention.of(*encoders, module.qk_rotation, module._buffers.get("offset_key"))
+    batch, keys = 2, 70
+    projected = torch.randn(batch, 1, (heads + 2 * kv_heads) * dim, generator=generator)
+    projected[..., dim // 2 :: dim] *= 20
+    projected = projected.to(dtype)
+    cos, sin = torch.randn(2, batch, 1, dim, generator=generator).to(dtype)
+    old = (torch.randn(batch, kv_heads, keys, dim, generator=generator) for _ in range(2))
+    stored = [payload.contiguous() for payload in module._encode_key_value(*old)]
+    mine = [payload.clone() for payload in stored]
+    length, own_length = torch.zeros(2, 1, dtype=torch.int64)
+    place = torch.tensor([position])
+    query = store_heads(
+        *(projected, cos, sin, heads, True, *stored, length, place),
+        *(kernels.key_slot, kernels.value_slot, kernels.capacity, kernels.key_clip),
+        *(kernels.value_clip, kernels.shared, kernels.planes, kernels.slots),
+        *(kernels.key_row[1], kernels.value_row[1], kernels.order, kernels.blocks, kernels.offset),
+    )
+    seen = torch.arange(keys) <= position
+    mask = torch.zeros(1, 1, 1, keys).masked_fill(~seen, torch.finfo(torch.float32).min)
+    expected = attend(build, kernels, (query, *stored), mask, dtype, 4 * kv_heads)
+
+    mixed = () if kernels.order is None else mixing_of(tuple(kernels.blocks))[0]
+    new = cuda_attention.NewToken(
+        *(cos, sin, kernels.order, mixed, kernels.offset, kernels.capacity, kernels.key_clip),
+        *(kernels.value_clip, place, own_length),
+    )
+    rows = projected.unflatten(2, (-1, dim)).transpose(1, 2)[:, :heads]
+    out = attend(build, kernels, (rows, *mine), mask, dtype, 4 * kv_heads, new)
+    for ours, theirs in zip((*mine, own_length, out), (*stored, length, expected), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

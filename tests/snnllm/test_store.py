@@ -19,6 +19,7 @@ from snnllm.block import CACHE_ARGUMENT, prepare
 from snnllm.config import SpikeConfig
 from snnllm.execution import View
 from snnllm.kernels.attention.backend import TritonAttention
+from snnllm.kernels.cuda import attention as cuda_attention
 from snnllm.kernels.triton.backend import TritonBackend
 from snnllm.linear import SpikingLinear
 from snnllm.pipelines.rotated import RotatedOptions, rotated_config
@@ -114,6 +115,7 @@ def stored(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TritonAttention, "attend", attend)
+        patch.setattr(cuda_attention, "unsuitable", lambda *args: "two kernels")
         kernels.attend_stored(x[0], x[1:], None, layer, position, 1.0)
     return seen[0]
 
@@ -199,15 +201,20 @@ def test_rotations_of_other_sizes_run_one_by_one():
 
 @pytest.mark.parametrize("rotation", ["none", "groups"])
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_attention_to_what_is_stored(tokens, rotation):
-    module, kernels = make(4, 2, 16, 0, rotation=rotation, salient_ratio=0.25)
-    x = operands(module, 1, tokens, torch.float32, True, 0)
-    expected, ours = (cache_of(module, kernels, 1, 12, 2) for _ in range(2))
+@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("positioned", [False, True])  # in one kernel on Hopper
+def test_attention_to_what_is_stored(positioned, dim, tokens, rotation):
+    module, kernels = make(4, 2, dim, 0, rotation=rotation, salient_ratio=0.25, key_offset=True)
+    x = operands(module, 2, tokens, torch.bfloat16, True, 0)
+    expected, ours = (cache_of(module, kernels, 2, 12, 2) for _ in range(2))
     query = one_after_the_other(module, kernels, x, expected)
     seen = torch.ones(1, 1, tokens, 12, dtype=torch.bool, device=DEVICE).tril(2)
-    layer = expected.layers[0]
-    out = kernels.attend(query, layer.keys, layer.values, seen, 0.3, torch.float32)
-    assert torch.equal(kernels.attend_stored(x[0], x[1:], seen, ours.layers[0], None, 0.3), out)
+    layer, own = expected.layers[0], ours.layers[0]
+    out = kernels.attend(query, layer.keys, layer.values, seen, 0.3, torch.bfloat16)
+    position = own.cumulative_length.view(1).clone() if positioned else None
+    assert torch.equal(kernels.attend_stored(x[0], x[1:], seen, own, position, 0.3), out)
+    for name in ("keys", "values", "cumulative_length"):
+        assert torch.equal(getattr(layer, name), getattr(own, name)), name
 
 
 def test_tokens_beyond_a_cache():

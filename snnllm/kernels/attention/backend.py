@@ -11,6 +11,7 @@ from torch import Tensor
 from neurons import ValueRange
 from snnllm.cache import RowEncoder, RowLayout
 from snnllm.head_rotation import HeadRotation, fits_kernel
+from snnllm.kernels.cuda import attention as cuda_attention
 from snnllm.kernels.triton.backend import TritonBackend
 
 _LEAST_SLOTS = 32  # what an int8 product sums over at least
@@ -240,15 +241,48 @@ class TritonAttention:
         (keys, values), kv_heads = (layer.keys, layer.values), len(self.key_slot)
         heads = projected.shape[2] // cos.shape[2] - 2 * kv_heads
         check_cache(projected, cos, sin, heads, keys, values, self.key_row[0], self.value_row[0])
+        planes = (self.key_row[1], self.value_row[1])
+        if position is not None and type(projected) is Tensor and not torch.compiler.is_compiling():
+            query = projected.detach().unflatten(2, (-1, cos.shape[2])).transpose(1, 2)[:, :heads]
+            if cuda_attention.unsuitable(query, keys, values, planes) is None:
+                return self._attend_new(query, (cos, sin), mask, layer, position, scaling)
         # Many queries are rotated where they are encoded.
         few = few_queries(heads, kv_heads, projected.shape[1])
-        query: Tensor = store_heads(
+        query = store_heads(
             *(projected.detach(), cos, sin, heads, few, keys, values),
             *(layer.cumulative_length, position, self.key_slot, self.value_slot, self.capacity),
             *(self.key_clip, self.value_clip, self.shared, self.planes, self.slots),
-            *(self.key_row[1], self.value_row[1], self.order, self.blocks, self.offset),
+            *(*planes, self.order, self.blocks, self.offset),
         )
         return self.attend(query, keys, values, mask, scaling, projected.dtype, rotated=few)
+
+    def _attend_new(
+        self,
+        query: Tensor,
+        tables: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        layer: Any,
+        position: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """`attend_stored` of one token in one kernel; queries `[B, H, 1, D]` among the projections."""
+        from snnllm.kernels.attention.launch import run_one  # needs Triton
+        from snnllm.kernels.attention.rotation import mixing_of
+
+        batch, heads, _, channels = query.shape
+        out = query.new_empty((batch, 1, heads, channels))
+        sizes = (self.groups, self.shared, self.planes, self.key_row[1], self.value_row[1])
+        mixed = () if self.order is None else mixing_of(tuple(self.blocks))[0]
+        new = cuda_attention.NewToken(
+            *(*tables, self.order, mixed, self.offset, self.capacity, self.key_clip),
+            *(self.value_clip, position, layer.cumulative_length),
+        )
+        run_one(
+            *(query, layer.keys, layer.values, mask),
+            (self.key_slot, self.value_slot, self.query_capacity, self.query_clip),
+            *((*sizes, scaling), out, new),
+        )
+        return out
 
 
 def _slots(layout: RowLayout) -> Tensor:

@@ -133,13 +133,7 @@ def run_decode(
     groups, shared, planes, key_plane, value_plane, scaling = sizes
     key_slot, value_slot, member, capacity, clip = tables
     if cuda_attention.unsuitable(query, key, value, (key_plane, value_plane)) is None:
-        mask, (batch_stride, _, key_stride), *_ = _mask_arguments(mask, batch, tokens, keys)
-        planned = cuda_attention.arguments(
-            *(query, key, value, (mask, batch_stride, key_stride)),
-            *((key_slot, value_slot, capacity, clip), sizes, out, _units(query.device)),
-        )
-        with on(query.device):
-            planned(query.device, early_launch(query.device))
+        run_one(query, key, value, mask, (key_slot, value_slot, capacity, clip), sizes, out)
         return
     share = heads // kv_heads
     rows = max(_power(1, share * tokens), 8 // groups)
@@ -190,6 +184,26 @@ def run_decode(
             num_warps=4,
             enable_fp_fusion=False,
         )
+
+
+def run_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    tables: tuple[Tensor, ...],
+    sizes: tuple[Any, ...],
+    out: Tensor,
+    new: cuda_attention.NewToken | None = None,
+) -> None:
+    """Launch the kernel for one token; arguments as `cuda.attention.arguments` describes them."""
+    mask, (batch_stride, _, key_stride), *_ = _mask_arguments(mask, len(query), 1, key.shape[2])
+    planned = cuda_attention.arguments(
+        *(query, key, value, (mask, batch_stride, key_stride), tables, sizes, out),
+        *(_units(query.device), new),
+    )
+    with on(query.device):
+        planned(query.device, early_launch(query.device))
 
 
 def unpack(

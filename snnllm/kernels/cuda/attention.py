@@ -6,12 +6,14 @@ differ by their order.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from snnllm.kernels.cuda import attention_source
+from snnllm.kernels.cuda.attention_token_source import packed_mixing
 from snnllm.kernels.cuda.driver import Launch, without
 from snnllm.kernels.cuda.primitives import OUTPUTS
 
@@ -22,6 +24,34 @@ _MOST_CLUSTER = 8
 _KEYS_AT_ONCE = 32 * attention_source.THREADS // 32
 _NO_MASK, _BOOL_MASK = -1, 4
 _INT_MAX = 2**31 - 1
+
+
+class NewToken(NamedTuple):
+    """What turns projections into a row of the cache, where the queries are projections, too.
+
+    Attributes:
+        cos: `[B or 1, 1, D]` in the dtype of the projections, contiguous.
+        sin: Likewise.
+        order: Of the rotation of Q and K, uint8 `[H_kv, D]`; None: there is none.
+        mixed: Of the blocks of the rotation, as `rotation.mixing_of` says first.
+        offset: Taken off K, float32 `[H_kv, D]`, or None.
+        capacity: Of K and V, float32 `[G]`.
+        key_clip: float32 `[G]`.
+        value_clip: Likewise.
+        position: Of the token in the cache, int64, one element.
+        length: Tokens in the cache, int64, one element; becomes `position + 1`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    order: Tensor | None
+    mixed: Sequence[int]
+    offset: Tensor | None
+    capacity: Tensor
+    key_clip: Tensor
+    value_clip: Tensor
+    position: Tensor
+    length: Tensor
 
 
 def unsuitable(query: Tensor, key: Tensor, value: Tensor, planes: tuple[int, int]) -> str | None:
@@ -55,18 +85,21 @@ def arguments(
     sizes: tuple[Any, ...],
     out: Tensor,
     multiprocessors: int,
+    new: NewToken | None = None,
 ) -> Launch:
     """The launch for operands of which `unsuitable` says nothing.
 
     Args:
-        query: As in `unsuitable`, stride 1 along D.
-        key: Likewise.
+        query: As in `unsuitable`, stride 1 along D. With `new` the queries among the projections, contiguous
+            `[B, H + 2 H_kv, D]`, which end with keys and values.
+        key: Likewise; changed with `new`.
         value: Likewise.
         mask: Bytes of a bool one or floats, `[B, 1, 1, S_k]`, or None; its strides of a batch entry and a key.
         tables: Slots of K and V, int32 `[H_kv, D]`, capacities and clip factors of Q, float32 `[G_q]`.
         sizes: Groups, one range for Q, planes, bytes of a plane of K and of V, scaling.
         out: `[B, 1, H, D]`, contiguous.
         multiprocessors: Of the device.
+        new: The token of the queries is not in the cache yet.
     """
     (batch, heads, _, channels), (_, kv_heads, keys, width) = query.shape, key.shape
     groups, one_range, planes, key_plane, value_plane, scaling = sizes
@@ -97,13 +130,24 @@ def arguments(
         "QUERY": OUTPUTS[query.dtype],
         "MASK": kind,
         "OUT": OUTPUTS[out.dtype],
+        "STORED": int(new is not None),
+        "ROTATED": int(new is not None and new.order is not None),
+        "OFFSET": int(new is not None and new.offset is not None),
+        "MIXED": 0 if new is None else packed_mixing(tuple(new.mixed)),
     }
+    rows, table_stride = (None,) * 9, 0
+    if new is not None:
+        rows = (*new[:3], *new[4:])
+        table_stride = 0 if len(new.cos) == 1 else channels
     strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
     return Launch(
         *(attention_source.SOURCE, "attend_one", macros, cluster * pairs, attention_source.THREADS),
-        attention_source.shared_bytes(share, channels, groups),
+        attention_source.shared_bytes(
+            share, channels, groups, 0 if new is None else width + value.shape[3]
+        ),
         (
-            *(query, key, value, *tables, hides, out, *strides, batch_stride, key_stride),
+            *(query, key, value, *tables, hides, out, *rows),
+            *(*strides, batch_stride, key_stride, table_stride),
             *(kv_heads, keys, float(scaling), lowest),
         ),
     )

@@ -13,11 +13,17 @@ channels and zero points are taken in separately:
 
 Warps are put together in shared memory, the blocks of a cluster through the shared memory of each other.
 
+With STORED the kernel takes the projections of the new token: warps encode its queries, its key and its value
+(`attention_token_source`), the first block of a cluster writes the payloads of these to the cache, and all read them
+from their own shared memory.
+
 Macros: D (32, 64 or 128), G, QUERY_GROUPS, ONE_RANGE (of all groups of Q), ROWS, KEY_BYTES and VALUE_BYTES (of
 a payload), PLANES (high bits of a salient count), KEY_PLANE and VALUE_PLANE (bytes of one of them, at most 4;
-0 without), CLUSTER, QUERY, MASK and OUT (dtypes as `primitives.OUTPUTS`; MASK -1: none, 4: bool).
+0 without), CLUSTER, QUERY, MASK and OUT (dtypes as `primitives.OUTPUTS`; MASK -1: none, 4: bool), STORED, and
+those of `attention_token_source`.
 """
 
+from snnllm.kernels.cuda.attention_token_source import NEW_TOKEN
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
 
 __all__ = ["BODY", "SOURCE", "THREADS", "shared_bytes"]
@@ -27,22 +33,19 @@ THREADS = 256
 _OWN = 32  # the most salient channels of a head
 
 
-def shared_bytes(rows: int, channels: int, groups: int) -> int:
-    """Shared memory of a block: encoded queries; sums of the warps, and of the block."""
+def shared_bytes(rows: int, channels: int, groups: int, payloads: int) -> int:
+    """Shared memory of a block: new payloads, encoded queries; sums of the warps, and of the block."""
     query = rows * (groups * channels + _OWN + 16)
-    return query + 4 * rows * ((THREADS // 32) * (channels + _OWN + 2) + channels + 2)
+    return payloads + query + 4 * rows * ((THREADS // 32) * (channels + _OWN + 2) + channels + 2)
 
 
-BODY = r"""
+BODY = (
+    NEW_TOKEN
+    + r"""
 #define WARPS 8
 #define LOG2E 1.4426950408889634f
 #define NOTHING __int_as_float(0xff800000)  // minus infinity
 
-INLINE float number(const void* x, i64 at, int dtype) {
-  if (dtype == 0) return ((const float*)x)[at];
-  const unsigned short bits = ((const unsigned short*)x)[at];
-  return dtype == 1 ? __int_as_float((int)bits << 16) : half_to_float(bits);
-}
 template <int WORDS> INLINE unsigned byte_at(const unsigned (&row)[WORDS], int i) {
   return row[i / 4] >> 8 * (i % 4) & 255u;
 }
@@ -56,17 +59,22 @@ template <int WORDS> INLINE void load_row(unsigned (&row)[WORDS], const unsigned
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256) attend_one(
-    const void* query, const unsigned char* key, const unsigned char* value, const int* key_slot,
-    const int* value_slot, const float* capacity, const float* clip, const void* mask, void* out,
+    const void* query, unsigned char* key, unsigned char* value, const int* key_slot, const int* value_slot,
+    const float* capacity, const float* clip, const void* mask, void* out, const void* cos, const void* sin,
+    const unsigned char* order, const float* shift, const float* kv_capacity, const float* key_clip,
+    const float* value_clip, const i64* position, i64* length,
     int query_batch_stride, int query_head_stride, int key_batch_stride, int key_head_stride,
     int key_token_stride, int value_batch_stride, int value_head_stride, int value_token_stride,
-    int mask_batch_stride, int mask_key_stride, int kv_heads, int keys, float scaling, float lowest) {
-  constexpr int W = D / 8, TOGETHER = 32 / W, PER_LANE = D / 32;
+    int mask_batch_stride, int mask_key_stride, int table_stride, int kv_heads, int keys, float scaling,
+    float lowest) {
+  constexpr int W = D / 8, TOGETHER = 32 / W;
   constexpr int OWN = 32, SLAB = D + OWN + 2, TAIL = (VALUE_BYTES - D / 2) / 4;
   constexpr int ZERO = D / 2 + 4 * G, HIGH = ZERO + G;  // bytes of a payload
   constexpr int OWN_PER_LANE = VALUE_PLANE ? (8 * VALUE_PLANE + W - 1) / W : 1;
   extern __shared__ __align__(128) unsigned char memory[];
-  unsigned char* codes = memory;                    // [ROWS][G][D], then [ROWS][OWN] of salient channels
+  unsigned char* new_key = memory;  // payloads of the new token
+  unsigned char* new_value = new_key + (STORED ? KEY_BYTES : 0);
+  unsigned char* codes = new_value + (STORED ? VALUE_BYTES : 0);  // [ROWS][G][D], then [ROWS][OWN] of salient channels
   unsigned char* own_codes = codes + ROWS * G * D;
   float* scales = (float*)(own_codes + ROWS * OWN);  // [ROWS][2]
   int* code_sums = (int*)(scales + 2 * ROWS);        // [ROWS][2]
@@ -117,35 +125,75 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
   float tops[QUERY_GROUPS], clips[QUERY_GROUPS];
 #pragma unroll
   for (int g = 0; g < QUERY_GROUPS; g++) tops[g] = capacity[g], clips[g] = clip[g];
+  const int place = STORED ? (int)min((int)*position, keys) : -1;  // of the new key
+  Basis basis;
+  float kv_tops[G], key_clips[G], value_clips[G], key_shift[PER_LANE];
+  int new_slot[PER_LANE];  // of the new value
+  if (STORED) {
+    load_basis(basis, order + head * D, cos, sin, (i64)batch * table_stride);
+#pragma unroll
+    for (int g = 0; g < G; g++) kv_tops[g] = kv_capacity[g], key_clips[g] = key_clip[g], value_clips[g] = value_clip[g];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+      const int c = head * D + PER_LANE * lane + i;
+      new_slot[i] = G == 2 ? value_slot[c] : -1;
+      key_shift[i] = OFFSET ? shift[c] : 0.0f;
+    }
+  }
   wait_for_kernel_in_front();
 
-  // Queries: a warp encodes one, a lane has neighbouring channels.
-  for (int r = warp; r < ROWS; r += WARPS) {
-    const i64 at = (i64)batch * query_batch_stride + (i64)(head * ROWS + r) * query_head_stride;
+  // Queries: a warp encodes one, a lane has neighbouring channels. With STORED two more have key and value.
+  for (int r = warp; r < ROWS + 2 * STORED; r += WARPS) {
+    const bool is_query = r < ROWS, is_key = r == ROWS;
+    const i64 row_head = is_query ? head * ROWS + r : kv_heads * r + head;
+    const i64 at = (i64)batch * query_batch_stride + row_head * query_head_stride;
     float x[PER_LANE];
-    own_codes[r * OWN + lane] = 0;
+    if (STORED && r <= ROWS) {
+      embed(x, query, at, basis);
+      if (OFFSET && is_key)
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) x[i] = number(query, at + PER_LANE * lane + i, QUERY);
-    Spikes spikes[2];
+        for (int i = 0; i < PER_LANE; i++) x[i] = __fadd_rn(x[i], -key_shift[i]);
+    } else {
 #pragma unroll
-    for (int g = 0; g < QUERY_GROUPS; g++) {
-      unsigned below = 0, above = 0;
-#pragma unroll
-      for (int i = 0; i < PER_LANE; i++)
-        if (QUERY_GROUPS == 1 || ONE_RANGE || (slot[i] >= 0) == (g == 1)) {
-          below = max(below, bits_above(-x[i]));
-          above = max(above, bits_above(x[i]));
-        }
-      spikes[g] = spikes_of(maximum_of_warp(below), maximum_of_warp(above), tops[g], clips[g]);
+      for (int i = 0; i < PER_LANE; i++) x[i] = number(query, at + PER_LANE * lane + i, QUERY);
     }
-    if (QUERY_GROUPS == 1) spikes[1] = spikes[0];
+    const bool one_group = QUERY_GROUPS == 1 && is_query;
+    int own_slot_of[PER_LANE], range_of[PER_LANE];  // channels of a slot have a range of their own
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+      own_slot_of[i] = STORED && r > ROWS ? new_slot[i] : slot[i];
+      range_of[i] = one_group ? -1 : own_slot_of[i];
+    }
+    float own_tops[G], own_clips[G];
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      own_tops[g] = is_query ? tops[QUERY_GROUPS == 1 ? 0 : g] : kv_tops[g];
+      own_clips[g] = is_query ? clips[QUERY_GROUPS == 1 ? 0 : g] : is_key ? key_clips[g] : value_clips[g];
+    }
+    Spikes spikes[2];
+    find_spikes(spikes, x, range_of, own_tops, own_clips);
+    if (one_group) spikes[1] = spikes[0];
+    int count[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+      const Spikes own = own_slot_of[i] >= 0 ? spikes[1] : spikes[0];
+      count[i] = count_of(__fdiv_rn(x[i], own.threshold), own);
+    }
+    if (STORED && !is_query) {
+      unsigned char* payload = is_key ? new_key : new_value;
+      const int bytes = is_key ? KEY_BYTES : VALUE_BYTES;
+      make_payload(payload, bytes, is_key ? KEY_PLANE : VALUE_PLANE, count, own_slot_of, spikes);
+      unsigned char* to = is_key ? key + (i64)place * key_token_stride : value + (i64)place * value_token_stride;
+      if (rank == 0 && place < keys && lane < bytes / 16) ((uint4*)to)[lane] = ((const uint4*)payload)[lane];
+      continue;
+    }
+    own_codes[r * OWN + lane] = 0;
     __syncwarp();
     int sum[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       const int group = slot[i] >= 0, c = PER_LANE * lane + i;
-      const Spikes own = group ? spikes[1] : spikes[0];
-      const int code = count_of(__fdiv_rn(x[i], own.threshold), own) - (int)own.zero;
+      const int code = count[i] - (int)(group ? spikes[1] : spikes[0]).zero;
       codes[(r * G) * D + c] = group ? 0 : code;
       if (G == 2) codes[(r * G + G - 1) * D + c] = group ? code : 0;
       if (KEY_PLANE && group) own_codes[r * OWN + slot[i]] = code;
@@ -157,6 +205,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
       code_sums[2 * r + lane] = lane ? sum[1] : sum[0];
     }
   }
+  if (STORED && blockIdx.x == 0 && threadIdx.x == 0) *length = *position + 1;
   __syncthreads();
 
   float most[ROWS], total[ROWS], offset[ROWS][G], sums[ROWS][8], own[ROWS][OWN_PER_LANE];
@@ -178,12 +227,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
       if (!any_of_warp(bias > NOTHING)) continue;
       const int n0 = 32 * (first + i * NEXT), n = min(n0 + lane, keys - 1);
       unsigned row[KEY_BYTES / 4], tail[TAIL], words[W];
-      load_row(row, key + (i64)n * key_token_stride);
-      load_row(tail, value + (i64)n * value_token_stride + D / 2);
+      load_row(row, STORED && n == place ? new_key : key + (i64)n * key_token_stride);
+      load_row(tail, (STORED && n == place ? new_value : value + (i64)n * value_token_stride) + D / 2);
 #pragma unroll
       for (int e = 0; e < W; e++) {
         const int of = min(n0 + TOGETHER * e + lane / W, keys - 1);
-        words[e] = *(const unsigned*)(value + (i64)of * value_token_stride + 4 * word);
+        const unsigned char* at = STORED && of == place ? new_value : value + (i64)of * value_token_stride;
+        words[e] = *(const unsigned*)(at + 4 * word);
       }
       unsigned bits = 0, upper = 0;  // high bits of the salient channels of V of this lane's key
 #pragma unroll
@@ -344,5 +394,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
   cluster_meets();  // the others read this block's sums
 }
 """
+)
 
 SOURCE = PREAMBLE + PRIMITIVES + SHARED + BODY
