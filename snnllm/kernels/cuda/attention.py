@@ -135,7 +135,8 @@ def arguments(
         "OFFSET": int(new is not None and new.offset is not None),
         "MIXED": 0 if new is None else packed_mixing(tuple(new.mixed)),
     }
-    rows, table_stride = (None,) * 9, 0
+    rows: tuple[Tensor | None, ...] = (None,) * 9
+    table_stride = 0
     if new is not None:
         rows = (*new[:3], *new[4:])
         table_stride = 0 if len(new.cos) == 1 else channels
