@@ -267,8 +267,9 @@ def _rotary_tables(  # type: ignore[no-untyped-def]
     inside = i < HALF
     frequency = tl.load(frequencies_ptr + i, mask=inside, other=0.0).to(tl.float32)
     angle = tl.load(positions_ptr + row).to(tl.float32) * frequency
-    at, dtype = row * 2 * HALF + i, cos_ptr.dtype.element_ty
-    cos, sin = rounded(tl.cos(angle) * scaling, dtype), rounded(tl.sin(angle) * scaling, dtype)
+    at = row * 2 * HALF + i
+    cos = rounded(tl.cos(angle) * scaling, cos_ptr.dtype.element_ty)
+    sin = rounded(tl.sin(angle) * scaling, sin_ptr.dtype.element_ty)
     tl.store(cos_ptr + at, cos, mask=inside)
     tl.store(cos_ptr + at + HALF, cos, mask=inside)
     tl.store(sin_ptr + at, sin, mask=inside)
