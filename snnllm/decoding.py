@@ -54,7 +54,7 @@ def static_cache(
         config: Of the generation.
         cache: Which transformers found or made.
         batch: B.
-        length: Tokens that a sequence has at most; the last one is in no cache.
+        length: Tokens that a sequence has at most, more than its prompt; the last one is in no cache.
         observers: Processors and criteria. Our loop calls them once more behind the end, for which those of
             transformers do not care.
 

@@ -246,7 +246,7 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
             and not set(kwargs) - _SAMPLED
         )
         cache = None
-        if recorded and length is not None:
+        if recorded and length is not None and length > input_ids.shape[1]:
             observers = (*(kwargs.get("logits_processor") or ()), *(criteria or ()))
             made = kwargs.get(CACHE_ARGUMENT)
             cache = static_cache(self, config, made, len(input_ids), length, observers)

@@ -79,11 +79,11 @@ def sample(
             streamer.put(tokens.cpu())
             if full or bool(ended.all()):
                 streamer.end()
-                return input_ids.contiguous()
+                return input_ids.clone()
         elif finished.before(ended):
-            return input_ids[:, :-1].contiguous()
+            return input_ids[:, :-1].clone()
         elif full:
-            return input_ids.contiguous()
+            return input_ids
         logits = steps(model)
 
 
@@ -101,10 +101,10 @@ class _Greedy:
         self, prompts: Tensor, length: int, ends: Tensor | None, pad: Tensor | None
     ) -> None:
         batch, self._many = prompts.shape
-        self._ids = prompts.new_empty((batch, length))
+        self._ids = prompts.new_empty((batch, length), dtype=torch.int64)
         self._ids[:, : self._many] = prompts
         self._ended = torch.zeros(batch, dtype=torch.bool, device=prompts.device)
-        self._ends = None if ends is None else ends.to(prompts)
+        self._ends = None if ends is None else ends.to(self._ids).reshape(-1)
         self._pad = pad
 
     @classmethod
@@ -115,8 +115,9 @@ class _Greedy:
             if type(criterion) is EosTokenCriteria and ends is None:
                 ends = criterion.eos_token_id
                 continue
-            warned_at = getattr(criterion, "max_position_embeddings", None)
-            if type(criterion) is not MaxLengthCriteria or length > (warned_at or length):
+            if type(criterion) is not MaxLengthCriteria or criterion.max_length != length:
+                return None
+            if length > (criterion.max_position_embeddings or length):
                 return None
         return cls(prompts, length, ends, pad)
 

@@ -20,11 +20,13 @@ from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_o
 from snnllm.kernels.disk_cache import CACHE_VARIABLE
 
 pytest.importorskip("triton", reason="the package triton is not installed")
+from snnllm.kernels.cuda import attention_source as cuda_attention_source
 from snnllm.kernels.cuda import driver as cuda_driver
 from snnllm.kernels.cuda import encode_source as cuda_encode_source
 from snnllm.kernels.cuda import linear as cuda_linear
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
+from snnllm.kernels.cuda.attention_token_source import packed_mixing
 from snnllm.kernels.cuda.linear import Rows, Tiles, choose_shape, unsuitable, whole_tiles
 from snnllm.kernels.cuda.primitives import OUTPUTS
 from snnllm.kernels.triton.backend import TritonBackend, encode_plan, multiply
@@ -197,6 +199,19 @@ def test_encoding_kernels_compile(out: int, groups: int) -> None:
     for source, macros in zip(sources, (gated, normed), strict=True):
         code, _ = cuda_driver.compiled(source, tuple(macros.items()), "sm_90a")
         assert code.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("out", [0, 1, 2])
+@pytest.mark.parametrize(("channels", "stored", "cluster"), [(128, 1, 1), (64, 1, 4), (32, 0, 2)])
+def test_attention_compiles(out: int, channels: int, stored: int, cluster: int) -> None:
+    names = {"D": channels, "G": 2, "QUERY_GROUPS": 1, "ONE_RANGE": 0, "ROWS": cluster}
+    names |= {"KEY_BYTES": 80, "VALUE_BYTES": 80, "PLANES": 2, "KEY_PLANE": 2, "VALUE_PLANE": 2}
+    names |= {"CLUSTER": cluster, "QUERY": out, "MASK": out, "OUT": out, "STORED": stored}
+    mixed = packed_mixing((channels,) * (channels.bit_length() - 2) + (0,)) * stored
+    names |= {"ROTATED": stored, "OFFSET": stored, "MIXED": mixed}
+    source, macros = cuda_attention_source.SOURCE, tuple(names.items())
+    code, _ = cuda_driver.compiled(source, macros, "sm_90a")
+    assert code.startswith(b"\x7fELF")
 
 
 def test_a_broken_source_is_refused_with_the_log() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.generation import utils as generation
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 
 from snnllm import decoding, modeling
 from snnllm.config import SpikeConfig
@@ -234,6 +235,24 @@ def test_other_calls_go_to_transformers(model, prompts, recorded, monkeypatch):
     beams = generate(model, prompts, num_beams=2)
     assert torch.equal(generate(model, prompts, num_beams=2, **static), beams)
     assert not recorded
+
+
+@pytest.mark.parametrize("length", [5, 9])
+def test_prompts_longer_than_the_sequences_go_to_transformers(model, prompts, recorded, length):
+    """With a criterion of one's own, which nobody checks."""
+    criteria = StoppingCriteriaList([MaxLengthCriteria(length)])
+    expected = generate(model, prompts, stopping_criteria=criteria)
+    asked = generate(model, prompts, stopping_criteria=criteria, cache_implementation=None)
+    assert torch.equal(asked, expected)
+    assert not recorded
+
+
+def test_integers_of_prompts_do_not_show(model, prompts, recorded):
+    shorter = {**prompts, "input_ids": prompts["input_ids"].int()}
+    out = generate(model, shorter, cache_implementation="static")
+    assert out.dtype == torch.int64
+    assert torch.equal(out, generate(model, prompts))
+    assert recorded
 
 
 def test_a_cache_in_use_keeps_its_buffers(model, prompts):

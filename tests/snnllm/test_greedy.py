@@ -39,6 +39,7 @@ def test_tokens_are_those_of_torch(monkeypatch, vocabulary, many_ends):
     generator = torch.Generator().manual_seed(vocabulary)
     rows = torch.randint(-4, 5, (6, 4, vocabulary), generator=generator).float()  # many are equal
     rows[0, 0, 3] = rows[1, 1, 1:] = float("nan")
+    rows[3, 3, 1] = float("inf")
     rows[2, 2] = float("-inf")
     rows = rows.to(DEVICE)
     ends = None if many_ends is None else rows[0].argmax(-1).unique()[:many_ends].contiguous()
@@ -57,5 +58,11 @@ def test_other_criteria_are_asked():
     ends = EosTokenCriteria([4, 5])
     assert _Greedy.of(prompts, StoppingCriteriaList([length]), None) is not None
     assert _Greedy.of(prompts, StoppingCriteriaList([length, ends]), pad) is not None
-    for other in (MaxTimeCriteria(9.0), MaxLengthCriteria(9, 8), EosTokenCriteria(3)):
+    others = (
+        MaxTimeCriteria(9.0),
+        MaxLengthCriteria(9, 8),
+        MaxLengthCriteria(8),
+        EosTokenCriteria(3),
+    )
+    for other in others:
         assert _Greedy.of(prompts, StoppingCriteriaList([length, ends, other]), pad) is None

@@ -13,9 +13,8 @@ channels and zero points are taken in separately:
 
 Warps are put together in shared memory, the blocks of a cluster through the shared memory of each other.
 
-With STORED the kernel takes the projections of the new token: warps encode its queries, its key and its value
-(`attention_token_source`), the first block of a cluster writes the payloads of these to the cache, and all read them
-from their own shared memory.
+With STORED it takes projections: warps encode queries, key and value of the new token (`attention_token_source`),
+the first block of a cluster writes the payloads to the cache, and each reads them from its own shared memory.
 
 Macros: D (32, 64 or 128), G, QUERY_GROUPS, ONE_RANGE (of all groups of Q), ROWS, KEY_BYTES and VALUE_BYTES (of
 a payload), PLANES (high bits of a salient count), KEY_PLANE and VALUE_PLANE (bytes of one of them, at most 4;
@@ -109,7 +108,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
 #pragma unroll
     for (int i = 0; i < 4; i++) biases[i] = bias_of(32 * (first + i * NEXT) + lane);
   };
-  // The kernel in front writes queries and the last key; masks and other keys are there before, in memory.
+  // Only what was written before the last kernel that did not start early may be read before the wait: what is written
+  // later is sure to be seen behind it alone, and the kernel in front may be waiting itself. Masks, other keys, tables.
   load_biases(mine_first);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -125,12 +125,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
   float tops[QUERY_GROUPS], clips[QUERY_GROUPS];
 #pragma unroll
   for (int g = 0; g < QUERY_GROUPS; g++) tops[g] = capacity[g], clips[g] = clip[g];
-  const int place = STORED ? (int)min((int)*position, keys) : -1;  // of the new key
   Basis basis;
-  float kv_tops[G], key_clips[G], value_clips[G], key_shift[PER_LANE];
-  int new_slot[PER_LANE];  // of the new value
+  float kv_tops[G], key_clips[G], value_clips[G], key_shift[PER_LANE];  // for the new token
+  int new_slot[PER_LANE];
   if (STORED) {
-    load_basis(basis, order + head * D, cos, sin, (i64)batch * table_stride);
+    load_order(basis, order + head * D);
 #pragma unroll
     for (int g = 0; g < G; g++) kv_tops[g] = kv_capacity[g], key_clips[g] = key_clip[g], value_clips[g] = value_clip[g];
 #pragma unroll
@@ -141,6 +140,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
     }
   }
   wait_for_kernel_in_front();
+  const int place = STORED ? min((int)*position, keys) : -1;  // of the new key
+  if (STORED) load_tables(basis, cos, sin, (i64)batch * table_stride);
 
   // Queries: a warp encodes one, a lane has neighbouring channels. With STORED two more have key and value.
   for (int r = warp; r < ROWS + 2 * STORED; r += WARPS) {

@@ -33,12 +33,14 @@ INLINE float to_dtype(float x) {
 
 // The channels of this lane in the basis of the heads: where they come from, and the tables of their position.
 struct Basis { int channel[PER_LANE]; float cos[PER_LANE], sin[PER_LANE]; };
-INLINE void load_basis(Basis& b, const unsigned char* order, const void* cos, const void* sin, i64 table) {
+INLINE void load_order(Basis& b, const unsigned char* order) {
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) {
     const int c = PER_LANE * (threadIdx.x % 32) + i;
     b.channel[i] = ROTATED ? order[c] : c;
   }
+}
+INLINE void load_tables(Basis& b, const void* cos, const void* sin, i64 table) {
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) {
     b.cos[i] = number(cos, table + b.channel[i], QUERY);

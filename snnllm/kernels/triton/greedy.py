@@ -29,7 +29,7 @@ def append_greedy(
     pad: Tensor | None,
     ends: Tensor | None,
 ) -> None:
-    """Choose the most likely token of each sequence: ``torch.argmax``, NaN as the largest number.
+    """Choose the most likely token of each sequence: ``torch.argmax``, but that NaN is infinity.
 
     Args:
         logits: float32 ``[B, V]``, contiguous.

@@ -37,6 +37,7 @@ def rotary_tables(
 
     Returns:
         cos and sin, ``[B, S, D]``: of the product of position and frequency in float32, the D / 2 of them twice.
+        Transformers' products are those of TF32 where that is allowed; these are not.
     """
     positions, half = positions.contiguous(), len(frequencies)
     cos, sin = _tables(positions, half, dtype)
