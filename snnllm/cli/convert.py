@@ -192,7 +192,7 @@ def summary(report: ConversionReport) -> dict[str, str]:
         **trains,
         "block SQNR, mean / worst": f"{sum(sqnr) / len(sqnr):.1f} / {min(sqnr):.1f} dB",
         **spiking,
-        "conversion time": f"{report.seconds:.1f} s",
+        "conversion time, all runs": f"{report.seconds:.1f} s",
         "peak memory": f"{report.peak_mib:.0f} MiB",
         **trained,
         **accelerator,
