@@ -2,9 +2,9 @@
 
 `transformers` compiles the forward pass and waits for the device after every token. Here nothing is
 compiled: the second step is recorded as it runs and replayed from then on, with masks and positions
-kept on the device. `snnllm.sampling` has the loop that chooses tokens.
-The host needs longer to launch a prefill than the device needs to run it, so
-prompts are recorded too, padded on the right to a few lengths (`recording.padded_length`).
+kept on the device. The host needs longer to launch a prefill than the device needs to run it, so
+prompts are recorded too, padded on the right to a few lengths (`recording.padded_length`). `snnllm.sampling` has
+the loop that chooses tokens.
 
 Graphs are valid for the buffers that they were recorded with. These serve the next calls of `generate`: a
 cache has a few more tokens than asked for, so that calls of similar length share one, and smaller ones lie in

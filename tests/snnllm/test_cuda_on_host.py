@@ -276,6 +276,22 @@ def test_kernels_have_the_integers_and_outputs_of_the_reference(
     assert torch.equal(run(build, name, macros, x, spec, dtype), expected)
 
 
+def with_random_groups(
+    heads: int, kv_heads: int, dim: int, spike: dict[str, Any], seed: int
+) -> tuple[SpikingLlamaAttention, torch.Generator]:
+    """Attention with random salient channels of K and V, and what drew them."""
+    config = LlamaConfig(
+        hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
+    )
+    spike = {"salient_ratio": 0.1, **spike}
+    module = SpikingLlamaAttention(config, 0, SpikeConfig(**spike)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(2, kv_heads, dim, generator=generator) < spike["salient_ratio"]
+    masks &= len(module.k_encoder.steps) > 1
+    module.set_channel_groups(*masks.to(torch.uint8))
+    return module, generator
+
+
 def attend(
     build: Any,
     tables: TritonAttention,
@@ -327,15 +343,7 @@ def test_attention_of_one_token_is_that_of_torch(
     mask: str,
     spike: dict[str, Any],
 ) -> None:
-    config = LlamaConfig(
-        hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
-    )
-    module = SpikingLlamaAttention(config, 0, SpikeConfig(**{"salient_ratio": 0.1, **spike})).eval()
-    generator = torch.Generator().manual_seed(keys)
-    ratio = spike.get("salient_ratio", 0.1)
-    masks = torch.rand(2, kv_heads, dim, generator=generator) < ratio
-    masks &= len(module.k_encoder.steps) > 1
-    module.set_channel_groups(*masks.to(torch.uint8))
+    module, generator = with_random_groups(heads, kv_heads, dim, spike, seed=keys)
     batch, bound = 2, tolerance.two_terms
     shapes = ((heads, 1), (kv_heads, keys), (kv_heads, keys))
     query, key, value = (torch.randn(batch, *s, dim, generator=generator) for s in shapes)
@@ -394,14 +402,7 @@ def test_attention_stores_the_new_token(
     spike: dict[str, Any],
 ) -> None:
     """The payloads of the kernel that only stores, and the output of the one that only attends."""
-    config = LlamaConfig(
-        hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
-    )
-    module = SpikingLlamaAttention(config, 0, SpikeConfig(**{"salient_ratio": 0.1, **spike})).eval()
-    generator = torch.Generator().manual_seed(position)
-    masks = torch.rand(2, kv_heads, dim, generator=generator) < spike.get("salient_ratio", 0.1)
-    masks &= len(module.k_encoder.steps) > 1
-    module.set_channel_groups(*masks.to(torch.uint8))
+    module, generator = with_random_groups(heads, kv_heads, dim, spike, seed=position)
     if module.qk_rotation is not None:
         module.qk_rotation.sort(torch.rand(kv_heads, dim, generator=generator).argsort(-1))
     if "offset_key" in module._buffers:
@@ -430,8 +431,8 @@ def test_attention_stores_the_new_token(
 
     mixed = () if kernels.order is None else mixing_of(tuple(kernels.blocks))[0]
     new = cuda_attention.NewToken(
-        *(cos, sin, kernels.order, mixed, kernels.offset, kernels.capacity, kernels.key_clip),
-        *(kernels.value_clip, place, own_length),
+        *(cos, sin, kernels.order, kernels.offset, kernels.capacity, kernels.key_clip),
+        *(kernels.value_clip, place, own_length, mixed),
     )
     rows = projected.unflatten(2, (-1, dim)).transpose(1, 2)[:, :heads]
     out = attend(build, kernels, (rows, *mine), mask, dtype, 4 * kv_heads, new)

@@ -194,16 +194,15 @@ class TritonAttention:
                 self.query_capacity,
                 self.query_clip,
             )
-            sizes = (
-                self.groups,
-                self.shared,
-                self.planes,
-                self.key_row[1],
-                self.value_row[1],
-                scaling,
+            attend_encoded(
+                query, key, value, mask, tables, self._sizes(scaling), self.query_row, out
             )
-            attend_encoded(query, key, value, mask, tables, sizes, self.query_row, out)
         return out
+
+    def _sizes(self, scaling: float) -> tuple[Any, ...]:
+        """What the launches of the kernels take as `sizes`."""
+        planes = (self.key_row[1], self.value_row[1])
+        return (self.groups, self.shared, self.planes, *planes, scaling)
 
     @property
     def stores(self) -> bool:
@@ -271,16 +270,15 @@ class TritonAttention:
 
         batch, heads, _, channels = query.shape
         out = query.new_empty((batch, 1, heads, channels))
-        sizes = (self.groups, self.shared, self.planes, self.key_row[1], self.value_row[1])
         mixed = () if self.order is None else mixing_of(tuple(self.blocks))[0]
         new = cuda_attention.NewToken(
-            *(*tables, self.order, mixed, self.offset, self.capacity, self.key_clip),
-            *(self.value_clip, position, layer.cumulative_length),
+            *(*tables, self.order, self.offset, self.capacity, self.key_clip),
+            *(self.value_clip, position, layer.cumulative_length, mixed),
         )
         run_one(
             *(query, layer.keys, layer.values, mask),
             (self.key_slot, self.value_slot, self.query_capacity, self.query_clip),
-            *((*sizes, scaling), out, new),
+            *(self._sizes(scaling), out, new),
         )
         return out
 

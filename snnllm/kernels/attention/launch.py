@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from neurons.backends.device import early_launch, interpreted, on
+from neurons.backends.device import interpreted, on
 from snnllm.kernels.attention.decode import combine, decode
 from snnllm.kernels.attention.mask import classify
 from snnllm.kernels.attention.prefill import prefill
@@ -202,8 +202,7 @@ def run_one(
         *(query, key, value, (mask, batch_stride, key_stride), tables, sizes, out),
         *(_units(query.device), new),
     )
-    with on(query.device):
-        planned(query.device, early_launch(query.device))
+    planned(query.device)
 
 
 def unpack(

@@ -6,7 +6,6 @@ differ by their order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,25 +32,25 @@ class NewToken(NamedTuple):
         cos: `[B or 1, 1, D]` in the dtype of the projections, contiguous.
         sin: Likewise.
         order: Of the rotation of Q and K, uint8 `[H_kv, D]`; None: there is none.
-        mixed: Of the blocks of the rotation, as `rotation.mixing_of` says first.
         offset: Taken off K, float32 `[H_kv, D]`, or None.
         capacity: Of K and V, float32 `[G]`.
         key_clip: float32 `[G]`.
         value_clip: Likewise.
         position: Of the token in the cache, int64, one element.
         length: Tokens in the cache, int64, one element; becomes `position + 1`.
+        mixed: Of the blocks of the rotation, as `rotation.mixing_of` says first.
     """
 
     cos: Tensor
     sin: Tensor
     order: Tensor | None
-    mixed: Sequence[int]
     offset: Tensor | None
     capacity: Tensor
     key_clip: Tensor
     value_clip: Tensor
     position: Tensor
     length: Tensor
+    mixed: tuple[int, ...]
 
 
 def unsuitable(query: Tensor, key: Tensor, value: Tensor, planes: tuple[int, int]) -> str | None:
@@ -133,12 +132,12 @@ def arguments(
         "STORED": int(new is not None),
         "ROTATED": int(new is not None and new.order is not None),
         "OFFSET": int(new is not None and new.offset is not None),
-        "MIXED": 0 if new is None else packed_mixing(tuple(new.mixed)),
+        "MIXED": 0 if new is None else packed_mixing(new.mixed),
     }
     rows: tuple[Tensor | None, ...] = (None,) * 9
     table_stride = 0
     if new is not None:
-        rows = (*new[:3], *new[4:])
+        rows = new[:-1]
         table_stride = 0 if len(new.cos) == 1 else channels
     strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
     return Launch(

@@ -109,7 +109,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
     for (int i = 0; i < 4; i++) biases[i] = bias_of(32 * (first + i * NEXT) + lane);
   };
   // Only what was written before the last kernel that did not start early may be read before the wait: what is written
-  // later is sure to be seen behind it alone, and the kernel in front may be waiting itself. Masks, other keys, tables.
+  // later is sure to be seen behind it alone, and the kernel in front may be waiting itself: masks, old keys, layouts.
   load_biases(mine_first);
 #pragma unroll
   for (int i = 0; i < 4; i++) {

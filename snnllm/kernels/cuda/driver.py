@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from neurons.backends.device import on
 from snnllm.kernels.disk_cache import cache_directory, replaced
 
 _LOG = logging.getLogger(__name__)
@@ -114,11 +115,12 @@ class Launch(NamedTuple):
     shared: int
     arguments: tuple[Any, ...]
 
-    def __call__(self, device: torch.device, early: bool = False) -> None:
-        """Launch on a device, which is the current one; `early` as in `Kernel`."""
+    def __call__(self, device: torch.device) -> None:
+        """Launch on a device; early, as in `Kernel`: these kernels wait for the one in front themselves."""
         macros = tuple(self.macros.items())
-        kernel = load(self.source, macros, self.name, self.threads, self.shared, device)
-        kernel(self.blocks, self.arguments, early)
+        with on(device):
+            kernel = load(self.source, macros, self.name, self.threads, self.shared, device)
+            kernel(self.blocks, self.arguments, early=True)
 
 
 @cache

@@ -3,7 +3,8 @@
 Transformers' loop takes ten kernels between two forward passes: the maximum, padding, the end tokens, and one or
 two for each stopping criterion. Here a program has a sequence.
 """
-# No `from __future__ import annotations`: torch reads the annotations of operators as types.
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -12,14 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from neurons.backends.device import on
-from neurons.backends.operator import operator
 
 __all__ = ["append_greedy"]
 
 _MOST_AT_ONCE = 32768  # logits: 32 registers of a thread
 
 
-@operator("snnllm::append_greedy", mutates_args=("ids", "ended", "tokens"))
 def append_greedy(
     logits: Tensor,
     ids: Tensor,
@@ -52,19 +51,6 @@ def append_greedy(
             BLOCK=block,
             num_warps=min(32, max(4, block // 1024)),
         )
-
-
-@append_greedy.register_fake
-def _(
-    logits: Tensor,
-    ids: Tensor,
-    place: int,
-    ended: Tensor,
-    tokens: Tensor,
-    pad: Tensor | None,
-    ends: Tensor | None,
-) -> None:
-    return None
 
 
 @triton.jit(do_not_specialize=["length", "place"])

@@ -191,8 +191,7 @@ def _rms_norm_encode_op(
             *(x, residual, weight, eps, (offset, capacities, clip)),
             *((stream, count, threshold, zero_point, count_sum), runs or (), shared),
         )
-        with on(x.device):
-            planned(x.device, early=True)
+        planned(x.device)
     elif x.shape[0]:
         gather = order is not None
         block, warps = shape_of_programs(x.shape[0], positions)

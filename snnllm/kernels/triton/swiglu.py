@@ -283,9 +283,7 @@ def _silu_mul_encode_op(
         return count, threshold, zero_point, count_sum
     if sizes and cuda_encode.gated_unsuitable(gate, up, sizes, runs, offset) is None:
         layout = (offset, capacities, clip)
-        launch = cuda_encode.gated_launch(gate, up, layout, encoded, runs, shared)
-        with on(gate.device):
-            launch(gate.device, early=True)
+        cuda_encode.gated_launch(gate, up, layout, encoded, runs, shared)(gate.device)
         return count, threshold, zero_point, count_sum
     taken = gate if offset is None else offset
     options = {
