@@ -32,7 +32,9 @@ from snnllm.kernels.cuda.primitives import OUTPUTS
 from snnllm.kernels.triton.backend import TritonBackend, encode_plan, multiply
 
 CPU = torch.device("cpu")
-
+needs_compiler = pytest.mark.skipif(
+    cuda_driver.compiler_missing() is not None, reason="NVRTC is not installed"
+)
 
 MOST_SHARED = 227 * 1024
 SHAPES = [
@@ -171,7 +173,7 @@ def test_the_tiles_of_both_launches_cover_the_outputs_once(
     assert len(launched) == (2 if 0 < rest <= 10 and len(covered) * raster > 20 else 1)
 
 
-@pytest.mark.skipif(cuda_driver.compiler_missing() is not None, reason="NVRTC is not installed")
+@needs_compiler
 @pytest.mark.parametrize(
     ("out", "residual"), [*((out, 0) for out in OUTPUTS.values()), (0, 1), (1, 1), (2, 1)]
 )
@@ -188,7 +190,7 @@ def test_every_shape_compiles_without_serialised_products(
         assert "serialized" not in log
 
 
-@pytest.mark.skipif(cuda_driver.compiler_missing() is not None, reason="NVRTC is not installed")
+@needs_compiler
 @pytest.mark.parametrize("out", [0, 1, 2])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_encoding_kernels_compile(out: int, groups: int) -> None:
@@ -201,6 +203,7 @@ def test_encoding_kernels_compile(out: int, groups: int) -> None:
         assert code.startswith(b"\x7fELF")
 
 
+@needs_compiler
 @pytest.mark.parametrize("out", [0, 1, 2])
 @pytest.mark.parametrize(("channels", "stored", "cluster"), [(128, 1, 1), (64, 1, 4), (32, 0, 2)])
 def test_attention_compiles(out: int, channels: int, stored: int, cluster: int) -> None:
@@ -214,9 +217,8 @@ def test_attention_compiles(out: int, channels: int, stored: int, cluster: int) 
     assert code.startswith(b"\x7fELF")
 
 
+@needs_compiler
 def test_a_broken_source_is_refused_with_the_log() -> None:
-    if cuda_driver.compiler_missing() is not None:
-        pytest.skip("NVRTC is not installed")
     with pytest.raises(RuntimeError, match="NVRTC refuses"):
         cuda_driver.compiled("int f( {", (("WRONG", 1),), "sm_90a")
 
