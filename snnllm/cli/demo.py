@@ -27,7 +27,7 @@ from snnllm.cli.options import (
     spike_config,
     window_length,
 )
-from snnllm.cli.simulate import simulate
+from snnllm.cli.simulate import OPERATIONS, simulate
 from snnllm.config import SpikeConfig
 from snnllm.durations import duration
 from snnllm.pipelines import Pipeline
@@ -140,7 +140,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"2/5 dense perplexity on {args.text} and a sentence")
     dense = _measure("dense", dense_model(source), tokenizer, windows, args.prompt)
     print(f"3/5 converting to {spike.label}, pipeline {args.pipeline}")
+    args.resumes = True  # what an interruption says
     report = _convert(args, source, spike, options, checkpoint, calibration)
+    args.resumes = False
     print("4/5 spiking perplexity and a sentence")
     model, tokenizer = open_model(str(checkpoint), args)
     spiking = _measure("spiking", model, tokenizer, windows, args.prompt)
@@ -262,7 +264,7 @@ def _write_reports(
         conversion="\n".join(f"- {k}: {v}" for k, v in summary(report).items()),
         figures="\n\n".join(f"![{n.stem}]({n})" for n in names if n.suffix == ".png"),
         recordings=", ".join(f"`{n}`" for n in names if n.suffix in (".npz", ".csv")),
-        operations=(output / "simulation" / "operations.md").read_text(),
+        operations=(output / "simulation" / OPERATIONS).read_text(encoding="utf-8"),
     )
     (output / "report.md").write_text(text)
 

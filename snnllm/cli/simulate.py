@@ -10,6 +10,9 @@ from typing import Any
 from snnllm.cli.checks import check_prompt
 from snnllm.cli.options import open_model
 
+OPERATIONS = "operations.md"
+"""The report of the operations, in the folder of the results."""
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Describe the command and add its options."""
@@ -46,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Record, count and write."""
+    """Record, count and write; print the totals."""
     check_prompt(args.prompt)
     model, tokenizer = open_model(str(args.model), args, only_spiking=True)
     files = simulate(
@@ -60,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         args.channels,
         int(args.memory_limit * 2**20),
     )
+    print((args.output / OPERATIONS).read_text(encoding="utf-8").partition("### By projection")[0])
     print("\n".join(f"wrote {path}" for path in files))
     return 0
 
@@ -94,8 +98,8 @@ def simulate(
     report = count_operations(model, tokenizer(prompt, return_tensors="pt").input_ids)
     for path, text in (
         (output / "operations.json", json.dumps(report.to_dict(), indent=2)),
-        (output / "operations.md", report.to_markdown()),
+        (output / OPERATIONS, report.to_markdown()),
     ):
-        path.write_text(text + "\n")
+        path.write_text(text + "\n", encoding="utf-8")
         files.append(path)
     return files

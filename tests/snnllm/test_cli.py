@@ -484,6 +484,35 @@ def test_an_interrupted_conversion_says_how_to_go_on(monkeypatch, capsys):
     assert "the same command continues" in capsys.readouterr().err
 
 
+def test_bars_move_seldom_in_a_log(tmp_path):
+    code = f"""
+from snnllm.cli import main
+try:
+    main(["inspect", {str(tmp_path / "nothing")!r}])
+except (OSError, ValueError):
+    pass
+from tqdm import tqdm
+print(tqdm(range(3)).mininterval)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == 30
+
+
+def test_an_interrupted_demo_says_how_to_go_on(stories_dir, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ["demo", "--model", str(stories_dir), "--output", str(tmp_path / "demo")]
+    monkeypatch.setattr("snnllm.cli.demo._measure", interrupt)
+    assert main(command) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    monkeypatch.setattr("snnllm.cli.demo._measure", lambda *_: None)
+    monkeypatch.setattr("snnllm.cli.demo._convert", interrupt)
+    assert main(command) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
 @pytest.fixture
 def no_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is downloaded, and there is no WikiText-2."""
@@ -701,10 +730,11 @@ def test_the_demo_refuses_unknown_layers_before_it_works(stories_dir, tmp_path, 
 def test_simulate_writes_recordings_and_operations(stories_checkpoint, tmp_path, capsys):
     layers = ["--layers", "model.layers.0.self_attn.q_proj"]
     run("simulate", stories_checkpoint, "Once upon", "--output", tmp_path / "rec", *layers)
-    written = [
-        Path(line.removeprefix("wrote ")) for line in capsys.readouterr().out.split("\n") if line
-    ]
-    files = [p for p in written if p.is_file()]
+    out = capsys.readouterr().out
+    assert "| synaptic operations (additions) |" in out
+    lines = [line for line in out.splitlines() if line.startswith("wrote ")]
+    files = [Path(line.removeprefix("wrote ")) for line in lines]
+    assert all(p.is_file() for p in files)
     assert {p.suffix for p in files} >= {".npz", ".png", ".json", ".md"}
     assert json.loads((tmp_path / "rec" / "operations.json").read_text())
 
