@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,38 @@ import pytest
 import torch
 from hypothesis import settings
 
+
+def _look_up_builtins_once() -> None:
+    """Take a third of its time from Triton's interpreter, which at every call of a device function
+    looks through all of `triton.language` for what to replace. Another Triton may be made otherwise.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if not (hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr")):
+        return
+
+    @functools.cache
+    def builtins(package: Any) -> tuple[str, ...]:
+        members = inspect.getmembers(package)  # at the first call none of them is replaced
+        return tuple(name for name, member in members if tl.core.is_builtin(member))
+
+    def patch(package: Any, *arguments: Any) -> None:
+        for name in builtins(package):
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, *arguments)
+
+    interpreter._patch_builtin = patch
+
+
 # Without a GPU, Triton kernels run in its interpreter; read when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None:
+        _look_up_builtins_once()
 
-import snnllm  # noqa: F401  (hides broken torchvision and torchaudio from transformers)
+import snnllm  # noqa: E402, F401  (hides broken torchvision and torchaudio from transformers)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # A busy machine is slow, not wrong: no limit on the time of one example.

@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
     try:
         code: int = args.run(args)
+        sys.stdout.flush()  # here, where nobody reading is no error
         return code
     except KeyboardInterrupt:
         more = "; the same command continues" if getattr(args, "resumes", False) else ""

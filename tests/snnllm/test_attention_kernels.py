@@ -206,7 +206,7 @@ def test_unpacked_counts_are_those_of_the_encoder(query_groups, steps):
         assert torch.equal(scale[..., : threshold.shape[-1]], threshold)
 
 
-@settings(max_examples=6 if INTERPRETED else 25, derandomize=True, deadline=None)
+@settings(max_examples=5 if INTERPRETED else 25, derandomize=True, deadline=None)
 @given(
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     dim=st.sampled_from([8, 24]),

@@ -120,7 +120,7 @@ def stored(
     return seen[0]
 
 
-@settings(max_examples=8 if INTERPRETED else 60, derandomize=True, deadline=None)
+@settings(max_examples=6 if INTERPRETED else 60, derandomize=True, deadline=None)
 @given(
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     dim=st.sampled_from([8, 16, 64]),
@@ -200,8 +200,9 @@ def test_rotations_of_other_sizes_run_one_by_one():
 
 
 @pytest.mark.parametrize("rotation", ["none", "groups"])
-@pytest.mark.parametrize("tokens", [1, 9])
-@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize(
+    ("dim", "tokens"), [(16, 1), (64, 9)] if INTERPRETED else [(16, 1), (16, 9), (64, 1), (64, 9)]
+)
 @pytest.mark.parametrize("positioned", [False, True])  # in one kernel on Hopper
 def test_attention_to_what_is_stored(positioned, dim, tokens, rotation):
     module, kernels = make(4, 2, dim, 0, rotation=rotation, salient_ratio=0.25, key_offset=True)
