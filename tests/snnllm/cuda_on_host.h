@@ -267,8 +267,22 @@ template <int LEFT> static void finish() {
 static int finished(int sum) { return sum; }
 static void not_before(unsigned&) {}
 #if defined(OUT) && OUT == 2
-#error "pair and low_of are those of bfloat16 here"
-#endif
+static unsigned pair(float low, float high) {  // float16, to nearest even
+  auto half = [](float f) {
+    const _Float16 rounded = (_Float16)f;
+    unsigned short bits;
+    memcpy(&bits, &rounded, sizeof bits);
+    return (unsigned)bits;
+  };
+  return half(low) | half(high) << 16;
+}
+static float low_of(unsigned pair) {
+  const unsigned short bits = (unsigned short)pair;
+  _Float16 half;
+  memcpy(&half, &bits, sizeof half);
+  return (float)half;
+}
+#else
 static unsigned pair(float low, float high) {  // bfloat16, to nearest even
   auto half = [](float f) {
     const unsigned u = __float_as_int(f);
@@ -277,6 +291,7 @@ static unsigned pair(float low, float high) {  // bfloat16, to nearest even
   return half(low) | half(high) << 16;
 }
 static float low_of(unsigned pair) { return __int_as_float(pair << 16); }
+#endif
 
 static std::function<void()> body;
 static void enter() {

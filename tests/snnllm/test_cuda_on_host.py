@@ -379,27 +379,38 @@ def test_attention_of_one_token_is_that_of_torch(
     )
 
 
+ROTATED = {"rotation": "groups", "key_offset": True}
+
+
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "position", "spike"),
+    ("heads", "kv_heads", "dim", "position", "spike", "dtype"),
     [
-        (2, 2, 128, 64, {"rotation": "groups", "key_offset": True}),
-        (6, 2, 64, 40, {"rotation": "groups", "kv_salient_steps": 4, "query_groups": True}),
-        (8, 1, 32, 0, {"rotation": "groups", "value_range": "shared", "query_groups": True}),
-        (2, 1, 64, 69, {"kv_salient_steps": 1, "key_offset": True}),
-        (2, 1, 128, 70, {"salient_ratio": 0.5, "activation_bits": 3}),  # behind the end
+        (2, 2, 128, 64, ROTATED, torch.float32),
+        (2, 2, 128, 64, ROTATED, torch.bfloat16),
+        (2, 2, 128, 64, ROTATED, torch.float16),
+        (
+            *(6, 2, 64, 40, {"rotation": "groups", "kv_salient_steps": 4, "query_groups": True}),
+            torch.float16,
+        ),
+        (
+            *(8, 1, 32, 0, {"rotation": "groups", "value_range": "shared", "query_groups": True}),
+            torch.bfloat16,
+        ),
+        (2, 1, 64, 69, {"kv_salient_steps": 1, "key_offset": True}, torch.float32),
+        # Behind the end.
+        (2, 1, 128, 70, {"salient_ratio": 0.5, "activation_bits": 3}, torch.bfloat16),
     ],
-    ids=["rotated", "steps", "shared", "one", "many"],
+    ids=["float", "bfloat", "half", "steps", "shared", "one", "many"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_attention_stores_the_new_token(
     build: Any,
-    dtype: torch.dtype,
     heads: int,
     kv_heads: int,
     dim: int,
     position: int,
     spike: dict[str, Any],
+    dtype: torch.dtype,
 ) -> None:
     """The payloads of the kernel that only stores, and the output of the one that only attends."""
     module, generator = with_random_groups(heads, kv_heads, dim, spike, seed=position)
@@ -448,8 +459,9 @@ def test_attention_stores_the_new_token(
         ((352, 48), torch.float32, {"offset": False}),  # 256 + 64 + 32, 32 + 16
         ((9984, 1024), torch.bfloat16, {"rows": 2}),
         ((1280, 256), torch.float32, {"shared": True}),
+        ((352, 48), torch.float16, {}),
     ],
-    ids=["one", "two", "small", "7B", "shared"],
+    ids=["one", "two", "small", "7B", "shared", "half"],
 )
 def test_gated_rows_are_rotated_and_encoded(
     build: Any, sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
@@ -488,8 +500,9 @@ def test_gated_rows_are_rotated_and_encoded(
         ((1920, 168), torch.bfloat16, {"rows": 3}),  # padding, and a part of 1024 channels
         ((4224, 128), torch.float32, {}),  # constants read late
         ((256, 128), torch.float32, {"shared": True, "bare": True}),
+        ((256, 128), torch.float16, {}),
     ],
-    ids=["one", "two", "long", "shared"],
+    ids=["one", "two", "long", "shared", "half"],
 )
 def test_normalised_rows_are_encoded(
     build: Any, sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
