@@ -14,12 +14,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from neurons.backends import triton_encode
 from snnllm.attention import SpikingLlamaAttention
 from snnllm.config import SpikeConfig
+from snnllm.kernels import EncoderSpec, LinearSpec, segments_of
 from snnllm.kernels.attention import launch as attention_launch
 from snnllm.kernels.attention import store
 from snnllm.kernels.attention.backend import TritonAttention
 from snnllm.kernels.triton import greedy, norm, rotary, swiglu
+from snnllm.kernels.triton.backend import TritonBackend
 from snnllm.random_model import Shape, llama_config
 
 compiled: list[str] = []
@@ -54,6 +57,29 @@ driver.set_active(Pretended())
 JITFunction.__getitem__ = launch
 
 
+def linears() -> None:
+    """Encoders alone and behind norm and gate, and products of few and many rows of their counts."""
+    triton_encode.INTERPRETED = True  # takes tensors of the CPU
+    backend, segments = TritonBackend(), segments_of((224, 32))
+    for bits in (2, 4, 8):
+        spec = LinearSpec(
+            encoder=EncoderSpec(torch.randperm(256), (224, 32), (15, 30), False, "linear"),
+            levels=torch.zeros(64, 256, dtype=torch.int8),
+            scale=torch.ones(64, 1),
+            zero=torch.zeros(64, 1, dtype=torch.int32),
+            bias=torch.zeros(64),
+            segments=segments,
+            weight_bits=bits,
+        )
+        layer = backend.prepare(spec)
+        for rows in (1, 16, 300):
+            backend.linear(torch.randn(rows, 256).bfloat16(), layer)
+    plan, x = layer.plan, torch.randn(2, 256).bfloat16()
+    layout = (plan.order, plan.segments, plan.capacities, plan.clip, False, None)
+    swiglu.silu_mul_encode(x, x, (224, 32), *layout, runs=plan.runs)
+    norm.rms_norm_encode(x, x, torch.ones(256).bfloat16(), 1e-5, *layout, runs=plan.runs)
+
+
 def main() -> None:
     norm.early_launch = lambda place: True
     positions, frequencies = torch.arange(6).view(2, 3), torch.rand(64)
@@ -68,6 +94,7 @@ def main() -> None:
     ended, pad = torch.zeros(2, dtype=torch.bool), torch.tensor(0)
     for ends in (None, torch.arange(3)):
         greedy.append_greedy(torch.randn(2, 50000), ids, 8, ended, tokens, pad, ends)
+    linears()
     store.early_launch = lambda place: True
     attention_launch._units = lambda place: 132
     attention_launch._prefill_config = lambda *given: (128, 64, 8, 3)

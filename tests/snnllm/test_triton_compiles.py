@@ -26,4 +26,5 @@ def test_kernels_compile_for_hopper():
     assert result.returncode == 0, result.stderr
     names = result.stdout.split()
     assert names.count("_rotary_tables") == 3
-    assert {"_append_greedy", "_store", "decode", "prefill"} <= set(names)
+    assert {"_append_greedy", "_store", "decode", "prefill", "dot_product"} <= set(names)
+    assert names.count("matmul") == 6  # 2, 4 and 8 bits, 16 and 300 rows
