@@ -85,9 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when done, 1 when a check failed, 2 on bad input (one line on standard error says what), 130 when
         interrupted, 141 when nobody reads the output.
     """
-    if (
-        not sys.stderr.isatty()
-    ):  # a log is no place for bars that move; tqdm reads it when it is imported
+    if not sys.stderr.isatty():  # a log, no place for bars that move
+        # Read when a command imports tqdm.
         os.environ.setdefault("TQDM_MININTERVAL", "30")
     args = build_parser().parse_args(argv)
     level = logging.INFO if args.verbose else logging.WARNING

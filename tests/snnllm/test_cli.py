@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -495,7 +496,8 @@ from tqdm import tqdm
 print(tqdm(range(3)).mininterval)
 """
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    env = {k: v for k, v in os.environ.items() if k != "TQDM_MININTERVAL"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert float(done.stdout) == 30
 
 
