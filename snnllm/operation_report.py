@@ -298,6 +298,29 @@ class OperationReport:
             "energy": self.energy.to_dict(),
         }
 
+    def totals_markdown(self) -> str:
+        """The table of the sums over the model."""
+        synops, unary = self.total("synaptic_operations"), self.total("unary_operations")
+        macs, spikes = self.total("macs"), self.spikes
+        lines = [
+            f"### Operations of {self.label}, {self.tokens} tokens, {self.sequences} sequence(s)",
+            "",
+            "| total of the converted matmuls | |",
+            "|---|--:|",
+            f"| spike rate (signed events per slot) | {100 * spikes.rate:.2f} % |",
+            f"| spike rate of the unsigned unary code | {100 * spikes.unary_rate:.2f} % |",
+            f"| spikes per neuron and token | {spikes.spikes_per_neuron:.3f} |",
+            f"| silent neurons | {100 * spikes.silent_fraction:.2f} % |",
+            f"| synaptic operations (additions) | {synops:,} |",
+            f"| the same in the unsigned unary code | {unary:,} |",
+            f"| MACs of the dense matmuls | {macs:,} |",
+            f"| MACs of neurons that are not silent | {self.total('effective_macs'):,} |",
+            f"| additions per dense MAC | {synops / max(1, macs):.3f} |",
+            f"| ACE over fp16, linears | {100 * self.ace_ratio(Kind.LINEAR):.3f} % |",
+            f"| ACE over fp16, attention included (P is float) | {100 * self.ace_ratio():.3f} % |",
+        ]
+        return "\n".join(lines)
+
     def to_markdown(self) -> str:
         """Totals, sums by projection, what stays float, energy with provenance, every module."""
         scales = FloatPart(
@@ -307,7 +330,7 @@ class OperationReport:
         parts += [f"| {p.name} | {p.macs:,} | {p.rule} |" for p in (*self.float_parts, scales)]
         definitions = ["```", *(__doc__ or "").strip().splitlines()[4:], "```"]
         sections = [
-            _totals_markdown(self),
+            [self.totals_markdown()],
             ["### By projection, summed over the blocks", "", *_table(_by_role(self.rows))],
             ["### Dense parts", "", *parts],
             [self.energy.to_markdown()],
@@ -315,28 +338,6 @@ class OperationReport:
             ["### Definitions", "", *definitions],
         ]
         return "\n\n".join("\n".join(section) for section in sections) + "\n"
-
-
-def _totals_markdown(report: OperationReport) -> list[str]:
-    synops, unary = report.total("synaptic_operations"), report.total("unary_operations")
-    macs, spikes = report.total("macs"), report.spikes
-    return [
-        f"### Operations of {report.label}, {report.tokens} tokens, {report.sequences} sequence(s)",
-        "",
-        "| total of the converted matmuls | |",
-        "|---|--:|",
-        f"| spike rate (signed events per slot) | {100 * spikes.rate:.2f} % |",
-        f"| spike rate of the unsigned unary code | {100 * spikes.unary_rate:.2f} % |",
-        f"| spikes per neuron and token | {spikes.spikes_per_neuron:.3f} |",
-        f"| silent neurons | {100 * spikes.silent_fraction:.2f} % |",
-        f"| synaptic operations (additions) | {synops:,} |",
-        f"| the same in the unsigned unary code | {unary:,} |",
-        f"| MACs of the dense matmuls | {macs:,} |",
-        f"| MACs of neurons that are not silent | {report.total('effective_macs'):,} |",
-        f"| additions per dense MAC | {synops / max(1, macs):.3f} |",
-        f"| ACE over fp16, linears | {100 * report.ace_ratio(Kind.LINEAR):.3f} % |",
-        f"| ACE over fp16, attention included (P is float) | {100 * report.ace_ratio():.3f} % |",
-    ]
 
 
 def _by_role(rows: Sequence[OperationRow]) -> list[tuple[str, list[OperationRow]]]:

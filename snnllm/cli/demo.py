@@ -27,7 +27,7 @@ from snnllm.cli.options import (
     spike_config,
     window_length,
 )
-from snnllm.cli.simulate import OPERATIONS, simulate
+from snnllm.cli.simulate import simulate
 from snnllm.config import SpikeConfig
 from snnllm.durations import duration
 from snnllm.pipelines import Pipeline
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from snnllm.conversion import ConversionReport
     from snnllm.evaluate import PerplexityResult
+    from snnllm.operation_report import OperationReport
     from snnllm.pipelines.start import Options
     from snnllm.sources import Source
 
@@ -149,9 +150,9 @@ def run(args: argparse.Namespace) -> int:
     spiking = dataclasses.replace(spiking, mib=report.weight_bytes / 2**20)
     print("5/5 recording membranes, counting operations")
     rec = output / "simulation"
-    files = simulate(str(checkpoint), model, tokenizer, args.prompt, rec, layers)
+    files, operations = simulate(str(checkpoint), model, tokenizer, args.prompt, rec, layers)
     seconds = time.perf_counter() - start
-    _write_reports(args, report, dense, spiking, files, seconds)
+    _write_reports(args, report, dense, spiking, files, operations, seconds)
     for name, side in (("dense", dense), ("spiking", spiking)):
         print(f"{name:<8} perplexity {side.perplexity.perplexity:.2f}   {_cell(side.sentence)}")
     print(f"report: {output / 'report.md'}  ({duration(seconds)})")
@@ -230,6 +231,7 @@ def _write_reports(
     dense: Side,
     spiking: Side,
     files: list[Path],
+    operations: OperationReport,
     seconds: float,
 ) -> None:
     """Write `report.json`, `report.md` and the model card."""
@@ -264,7 +266,7 @@ def _write_reports(
         conversion="\n".join(f"- {k}: {v}" for k, v in summary(report).items()),
         figures="\n\n".join(f"![{n.stem}]({n})" for n in names if n.suffix == ".png"),
         recordings=", ".join(f"`{n}`" for n in names if n.suffix in (".npz", ".csv")),
-        operations=(output / "simulation" / OPERATIONS).read_text(encoding="utf-8"),
+        operations=operations.to_markdown(),
     )
     (output / "report.md").write_text(text)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snnllm.cli.checks import check_prompt
 from snnllm.cli.options import open_model
 
-OPERATIONS = "operations.md"
-"""The report of the operations, in the folder of the results."""
+if TYPE_CHECKING:
+    from snnllm.operation_report import OperationReport
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Record, count and write; print the totals."""
     check_prompt(args.prompt)
     model, tokenizer = open_model(str(args.model), args, only_spiking=True)
-    files = simulate(
+    files, report = simulate(
         str(args.model),
         model,
         tokenizer,
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         args.channels,
         int(args.memory_limit * 2**20),
     )
-    print((args.output / OPERATIONS).read_text(encoding="utf-8").partition("### By projection")[0])
+    print(f"{report.totals_markdown()}\n")
     print("\n".join(f"wrote {path}" for path in files))
     return 0
 
@@ -78,8 +78,8 @@ def simulate(
     tokens: str = "all",
     channels: str = "auto:6",
     memory_limit: int = 256 << 20,
-) -> list[Path]:
-    """Record a prompt and count its operations; returns the files written.
+) -> tuple[list[Path], OperationReport]:
+    """Record a prompt and count its operations; returns the files written, and what was counted.
 
     Raises:
         ValueError: A layer, token or channel does not exist.
@@ -98,8 +98,8 @@ def simulate(
     report = count_operations(model, tokenizer(prompt, return_tensors="pt").input_ids)
     for path, text in (
         (output / "operations.json", json.dumps(report.to_dict(), indent=2)),
-        (output / OPERATIONS, report.to_markdown()),
+        (output / "operations.md", report.to_markdown()),
     ):
         path.write_text(text + "\n", encoding="utf-8")
         files.append(path)
-    return files
+    return files, report

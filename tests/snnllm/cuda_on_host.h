@@ -266,15 +266,12 @@ template <int LEFT> static void finish() {
 }
 static int finished(int sum) { return sum; }
 static void not_before(unsigned&) {}
-#if defined(OUT) && OUT == 2
-static unsigned pair(float low, float high) {  // float16, to nearest even
-  auto half = [](float f) {
-    const _Float16 rounded = (_Float16)f;
-    unsigned short bits;
-    memcpy(&bits, &rounded, sizeof bits);
-    return (unsigned)bits;
-  };
-  return half(low) | half(high) << 16;
+#if defined(OUT) && OUT == 2  // float16, else bfloat16; to nearest even
+static unsigned half_of(float f) {
+  const _Float16 rounded = (_Float16)f;
+  unsigned short bits;
+  memcpy(&bits, &rounded, sizeof bits);
+  return bits;
 }
 static float low_of(unsigned pair) {
   const unsigned short bits = (unsigned short)pair;
@@ -283,15 +280,13 @@ static float low_of(unsigned pair) {
   return (float)half;
 }
 #else
-static unsigned pair(float low, float high) {  // bfloat16, to nearest even
-  auto half = [](float f) {
-    const unsigned u = __float_as_int(f);
-    return (u + 0x7FFF + (u >> 16 & 1)) >> 16;
-  };
-  return half(low) | half(high) << 16;
+static unsigned half_of(float f) {
+  const unsigned u = __float_as_int(f);
+  return (u + 0x7FFF + (u >> 16 & 1)) >> 16;
 }
 static float low_of(unsigned pair) { return __int_as_float(pair << 16); }
 #endif
+static unsigned pair(float low, float high) { return half_of(low) | half_of(high) << 16; }
 
 static std::function<void()> body;
 static void enter() {

@@ -24,6 +24,7 @@ from snnllm.head_rotation import HeadRotation
 from snnllm.kernels.attention.backend import TritonAttention
 from snnllm.kernels.triton.backend import TritonBackend
 from snnllm.modeling import load
+from tests.snnllm.random_attention import kernels_of, random_attention
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 from snnllm.kernels.attention import launch as attention_launch
@@ -39,32 +40,10 @@ BLOCK = 64  # of keys, at most
 def make(
     heads: int = 4, kv_heads: int = 2, dim: int = 8, seed: int = 0, **spike: Any
 ) -> tuple[SpikingLlamaAttention, TritonAttention]:
-    """A block whose heads have different numbers of salient channels, and its kernels.
-
-    With `rotation="groups"` in `spike`, the order in front of the groups is random; so is the offset of K
-    with `key_offset`.
-    """
-    config = LlamaConfig(
-        hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
-    )
+    """A block whose heads have different numbers of salient channels, and its kernels."""
     values = {"salient_ratio": 0.3, **spike}
-    module = SpikingLlamaAttention(config, 0, SpikeConfig(**values)).eval().to(DEVICE)
-    generator = torch.Generator().manual_seed(seed)
-    masks = torch.rand(2, kv_heads, dim, generator=generator) < 0.3
-    masks = (masks & (len(module.k_encoder.steps) > 1)).to(DEVICE, torch.uint8)
-    module.set_channel_groups(masks[0], masks[1])
-    if module.qk_rotation is not None:
-        module.qk_rotation.sort(torch.rand(kv_heads, dim, generator=generator).argsort(-1))
-    if "offset_key" in module._buffers:
-        offset = torch.randn(kv_heads, dim, generator=generator)
-        module.get_buffer("offset_key").copy_(offset)
+    module, _ = random_attention(heads, kv_heads, dim, seed=seed, device=DEVICE, **values)
     return module, kernels_of(module)
-
-
-def kernels_of(module: SpikingLlamaAttention) -> TritonAttention:
-    encoders = (module.q_encoder, module.k_encoder, module.v_encoder)
-    assert TritonAttention.refusal(*encoders, module.qk_rotation) is None
-    return TritonAttention.of(*encoders, module.qk_rotation, module._buffers.get("offset_key"))
 
 
 def operands(

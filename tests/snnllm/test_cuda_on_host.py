@@ -14,13 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from snnllm.kernels import EncoderSpec, LinearSpec, ReferenceBackend, segments_of
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 from snnllm.attention import SpikingLlamaAttention, spiking_attention
-from snnllm.config import SpikeConfig
 from snnllm.kernels.attention.backend import TritonAttention
 from snnllm.kernels.attention.rotation import mixing_of
 from snnllm.kernels.attention.store import store_heads
@@ -35,6 +33,7 @@ from snnllm.kernels.cuda.primitives import OUTPUTS, PREAMBLE, SHARED
 from snnllm.kernels.triton.backend import TritonBackend, TritonLinear, encode_plan
 from snnllm.kernels.triton.swiglu import silu_mul_encode
 from snnllm.norm import rms_norm
+from tests.snnllm.random_attention import kernels_of, random_attention
 
 FLAGS = ("-std=c++17", "-O2", "-w", "-ffp-contract=off", "-shared", "-fPIC")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -279,17 +278,10 @@ def test_kernels_have_the_integers_and_outputs_of_the_reference(
 def with_random_groups(
     heads: int, kv_heads: int, dim: int, spike: dict[str, Any], seed: int
 ) -> tuple[SpikingLlamaAttention, torch.Generator]:
-    """Attention with random salient channels of K and V, and what drew them."""
-    config = LlamaConfig(
-        hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads
-    )
+    """Attention with as many salient channels as it says, a tenth if it does not, and what drew them."""
     spike = {"salient_ratio": 0.1, **spike}
-    module = SpikingLlamaAttention(config, 0, SpikeConfig(**spike)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    masks = torch.rand(2, kv_heads, dim, generator=generator) < spike["salient_ratio"]
-    masks &= len(module.k_encoder.steps) > 1
-    module.set_channel_groups(*masks.to(torch.uint8))
-    return module, generator
+    density = spike["salient_ratio"]
+    return random_attention(heads, kv_heads, dim, seed=seed, density=density, **spike)
 
 
 def attend(
@@ -414,12 +406,7 @@ def test_attention_stores_the_new_token(
 ) -> None:
     """The payloads of the kernel that only stores, and the output of the one that only attends."""
     module, generator = with_random_groups(heads, kv_heads, dim, spike, seed=position)
-    if module.qk_rotation is not None:
-        module.qk_rotation.sort(torch.rand(kv_heads, dim, generator=generator).argsort(-1))
-    if "offset_key" in module._buffers:
-        module.get_buffer("offset_key").copy_(torch.randn(kv_heads, dim, generator=generator))
-    encoders = (module.q_encoder, module.k_encoder, module.v_encoder)
-    kernels = TritonAttention.of(*encoders, module.qk_rotation, module._buffers.get("offset_key"))
+    kernels = kernels_of(module)
     batch, keys = 2, 70
     projected = torch.randn(batch, 1, (heads + 2 * kv_heads) * dim, generator=generator)
     projected[..., dim // 2 :: dim] *= 20

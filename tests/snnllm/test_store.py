@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, StaticCache
+from transformers import StaticCache
 
 from snnllm import modeling, shared_input
 from snnllm.attention import SpikingLlamaAttention
@@ -24,6 +24,7 @@ from snnllm.kernels.triton.backend import TritonBackend
 from snnllm.linear import SpikingLinear
 from snnllm.pipelines.rotated import RotatedOptions, rotated_config
 from snnllm.random_model import Shape, llama_config, random_spiking
+from tests.snnllm.random_attention import kernels_of, random_attention
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 from snnllm.kernels.attention import operators as attention_ops
@@ -38,31 +39,11 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def kernels_of(module: SpikingLlamaAttention) -> TritonAttention:
-    encoders = (module.q_encoder, module.k_encoder, module.v_encoder)
-    assert TritonAttention.refusal(*encoders, module.qk_rotation) is None
-    return TritonAttention.of(*encoders, module.qk_rotation, module._buffers.get("offset_key"))
-
-
 def make(
     heads: int, kv_heads: int, dim: int, seed: int, **spike: Any
 ) -> tuple[Any, TritonAttention]:
     """A block with random groups, order and offset, and its kernels."""
-    config = LlamaConfig(
-        hidden_size=heads * dim,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        num_hidden_layers=1,
-    )
-    module = SpikingLlamaAttention(config, 0, SpikeConfig(**spike)).eval().to(DEVICE)
-    generator = torch.Generator().manual_seed(seed)
-    masks = torch.rand(2, kv_heads, dim, generator=generator) < 0.3
-    masks = (masks & (len(module.k_encoder.steps) > 1)).to(DEVICE, torch.uint8)
-    module.set_channel_groups(masks[0], masks[1])
-    if module.qk_rotation is not None:
-        module.qk_rotation.sort(torch.rand(kv_heads, dim, generator=generator).argsort(-1))
-    if "offset_key" in module._buffers:
-        module.get_buffer("offset_key").copy_(torch.randn(kv_heads, dim, generator=generator))
+    module, _ = random_attention(heads, kv_heads, dim, seed=seed, device=DEVICE, **spike)
     return module, kernels_of(module)
 
 
