@@ -1,7 +1,8 @@
 """Greedy decoding and sampling over recorded passes (`snnllm.decoding`): the loop of `generate`.
 
 Whether all sequences have ended is read one step late, so that the device never waits for the program. Greedy
-tokens are chosen and appended in one kernel, where nothing but end tokens and the length stops.
+tokens are chosen and appended in one kernel, where nothing but end tokens, behind a least length, and the length
+stops.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.logits_process import (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from snnllm.block import CACHE_ARGUMENT
@@ -42,8 +47,8 @@ def sample(
     )
     pad = generation_config._pad_token_tensor
     greedy = None
-    if not logits_processor and not generation_config.do_sample:
-        greedy = _Greedy.of(input_ids, stopping_criteria, pad)
+    if not generation_config.do_sample:
+        greedy = _Greedy.of(input_ids, logits_processor, stopping_criteria, pad)
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     logits = None
@@ -80,7 +85,7 @@ def sample(
             if full or bool(ended.all()):
                 streamer.end()
                 return input_ids.clone()
-        elif finished.before(ended):
+        elif (greedy is None or greedy.may_end) and finished.before(ended):
             return input_ids[:, :-1].clone()
         elif full:
             return input_ids
@@ -95,21 +100,29 @@ class _Greedy:
         length: Of the sequences in the end.
         ends: End tokens, `[E]`, or None.
         pad: Token behind the end, with `ends`.
+        least: Tokens of a sequence, prompt and all, before it may end.
     """
 
     def __init__(
-        self, prompts: Tensor, length: int, ends: Tensor | None, pad: Tensor | None
+        self,
+        prompts: Tensor,
+        length: int,
+        ends: Tensor | None,
+        pad: Tensor | None,
+        least: int = 0,
     ) -> None:
         batch, self._many = prompts.shape
         self._ids = prompts.new_empty((batch, length), dtype=torch.int64)
         self._ids[:, : self._many] = prompts
         self._ended = torch.zeros(batch, dtype=torch.bool, device=prompts.device)
         self._ends = None if ends is None else ends.to(self._ids).reshape(-1)
-        self._pad = pad
+        self._pad, self._least = pad, least
 
     @classmethod
-    def of(cls, prompts: Tensor, criteria: Any, pad: Tensor | None) -> _Greedy | None:
-        """None if a criterion wants to be asked, or to warn of long sequences."""
+    def of(
+        cls, prompts: Tensor, processors: Any, criteria: Any, pad: Tensor | None
+    ) -> _Greedy | None:
+        """None if a processor or a criterion wants to be asked, or to warn of long sequences."""
         length, ends = criteria.max_length, None
         for criterion in criteria:
             if type(criterion) is EosTokenCriteria and ends is None:
@@ -119,7 +132,23 @@ class _Greedy:
                 return None
             if length > (criterion.max_position_embeddings or length):
                 return None
-        return cls(prompts, length, ends, pad)
+        least = 0
+        for processor in processors or ():
+            if type(processor) is MinNewTokensLengthLogitsProcessor:
+                own = processor.prompt_length_to_skip + processor.min_new_tokens
+            elif type(processor) is MinLengthLogitsProcessor:
+                own = processor.min_length
+            else:
+                return None
+            if ends is None or not torch.equal(processor.eos_token_id.cpu(), ends.cpu()):
+                return None
+            least = max(least, own)
+        return cls(prompts, length, ends, pad, least)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the last token may have been an end."""
+        return self._ends is not None and self._many > self._least
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Append one token to each sequence.
@@ -132,12 +161,15 @@ class _Greedy:
             All tokens up to now `[B, S + new]`, and which sequences have ended, bool `[B]`; both are overwritten.
         """
         place, ends = self._many, self._ends
+        barred = ends is not None and place < self._least
         self._many += 1
         if kernels_run_on(logits.device.type):
             from snnllm.kernels.triton.greedy import append_greedy  # needs Triton
 
-            append_greedy(logits, self._ids, place, self._ended, tokens, self._pad, ends)
+            append_greedy(logits, self._ids, place, self._ended, tokens, self._pad, ends, barred)
         else:
+            if barred:
+                logits = logits.index_fill(1, cast(Tensor, ends), -torch.inf)
             torch.argmax(logits, dim=-1, out=tokens)
             if ends is not None:
                 torch.where(self._ended, cast(Tensor, self._pad), tokens, out=tokens)

@@ -98,6 +98,7 @@ static unsigned char* shared_at(unsigned at) { return SHARED_MEMORY + at; }
 static unsigned shared_address(const void* p) { return (unsigned)((const unsigned char*)p - SHARED_MEMORY); }
 static void wait_for_kernel_in_front() {}
 static void launch_dependents() {}
+#define REHEARSED(is) for (unsigned real = !(is); ; real = 1)
 template <int N> static void give_registers() {}
 template <int N> static void take_registers() {}
 

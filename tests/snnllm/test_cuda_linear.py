@@ -23,11 +23,18 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from snnllm.kernels.cuda import attention_source as cuda_attention_source
 from snnllm.kernels.cuda import driver as cuda_driver
 from snnllm.kernels.cuda import encode_source as cuda_encode_source
+from snnllm.kernels.cuda import gated_source as cuda_gated_source
 from snnllm.kernels.cuda import linear as cuda_linear
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
 from snnllm.kernels.cuda.attention_token_source import packed_mixing
-from snnllm.kernels.cuda.linear import Rows, Tiles, choose_shape, unsuitable, whole_tiles
+from snnllm.kernels.cuda.linear import (
+    Rows,
+    Tiles,
+    choose_shape,
+    unsuitable,
+    whole_tiles,
+)
 from snnllm.kernels.cuda.primitives import OUTPUTS
 from snnllm.kernels.triton.backend import TritonBackend, encode_plan, multiply
 
@@ -51,7 +58,8 @@ SHAPES = [
 def macros(shape: Rows | Tiles, rows8: int = 1, segments: int = 2) -> dict[str, int]:
     own = {name.upper(): int(value) for name, value in shape._asdict().items()}
     more = {"ROWS8": rows8} if isinstance(shape, Rows) else {}
-    return {**own, **more, "SEGMENTS": segments, "SHIFT": 1, "BIAS": 1, "RESIDUAL": 0, "JOINT": 1}
+    shared = {"SEGMENTS": segments, "SHIFT": 1, "BIAS": 1, "RESIDUAL": 0, "JOINT": 1}
+    return {**own, **more, **shared}
 
 
 @pytest.mark.parametrize(
@@ -195,11 +203,14 @@ def test_every_shape_compiles_without_serialised_products(
 @pytest.mark.parametrize("groups", [1, 2])
 def test_encoding_kernels_compile(out: int, groups: int) -> None:
     names = {"GROUPS": groups, "ONE_RANGE": groups % 2, "OFFSET": 1, "OUT": out}
-    gated = {**names, "CLUSTER": 2 * groups, "THREADS": 96}
-    normed = {**names, "CHUNKS": 4 * groups, "ADDED": groups - 1, "GAIN": groups - 1}
-    sources = (cuda_encode_source.GATED_SOURCE, cuda_encode_source.NORMED_SOURCE)
-    for source, macros in zip(sources, (gated, normed), strict=True):
-        code, _ = cuda_driver.compiled(source, tuple(macros.items()), "sm_90a")
+    more = groups - 1
+    row = {**names, "CHUNKS": 4 * groups, "ADDED": more, "NORM": more, "GAIN": more}
+    sources = [
+        (cuda_gated_source.SOURCE, {**names, "CLUSTER": 2 * groups, "THREADS": 96}),
+        (cuda_encode_source.SOURCE, row),
+    ]
+    for source, known in sources:
+        code, _ = cuda_driver.compiled(source, tuple(known.items()), "sm_90a")
         assert code.startswith(b"\x7fELF")
 
 
@@ -209,7 +220,14 @@ def test_encoding_kernels_compile(out: int, groups: int) -> None:
 def test_attention_compiles(out: int, channels: int, stored: int, cluster: int) -> None:
     names = {"D": channels, "G": 2, "QUERY_GROUPS": 1, "ONE_RANGE": 0, "ROWS": cluster}
     names |= {"KEY_BYTES": 80, "VALUE_BYTES": 80, "PLANES": 2, "KEY_PLANE": 2, "VALUE_PLANE": 2}
-    names |= {"CLUSTER": cluster, "QUERY": out, "MASK": out, "OUT": out, "STORED": stored}
+    names |= {
+        "CLUSTER": cluster,
+        "QUERY": out,
+        "MASK": out,
+        "OUT": out,
+        "STORED": stored,
+        "REHEARSES": stored,
+    }
     mixed = packed_mixing((channels,) * (channels.bit_length() - 2) + (0,)) * stored
     names |= {"ROTATED": stored, "OFFSET": stored, "MIXED": mixed}
     source, macros = cuda_attention_source.SOURCE, tuple(names.items())

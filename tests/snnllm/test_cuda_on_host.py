@@ -26,6 +26,7 @@ from snnllm.kernels.cuda import attention as cuda_attention
 from snnllm.kernels.cuda import attention_source as cuda_attention_source
 from snnllm.kernels.cuda import encode as cuda_encode
 from snnllm.kernels.cuda import encode_source as cuda_encode_source
+from snnllm.kernels.cuda import gated_source as cuda_gated_source
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
 from snnllm.kernels.cuda.driver import Launch
@@ -77,10 +78,10 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n, const fl
   run(blocks, threads, kernel, CLUSTER);
 }
 """,
-    "normed": r"""
+    "row": r"""
 extern "C" void launch(int blocks, int threads, void** p, const int* n, const float* f) {
   run(blocks, threads, [&] {
-    encode_normed(p[0], p[1], p[2], (const float*)p[3], (const float*)p[4], (const float*)p[5], p[6],
+    encode_rows(p[0], p[1], p[2], (const float*)p[3], (const float*)p[4], (const float*)p[5], p[6],
                   (unsigned char*)p[7], (float*)p[8], (int*)p[9], (int*)p[10], f[0], n[0], n[1], n[2], n[3],
                   n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11]);
   });
@@ -101,19 +102,11 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n, const fl
 }
 BODIES = {
     "rows": cuda_rows_source.BODY,
-    "gated": cuda_encode_source.ENCODING + cuda_encode_source.GATED,
-    "normed": cuda_encode_source.ENCODING + cuda_encode_source.NORMED,
+    "gated": cuda_encode_source.ENCODING + cuda_gated_source.BODY,
+    "row": cuda_encode_source.ENCODING + cuda_encode_source.BODY,
     "tiles": cuda_tiles_source.BODY,
     "attention": cuda_attention_source.BODY,
 }
-MEMORY = {
-    "rows": "memory",
-    "tiles": "unaligned",
-    "gated": "memory",
-    "normed": "memory",
-    "attention": "memory",
-}
-"""Shared memory as the kernels call it."""
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +125,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, 
                 + PREAMBLE
                 + header
                 + SHARED
-                + f"#define {MEMORY[name]} SHARED_MEMORY\n"
+                + f"#define {'unaligned' if name == 'tiles' else 'memory'} SHARED_MEMORY\n"
                 + BODIES[name].replace("extern __shared__", "//")
                 + ENTRY[name]
             )
@@ -488,37 +481,42 @@ def test_gated_rows_are_rotated_and_encoded(
         ((4224, 128), torch.float32, {}),  # constants read late
         ((256, 128), torch.float32, {"shared": True, "bare": True}),
         ((256, 128), torch.float16, {}),
+        ((300,), torch.bfloat16, {"plain": True}),
+        ((1920, 168), torch.float32, {"plain": True, "bare": True}),
     ],
-    ids=["one", "two", "long", "shared", "half"],
+    ids=["one", "two", "long", "shared", "half", "plain", "bare"],
 )
-def test_normalised_rows_are_encoded(
+def test_rows_are_encoded(
     build: Any, sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     """The bits of the norm and of the encoder one after the other."""
-    k, rows, shared = sum(sizes), options.get("rows", 1), options.get("shared", False)
+    k, many, shared = sum(sizes), options.get("rows", 1), options.get("shared", False)
+    bare, eps = "bare" in options, None if "plain" in options else 1e-5
     generator = torch.Generator().manual_seed(k)
-    x, added = ((torch.randn(rows, k, generator=generator) * 3).to(dtype) for _ in range(2))
+    x, added = ((torch.randn(many, k, generator=generator) * 3).to(dtype) for _ in range(2))
     gain = torch.rand(k, generator=generator).add(0.5).to(dtype)
-    offset = torch.randn(k, generator=generator) / 8
+    offset = None if bare else torch.randn(k, generator=generator) / 8
     capacities = (15, 200)[: len(sizes)]
     spec = EncoderSpec(torch.arange(k), sizes, capacities, shared, "layer")
     linear = dataclasses.replace(spec_of(8, sizes, capacities, False), encoder=spec)
-    plan = TritonBackend().prepare(linear).plan
-    total = x if "bare" in options else x + added
-    norm = rms_norm(total, None if "bare" in options else gain, 1e-5)
-    taken = None if "bare" in options else offset
-    expected = encode_plan(norm, plan, taken)
-    outputs = (torch.zeros_like(x), *(torch.full_like(t, 77) for t in expected))
-    operands = (x, None, None) if "bare" in options else (x, added, gain)
-    runs = plan.runs or ()
-    assert "compute capability" in str(cuda_encode.normed_unsuitable(*operands, runs, taken))
-    layout = (taken, plan.capacities, plan.clip)
-    launched(
-        build, "normed", cuda_encode.normed_launch(*operands, 1e-5, layout, outputs, runs, shared)
+    layer = TritonBackend().prepare(linear)
+    assert isinstance(layer, TritonLinear)
+    plan = layer.plan
+    total = x if bare or eps is None else x + added
+    norm = x if eps is None else rms_norm(total, None if bare else gain, eps)
+    expected = encode_plan(norm, plan, offset)
+    rows = cuda_encode.RowInput(
+        x,
+        *((None, None) if bare or eps is None else (added, gain)),
+        *(eps, offset, plan.capacities, plan.clip, plan.runs, shared),
     )
+    assert "compute capability" in str(rows.unsuitable())
+    stream = torch.zeros_like(x)
+    outputs = (stream, *(torch.full_like(t, 77) for t in expected))
+    launched(build, "row", cuda_encode.row_launch(rows, outputs))
     for mine, other in zip(outputs[1:], expected, strict=True):
         assert torch.equal(mine, other)
-    assert "bare" in options or torch.equal(outputs[0], total)
+    assert rows.added is None or torch.equal(stream, total)
 
 
 RESIDUALS = {

@@ -2,6 +2,12 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.generation.logits_process import (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    TemperatureLogitsWarper,
+)
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -18,23 +24,24 @@ from snnllm.sampling import _Greedy
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def chosen(rows, ends, pad):
+def chosen(rows, ends, pad, least=0):
     """Tokens of a few steps, and which sequences have ended behind each of them."""
     batch, steps = rows.shape[1], len(rows)
     prompts = torch.arange(3 * batch, device=DEVICE).view(batch, 3)
-    greedy = _Greedy(prompts, 3 + steps, ends, pad)
+    greedy = _Greedy(prompts, 3 + steps, ends, pad, least)
     tokens, found = torch.full((batch,), -1, device=DEVICE), []
     for logits in rows:
         ids, ended = greedy(logits, tokens)
         assert torch.equal(ids[:, -1], tokens)
+        assert greedy.may_end or not ended.any()
         found.append(ended.clone())
     assert torch.equal(ids[:, :3], prompts)
     return ids, torch.stack(found)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 70])
-@pytest.mark.parametrize("many_ends", [None, 1, 3])
-def test_tokens_are_those_of_torch(monkeypatch, vocabulary, many_ends):
+@pytest.mark.parametrize(("many_ends", "least"), [(None, 0), (1, 0), (3, 0), (1, 4), (3, 5)])
+def test_tokens_are_those_of_torch(monkeypatch, vocabulary, many_ends, least):
     monkeypatch.setattr(kernel, "_MOST_AT_ONCE", 32)  # three parts of the vocabulary
     generator = torch.Generator().manual_seed(vocabulary)
     rows = torch.randint(-4, 5, (6, 4, vocabulary), generator=generator).float()  # many are equal
@@ -45,24 +52,48 @@ def test_tokens_are_those_of_torch(monkeypatch, vocabulary, many_ends):
     ends = None if many_ends is None else rows[0].argmax(-1).unique()[:many_ends].contiguous()
     pad = None if ends is None else torch.tensor(vocabulary + 1, device=DEVICE)
     monkeypatch.setattr(sampling, "kernels_run_on", lambda kind: False)
-    expected = chosen(rows, ends, pad)
+    expected = chosen(rows, ends, pad, least)
     assert ends is None or expected[1].any()
+    assert not expected[1][: max(0, least - 3)].any()
     monkeypatch.setattr(sampling, "kernels_run_on", lambda kind: True)
-    for mine, theirs in zip(chosen(rows, ends, pad), expected, strict=True):
+    for mine, theirs in zip(chosen(rows, ends, pad, least), expected, strict=True):
         assert torch.equal(mine, theirs)
 
 
-def test_other_criteria_are_asked():
+def test_other_criteria_and_processors_are_asked():
     prompts = torch.zeros(1, 2, dtype=torch.int64)
     pad, length = torch.tensor(0), MaxLengthCriteria(9)
     ends = EosTokenCriteria([4, 5])
-    assert _Greedy.of(prompts, StoppingCriteriaList([length]), None) is not None
-    assert _Greedy.of(prompts, StoppingCriteriaList([length, ends]), pad) is not None
-    others = (
+
+    def made(*criteria, processors=(), pad=pad):
+        return _Greedy.of(prompts, processors, StoppingCriteriaList([*criteria]), pad)
+
+    assert made(length, pad=None) is not None
+    assert made(length, ends) is not None
+    for other in (
         MaxTimeCriteria(9.0),
         MaxLengthCriteria(9, 8),
         MaxLengthCriteria(8),
         EosTokenCriteria(3),
-    )
-    for other in others:
-        assert _Greedy.of(prompts, StoppingCriteriaList([length, ends, other]), pad) is None
+    ):
+        assert made(length, ends, other) is None
+    new = MinNewTokensLengthLogitsProcessor(2, 3, [4, 5])
+    greedy = made(length, ends, processors=[new, MinLengthLogitsProcessor(4, [4, 5])])
+    assert greedy is not None
+    assert greedy._least == 5
+    assert made(length, processors=[new]) is None
+    for other in (MinLengthLogitsProcessor(4, [4]), TemperatureLogitsWarper(0.5)):
+        assert made(length, ends, processors=[new, other]) is None
+
+
+@pytest.mark.parametrize("options", [{"min_new_tokens": 5}, {"min_length": 6}, {}], ids=str)
+def test_a_least_length_is_that_of_transformers(tiny_checkpoint, options):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).to(DEVICE)
+    ids = torch.tensor([[1, 7, 9], [5, 6, 2]], device=DEVICE)
+    tokens = model.generate(ids, max_new_tokens=8, eos_token_id=None, pad_token_id=0)
+    ends = tokens[:, 3:5].flatten().tolist()  # ends at once, if it may
+    options = {**options, "max_new_tokens": 8, "eos_token_id": ends, "pad_token_id": 0}
+    ours = model.generate(ids, **options)
+    theirs = model.generate(ids, **options, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(ours, theirs.sequences)
+    assert options.keys() & {"min_new_tokens", "min_length"} or ours.shape[1] < 8

@@ -1,7 +1,7 @@
-"""Encoding of few rows in CUDA C++ on Hopper, gated and rotated or normalised: where it serves, its launch.
+"""Encoding of few rows in CUDA C++ on Hopper, gated and rotated, normalised or plain: where it serves, its launch.
 
-The integers are those of `snnllm.kernels.triton.swiglu` and `snnllm.kernels.triton.norm`, whose kernels run wherever
-these cannot.
+The integers are those of `snnllm.kernels.triton.swiglu`, `snnllm.kernels.triton.norm` and
+`neurons.backends.triton_encode`, whose kernels run wherever these cannot.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 from torch import Tensor
 
 from neurons.backends.device import EARLY_ROWS
 from snnllm.hadamard import RADIX, rotation_blocks
-from snnllm.kernels.cuda import encode_source
+from snnllm.kernels.cuda import encode_source, gated_source
 from snnllm.kernels.cuda.driver import Launch, processors, without
 from snnllm.kernels.cuda.primitives import OUTPUTS
 from snnllm.norm import LANES
@@ -22,7 +23,7 @@ from snnllm.norm import LANES
 _MOST_CLUSTER = 8
 _MOST_THREADS = 512
 _WARP = 32
-_MOST_NORMED = 8192  # channels: a thread holds 4 of every 1024
+_MOST_CHANNELS = 8192  # channels: a thread holds 4 of every 1024
 _VECTOR = 4
 
 
@@ -52,37 +53,75 @@ def gated_unsuitable(
     return None
 
 
-def normed_unsuitable(
-    x: Tensor,
-    added: Tensor | None,
-    gain: Tensor | None,
-    runs: Sequence[int] | None,
-    offset: Tensor | None,
-) -> str | None:
-    """Return None where the kernel for normalised rows serves, else the reason why not.
+class RowInput(NamedTuple):
+    """Rows that are encoded, or whose norm is, by `encode_source`.
 
-    Args:
+    Attributes:
         x: `[M, K]`, stride 1 along K.
-        added: Likewise; or None.
-        gain: `[K]` in the dtype of x; or None.
+        added: Likewise, added to x first; or None.
+        gain: Of the norm, `[K]` in the dtype of x; or None.
+        eps: Added to the mean of the squares; None: no norm.
+        offset: Taken off, float32 `[K]`; or None.
+        capacities: float32 `[G]`.
+        clip: float32 `[G]`.
         runs: Layout of the groups (`neurons.backends.triton_encode_tiles.runs_of`).
-        offset: float32 `[K]` or None.
+        shared: One range for all groups.
     """
-    reason = without(x.device)
-    if reason is not None:
-        return reason
-    if x.shape[1] > _MOST_NORMED or len(x) > EARLY_ROWS:
-        return f"up to {_MOST_NORMED} channels and {EARLY_ROWS} rows only"
-    if (
-        runs is None
-        or len(runs) not in (4, 8)
-        or min(runs[3::4]) < 0
-        or sum(runs[2::4]) != x.shape[1]
-    ):
-        return "one or two groups of neighbours only"
-    if any(size % _VECTOR for size in runs) or not _in_vectors(x, added, gain, offset):
-        return "groups and rows in fours only"
-    return None
+
+    x: Tensor
+    added: Tensor | None
+    gain: Tensor | None
+    eps: float | None
+    offset: Tensor | None
+    capacities: Tensor
+    clip: Tensor
+    runs: Sequence[int] | None
+    shared: bool
+
+    def unsuitable(self) -> str | None:
+        """Return None where the kernels serve these rows, else the reason why not."""
+        reason = without(self.x.device)
+        if reason is not None:
+            return reason
+        rows, channels = self.x.shape
+        if channels > _MOST_CHANNELS or rows > EARLY_ROWS:
+            return f"up to {_MOST_CHANNELS} channels and {EARLY_ROWS} rows only"
+        runs = self.runs
+        if (
+            runs is None
+            or len(runs) not in (4, 8)
+            or min(runs[3::4]) < 0
+            or sum(runs[2::4]) != channels
+        ):
+            return "one or two groups of neighbours only"
+        operands = (self.x, self.added, self.gain, self.offset)
+        if any(t is not None and t.dtype != self.x.dtype for t in operands[:3]):
+            return "one dtype only"
+        if any(size % _VECTOR for size in runs) or not _in_vectors(*operands):
+            return "groups and rows in fours only"
+        return None
+
+    def macros(self) -> dict[str, int]:
+        """Those of the kernel."""
+        return {
+            **_macros(self.x, self.offset, self.runs or (), self.shared),
+            "CHUNKS": -(-self.x.shape[1] // LANES),
+            "ADDED": int(self.added is not None),
+            "NORM": int(self.eps is not None),
+            "GAIN": int(self.gain is not None),
+        }
+
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What a kernel reads, in its order."""
+        return (self.x, self.added, self.gain, self.offset, self.capacities, self.clip)
+
+    def epsilon(self) -> float:
+        """What a kernel adds to the mean of the squares, if it does."""
+        return 0.0 if self.eps is None else float(self.eps)
+
+    def layout(self) -> tuple[int, ...]:
+        """The runs of two groups, the second one empty if there is one."""
+        return _both(self.runs or ())
 
 
 def _in_vectors(*operands: Tensor | None) -> bool:
@@ -133,47 +172,26 @@ def gated_launch(
     macros = {**_macros(gate, layout[0], runs, shared), "CLUSTER": cluster, "THREADS": threads}
     numbers = (gate.stride(0), up.stride(0), channels, outputs[0].shape[1], *_both(runs))
     return Launch(
-        *(encode_source.GATED_SOURCE, "encode_gated", macros, rows * cluster, threads),
-        encode_source.gated_shared_bytes(threads),
+        *(gated_source.SOURCE, "encode_gated", macros, rows * cluster, threads),
+        gated_source.shared_bytes(threads),
         (gate, up, *layout, *outputs, *numbers),
     )
 
 
-def normed_launch(
-    x: Tensor,
-    added: Tensor | None,
-    gain: Tensor | None,
-    eps: float,
-    layout: tuple[Tensor | None, Tensor, Tensor],
-    outputs: tuple[Tensor, ...],
-    runs: Sequence[int],
-    shared: bool,
-) -> Launch:
-    """The launch for operands of which `normed_unsuitable` says nothing.
+def row_launch(rows: RowInput, outputs: tuple[Tensor, ...]) -> Launch:
+    """The launch that only encodes rows, for operands that are not `unsuitable`.
 
     Args:
-        x: As in `normed_unsuitable`.
-        added: Likewise.
-        gain: Likewise.
-        eps: Added to the mean of the squares.
-        layout: As in `gated_launch`.
+        rows: What is encoded.
         outputs: The sum of x and what is added `[M, K]`, written if something is; then as in `gated_launch`.
-        runs: As in `normed_unsuitable`.
-        shared: One range for both groups.
     """
-    rows, channels = x.shape
-    macros = {
-        **_macros(x, layout[0], runs, shared),
-        "CHUNKS": -(-channels // LANES),
-        "ADDED": int(added is not None),
-        "GAIN": int(gain is not None),
-    }
-    strides = (x.stride(0), 0 if added is None else added.stride(0))
-    numbers = (float(eps), *strides, channels, outputs[1].shape[1], *_both(runs))
+    many, channels = rows.x.shape
+    strides = (rows.x.stride(0), 0 if rows.added is None else rows.added.stride(0))
+    numbers = (rows.epsilon(), *strides, channels, outputs[1].shape[1], *rows.layout())
     return Launch(
-        *(encode_source.NORMED_SOURCE, "encode_normed", macros, rows, encode_source.NORMED_THREADS),
-        encode_source.normed_shared_bytes(),
-        (x, added, gain, *layout, *outputs, *numbers),
+        *(encode_source.SOURCE, "encode_rows", rows.macros(), many, encode_source.ROW_THREADS),
+        encode_source.ENCODE_BYTES,
+        (*rows.operands(), *outputs, *numbers),
     )
 
 

@@ -27,6 +27,7 @@ def append_greedy(
     tokens: Tensor,
     pad: Tensor | None,
     ends: Tensor | None,
+    barred: bool = False,
 ) -> None:
     """Choose the most likely token of each sequence: ``torch.argmax``, but that NaN is infinity.
 
@@ -39,6 +40,7 @@ def append_greedy(
         tokens: int64 ``[B]``, contiguous; written, too.
         pad: int64, one element; with ``ends``.
         ends: End tokens, int64 ``[E]``, contiguous; None: there are none.
+        barred: No end token is chosen, as long as another one is above minus infinity.
     """
     batch, vocabulary = logits.shape
     launch: Any = _append_greedy[(batch,)]
@@ -46,14 +48,14 @@ def append_greedy(
     with on(logits.device):
         launch(
             *(logits, ids, ended, tokens, pad, ends),
-            *(vocabulary, ids.shape[1], place),
+            *(vocabulary, ids.shape[1], place, int(barred)),
             ENDS=0 if ends is None else len(ends),
             BLOCK=block,
             num_warps=min(32, max(4, block // 1024)),
         )
 
 
-@triton.jit(do_not_specialize=["length", "place"])
+@triton.jit(do_not_specialize=["length", "place", "barred"])
 def _append_greedy(  # type: ignore[no-untyped-def]
     logits_ptr,
     ids_ptr,
@@ -64,6 +66,7 @@ def _append_greedy(  # type: ignore[no-untyped-def]
     vocabulary,
     length,
     place,
+    barred,
     ENDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -74,6 +77,8 @@ def _append_greedy(  # type: ignore[no-untyped-def]
         i = first + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + row * vocabulary + i, mask=i < vocabulary, other=float("-inf"))
         x = tl.where(x == x, x, float("inf"))
+        for e in tl.static_range(ENDS):
+            x = tl.where((tl.load(ends_ptr + e) == i) & (barred != 0), float("-inf"), x)
         highest, place_of = tl.max(x, 0, return_indices=True)  # the first of equal ones
         token = tl.where(highest > top, first + place_of, token)
         top = tl.maximum(top, highest)
