@@ -98,7 +98,7 @@ static unsigned char* shared_at(unsigned at) { return SHARED_MEMORY + at; }
 static unsigned shared_address(const void* p) { return (unsigned)((const unsigned char*)p - SHARED_MEMORY); }
 static void wait_for_kernel_in_front() {}
 static void launch_dependents() {}
-#define REHEARSED(is) for (unsigned real = !(is); ; real = 1)
+#define REHEARSED for (unsigned real = 0;; real = 1)
 template <int N> static void give_registers() {}
 template <int N> static void take_registers() {}
 
@@ -130,6 +130,7 @@ static void copy_16(unsigned to, const void* from) {
 static void copy_4(unsigned to, const void* from) {
   me().copies.back().push_back({to, from, 4});
 }
+static uint4 load_16(const void* from) { return *(const uint4*)from; }
 static void commit_copies() { me().copies.emplace_back(); }
 template <int LEFT> static void finish_copies() {
   auto& groups = me().copies;

@@ -216,9 +216,10 @@ CASES = [
     ((700, 150), (127, 255), torch.int32),
 ]
 ROWS = [
-    (1, {"ROWS8": 1, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
-    (13, {"ROWS8": 2, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
-    (32, {"ROWS8": 4, "STRIPS": 1, "STAGES": 2, "RESIDENT": 1}),
+    (1, {"ONE": 1, "ROWS8": 1, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
+    (13, {"ONE": 0, "ROWS8": 2, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
+    (5, {"ONE": 0, "ROWS8": 1, "STRIPS": 3, "STAGES": 2, "RESIDENT": 1}),
+    (32, {"ONE": 0, "ROWS8": 4, "STRIPS": 1, "STAGES": 2, "RESIDENT": 1}),
 ]
 TILES = [
     (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32, "SPLIT": 2}),
@@ -228,7 +229,7 @@ TILES = [
 
 
 SHAPES = [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TILES)]
-SHAPE_NAMES = ["rows1", "rows13", "rows32", "tiles64", "tiles192", "tiles256"]
+SHAPE_NAMES = ["rows1", "rows13", "rows5", "rows32", "tiles64", "tiles192", "tiles256"]
 
 
 def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:

@@ -130,7 +130,6 @@ def arguments(
         "MASK": kind,
         "OUT": OUTPUTS[out.dtype],
         "STORED": int(new is not None),
-        "REHEARSES": int(cluster * pairs <= multiprocessors),
         "ROTATED": int(new is not None and new.order is not None),
         "OFFSET": int(new is not None and new.offset is not None),
         "MIXED": 0 if new is None else packed_mixing(new.mixed),

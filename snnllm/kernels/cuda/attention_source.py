@@ -18,8 +18,8 @@ the first block of a cluster writes the payloads to the cache, and each reads th
 
 Macros: D (32, 64 or 128), G, QUERY_GROUPS, ONE_RANGE (of all groups of Q), ROWS, KEY_BYTES and VALUE_BYTES (of
 a payload), PLANES (high bits of a salient count), KEY_PLANE and VALUE_PLANE (bytes of one of them, at most 4;
-0 without), CLUSTER, QUERY, MASK and OUT (dtypes as `primitives.OUTPUTS`; MASK -1: none, 4: bool), STORED, REHEARSES
-(`primitives.REHEARSED`), and those of `attention_token_source`.
+0 without), CLUSTER, QUERY, MASK and OUT (dtypes as `primitives.OUTPUTS`; MASK -1: none, 4: bool), STORED, and
+those of `attention_token_source`.
 """
 
 from snnllm.kernels.cuda.attention_token_source import NEW_TOKEN
@@ -44,6 +44,18 @@ BODY = (
 #define WARPS 8
 #define LOG2E 1.4426950408889634f
 #define NOTHING __int_as_float(0xff800000)  // minus infinity
+
+template <int WORDS> INLINE unsigned byte_at(const unsigned (&row)[WORDS], int i) {
+  return row[i / 4] >> 8 * (i % 4) & 255u;
+}
+// Some 16 bytes of a payload.
+template <int WORDS> INLINE void load_row(unsigned (&row)[WORDS], const unsigned char* at) {
+#pragma unroll
+  for (int i = 0; i < WORDS / 4; i++) {
+    const uint4 v = ((const uint4*)at)[i];
+    row[4 * i] = v.x, row[4 * i + 1] = v.y, row[4 * i + 2] = v.z, row[4 * i + 3] = v.w;
+  }
+}
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256) attend_one(
     const void* query, unsigned char* key, unsigned char* value, const int* key_slot, const int* value_slot,
@@ -127,264 +139,260 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
       key_shift[i] = OFFSET ? shift[c] : 0.0f;
     }
   }
-  REHEARSED(REHEARSES) {
-    if (real) wait_for_kernel_in_front();
-    const int place = STORED && real ? min((int)*position, keys) : -1;  // of the new key
-    if (STORED) load_tables(basis, cos, sin, (i64)batch * table_stride, real);
+  wait_for_kernel_in_front();
+  const int place = STORED ? min((int)*position, keys) : -1;  // of the new key
+  if (STORED) load_tables(basis, cos, sin, (i64)batch * table_stride);
 
-    // Queries: a warp encodes one, a lane has neighbouring channels. With STORED two more have key and value.
-    for (int r = warp; r < ROWS + 2 * STORED; r += WARPS) {
-      const bool is_query = r < ROWS, is_key = r == ROWS;
-      const i64 row_head = is_query ? head * ROWS + r : kv_heads * r + head;
-      const i64 at = (i64)batch * query_batch_stride + row_head * query_head_stride;
-      float x[PER_LANE];
-      if (STORED && r <= ROWS) {
-        embed(x, query, at, basis, real);
-        if (OFFSET && is_key)
+  // Queries: a warp encodes one, a lane has neighbouring channels. With STORED two more have key and value.
+  for (int r = warp; r < ROWS + 2 * STORED; r += WARPS) {
+    const bool is_query = r < ROWS, is_key = r == ROWS;
+    const i64 row_head = is_query ? head * ROWS + r : kv_heads * r + head;
+    const i64 at = (i64)batch * query_batch_stride + row_head * query_head_stride;
+    float x[PER_LANE];
+    if (STORED && r <= ROWS) {
+      embed(x, query, at, basis);
+      if (OFFSET && is_key)
 #pragma unroll
-          for (int i = 0; i < PER_LANE; i++) x[i] = __fadd_rn(x[i], -key_shift[i]);
-      } else {
+        for (int i = 0; i < PER_LANE; i++) x[i] = __fadd_rn(x[i], -key_shift[i]);
+    } else {
 #pragma unroll
-        for (int i = 0; i < PER_LANE; i++) x[i] = real ? number(query, at + PER_LANE * lane + i, QUERY) : 0.0f;
-      }
-      const bool one_group = QUERY_GROUPS == 1 && is_query;
-      int own_slot_of[PER_LANE], range_of[PER_LANE];  // channels of a slot have a range of their own
-#pragma unroll
-      for (int i = 0; i < PER_LANE; i++) {
-        own_slot_of[i] = STORED && r > ROWS ? new_slot[i] : slot[i];
-        range_of[i] = one_group ? -1 : own_slot_of[i];
-      }
-      float own_tops[G], own_clips[G];
-#pragma unroll
-      for (int g = 0; g < G; g++) {
-        own_tops[g] = is_query ? tops[QUERY_GROUPS == 1 ? 0 : g] : kv_tops[g];
-        own_clips[g] = is_query ? clips[QUERY_GROUPS == 1 ? 0 : g] : is_key ? key_clips[g] : value_clips[g];
-      }
-      Spikes spikes[2];
-      find_spikes(spikes, x, range_of, own_tops, own_clips);
-      if (one_group) spikes[1] = spikes[0];
-      int count[PER_LANE];
-#pragma unroll
-      for (int i = 0; i < PER_LANE; i++) {
-        const Spikes own = own_slot_of[i] >= 0 ? spikes[1] : spikes[0];
-        count[i] = count_of(__fdiv_rn(x[i], own.threshold), own);
-      }
-      if (STORED && !is_query) {
-        unsigned char* payload = is_key ? new_key : new_value;
-        const int bytes = is_key ? KEY_BYTES : VALUE_BYTES;
-        make_payload(payload, bytes, is_key ? KEY_PLANE : VALUE_PLANE, count, own_slot_of, spikes);
-        unsigned char* to = is_key ? key + (i64)place * key_token_stride : value + (i64)place * value_token_stride;
-        if (real && rank == 0 && place < keys && lane < bytes / 16) ((uint4*)to)[lane] = ((const uint4*)payload)[lane];
-        continue;
-      }
-      own_codes[r * OWN + lane] = 0;
-      __syncwarp();
-      int sum[2] = {0, 0};
-#pragma unroll
-      for (int i = 0; i < PER_LANE; i++) {
-        const int group = slot[i] >= 0, c = PER_LANE * lane + i;
-        const int code = count[i] - (int)(group ? spikes[1] : spikes[0]).zero;
-        codes[(r * G) * D + c] = group ? 0 : code;
-        if (G == 2) codes[(r * G + G - 1) * D + c] = group ? code : 0;
-        if (KEY_PLANE && group) own_codes[r * OWN + slot[i]] = code;
-        sum[group] += code;
-      }
-      sum[0] = sum_of_warp(sum[0]), sum[1] = sum_of_warp(sum[1]);
-      if (lane < 2) {
-        scales[2 * r + lane] = lane ? spikes[1].threshold : spikes[0].threshold;
-        code_sums[2 * r + lane] = lane ? sum[1] : sum[0];
-      }
+      for (int i = 0; i < PER_LANE; i++) x[i] = number(query, at + PER_LANE * lane + i, QUERY);
     }
-    if (STORED && real && blockIdx.x == 0 && threadIdx.x == 0) *length = *position + 1;
-    __syncthreads();
+    const bool one_group = QUERY_GROUPS == 1 && is_query;
+    int own_slot_of[PER_LANE], range_of[PER_LANE];  // channels of a slot have a range of their own
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+      own_slot_of[i] = STORED && r > ROWS ? new_slot[i] : slot[i];
+      range_of[i] = one_group ? -1 : own_slot_of[i];
+    }
+    float own_tops[G], own_clips[G];
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      own_tops[g] = is_query ? tops[QUERY_GROUPS == 1 ? 0 : g] : kv_tops[g];
+      own_clips[g] = is_query ? clips[QUERY_GROUPS == 1 ? 0 : g] : is_key ? key_clips[g] : value_clips[g];
+    }
+    Spikes spikes[2];
+    find_spikes(spikes, x, range_of, own_tops, own_clips);
+    if (one_group) spikes[1] = spikes[0];
+    int count[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+      const Spikes own = own_slot_of[i] >= 0 ? spikes[1] : spikes[0];
+      count[i] = count_of(__fdiv_rn(x[i], own.threshold), own);
+    }
+    if (STORED && !is_query) {
+      unsigned char* payload = is_key ? new_key : new_value;
+      const int bytes = is_key ? KEY_BYTES : VALUE_BYTES;
+      make_payload(payload, bytes, is_key ? KEY_PLANE : VALUE_PLANE, count, own_slot_of, spikes);
+      unsigned char* to = is_key ? key + (i64)place * key_token_stride : value + (i64)place * value_token_stride;
+      if (rank == 0 && place < keys && lane < bytes / 16) ((uint4*)to)[lane] = ((const uint4*)payload)[lane];
+      continue;
+    }
+    own_codes[r * OWN + lane] = 0;
+    __syncwarp();
+    int sum[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+      const int group = slot[i] >= 0, c = PER_LANE * lane + i;
+      const int code = count[i] - (int)(group ? spikes[1] : spikes[0]).zero;
+      codes[(r * G) * D + c] = group ? 0 : code;
+      if (G == 2) codes[(r * G + G - 1) * D + c] = group ? code : 0;
+      if (KEY_PLANE && group) own_codes[r * OWN + slot[i]] = code;
+      sum[group] += code;
+    }
+    sum[0] = sum_of_warp(sum[0]), sum[1] = sum_of_warp(sum[1]);
+    if (lane < 2) {
+      scales[2 * r + lane] = lane ? spikes[1].threshold : spikes[0].threshold;
+      code_sums[2 * r + lane] = lane ? sum[1] : sum[0];
+    }
+  }
+  if (STORED && blockIdx.x == 0 && threadIdx.x == 0) *length = *position + 1;
+  __syncthreads();
 
-    float most[ROWS], total[ROWS], offset[ROWS][G], sums[ROWS][8], own[ROWS][OWN_PER_LANE];
+  float most[ROWS], total[ROWS], offset[ROWS][G], sums[ROWS][8], own[ROWS][OWN_PER_LANE];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      most[r] = NOTHING, total[r] = 0.0f;
+  for (int r = 0; r < ROWS; r++) {
+    most[r] = NOTHING, total[r] = 0.0f;
 #pragma unroll
-      for (int g = 0; g < G; g++) offset[r][g] = 0.0f;
+    for (int g = 0; g < G; g++) offset[r][g] = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 8; i++) sums[r][i] = 0.0f;
+    for (int i = 0; i < 8; i++) sums[r][i] = 0.0f;
 #pragma unroll
-      for (int i = 0; i < OWN_PER_LANE; i++) own[r][i] = 0.0f;
-    }
-    for (int first = mine_first; first < blocks && (real || first == mine_first); first += 4 * NEXT) {
-      if (first != mine_first) load_biases(first);
+    for (int i = 0; i < OWN_PER_LANE; i++) own[r][i] = 0.0f;
+  }
+  for (int first = mine_first; first < blocks; first += 4 * NEXT) {
+    if (first != mine_first) load_biases(first);
 #pragma unroll 1
-      for (int i = 0; i < (real ? 4 : 1); i++) {
-        const float bias = i == 0 ? biases[0] : i == 1 ? biases[1] : i == 2 ? biases[2] : biases[3];
-        if (!any_of_warp(bias > NOTHING)) continue;
-        const int n0 = 32 * (first + i * NEXT), n = min(n0 + lane, keys - 1);
-        unsigned row[KEY_BYTES / 4], tail[TAIL], words[W];
-        load_row(row, STORED && n == place ? new_key : key + (i64)n * key_token_stride);
-        load_row(tail, (STORED && n == place ? new_value : value + (i64)n * value_token_stride) + D / 2);
+    for (int i = 0; i < 4; i++) {
+      const float bias = i == 0 ? biases[0] : i == 1 ? biases[1] : i == 2 ? biases[2] : biases[3];
+      if (!any_of_warp(bias > NOTHING)) continue;
+      const int n0 = 32 * (first + i * NEXT), n = min(n0 + lane, keys - 1);
+      unsigned row[KEY_BYTES / 4], tail[TAIL], words[W];
+      load_row(row, STORED && n == place ? new_key : key + (i64)n * key_token_stride);
+      load_row(tail, (STORED && n == place ? new_value : value + (i64)n * value_token_stride) + D / 2);
 #pragma unroll
-        for (int e = 0; e < W; e++) {
-          const int of = min(n0 + TOGETHER * e + lane / W, keys - 1);
-          const unsigned char* at = STORED && of == place ? new_value : value + (i64)of * value_token_stride;
-          words[e] = *(const unsigned*)(at + 4 * word);
-        }
-        unsigned bits = 0, upper = 0;  // high bits of the salient channels of V of this lane's key
+      for (int e = 0; e < W; e++) {
+        const int of = min(n0 + TOGETHER * e + lane / W, keys - 1);
+        const unsigned char* at = STORED && of == place ? new_value : value + (i64)of * value_token_stride;
+        words[e] = *(const unsigned*)(at + 4 * word);
+      }
+      unsigned bits = 0, upper = 0;  // high bits of the salient channels of V of this lane's key
 #pragma unroll
-        for (int e = 0; e < VALUE_PLANE; e++) {
-          bits |= byte_at(tail, HIGH - D / 2 + e) << 8 * e;
-          if (PLANES == 2) upper |= byte_at(tail, HIGH - D / 2 + VALUE_PLANE + e) << 8 * e;
+      for (int e = 0; e < VALUE_PLANE; e++) {
+        bits |= byte_at(tail, HIGH - D / 2 + e) << 8 * e;
+        if (PLANES == 2) upper |= byte_at(tail, HIGH - D / 2 + VALUE_PLANE + e) << 8 * e;
+      }
+      float weight[ROWS][G];
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        int dot[G];
+#pragma unroll
+        for (int g = 0; g < G; g++) {
+          const uint4* code = (const uint4*)(codes + (r * G + g) * D);
+          dot[g] = 0;
+#pragma unroll
+          for (int e = 0; e < W / 4; e++) {
+            const uint4 low = code[e], high = code[W / 4 + e];
+            dot[g] = dot_4(low.x, row[4 * e] & NIBBLES, dot[g]);
+            dot[g] = dot_4(low.y, row[4 * e + 1] & NIBBLES, dot[g]);
+            dot[g] = dot_4(low.z, row[4 * e + 2] & NIBBLES, dot[g]);
+            dot[g] = dot_4(low.w, row[4 * e + 3] & NIBBLES, dot[g]);
+            dot[g] = dot_4(high.x, row[4 * e] >> 4 & NIBBLES, dot[g]);
+            dot[g] = dot_4(high.y, row[4 * e + 1] >> 4 & NIBBLES, dot[g]);
+            dot[g] = dot_4(high.z, row[4 * e + 2] >> 4 & NIBBLES, dot[g]);
+            dot[g] = dot_4(high.w, row[4 * e + 3] >> 4 & NIBBLES, dot[g]);
+          }
         }
-        float weight[ROWS][G];
+        if (KEY_PLANE) {
+          const unsigned* code = (const unsigned*)(own_codes + r * OWN);
+#pragma unroll
+          for (int p = 0; p < PLANES; p++) {
+            int of_plane = 0;
+#pragma unroll
+            for (int e = 0; e < KEY_PLANE; e++) {  // four bits to four bytes
+              const unsigned eight = byte_at(row, HIGH + p * KEY_PLANE + e);
+              of_plane = dot_4(code[2 * e], (eight & 15u) * 0x00204081u & 0x01010101u, of_plane);
+              of_plane = dot_4(code[2 * e + 1], (eight >> 4) * 0x00204081u & 0x01010101u, of_plane);
+            }
+            dot[G - 1] += of_plane << (4 + p);
+          }
+        }
+        float score = 0.0f;
+#pragma unroll
+        for (int g = 0; g < G; g++) {
+          const int a = dot[g] - code_sums[2 * r + g] * (int)byte_at(row, ZERO + g);
+          const float part = scaled(scales[2 * r + g], a, __int_as_float(row[D / 8 + g]));
+          score = g == 0 ? part : __fadd_rn(score, part);
+        }
+        // A hidden key may hold anything, also NaN.
+        score = bias > NOTHING ? __fmul_rn(score, scaling) + bias : NOTHING;
+        const float higher = fmaxf(most[r], maximum(score == score ? score : 0.0f));
+        const float decay = exp2f((most[r] - higher) * LOG2E);  // 0 at first: the maximum is finite now
+        const float p = exp2f((score - higher) * LOG2E);
+        most[r] = higher;
+        total[r] = total[r] * decay + p;
+#pragma unroll
+        for (int g = 0; g < G; g++) {
+          weight[r][g] = bias > NOTHING ? p * __int_as_float(tail[g]) : 0.0f;
+          offset[r][g] = offset[r][g] * decay + weight[r][g] * (float)byte_at(tail, 4 * G + g);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e++) sums[r][e] *= decay;
+#pragma unroll
+        for (int e = 0; e < OWN_PER_LANE; e++) own[r][e] *= decay;
+      }
+#pragma unroll
+      for (int e = 0; e < W; e++) {
+        const int from = TOGETHER * e + lane / W;
+        const unsigned low = words[e] & NIBBLES, high = words[e] >> 4 & NIBBLES;
+        unsigned high_bits[OWN_PER_LANE];
+        if (VALUE_PLANE) {
+          const unsigned first_plane = of_lane(bits, from);
+          const unsigned second_plane = PLANES == 2 ? of_lane(upper, from) : 0u;
+#pragma unroll
+          for (int k = 0; k < OWN_PER_LANE; k++)
+            high_bits[k] = (first_plane >> (word + W * k) & 1u) + 2 * (second_plane >> (word + W * k) & 1u);
+        }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-          int dot[G];
+          const float ordinary = of_lane(weight[r][0], from);
+          const float salient = G == 2 ? of_lane(weight[r][G - 1], from) : ordinary;
 #pragma unroll
-          for (int g = 0; g < G; g++) {
-            const uint4* code = (const uint4*)(codes + (r * G + g) * D);
-            dot[g] = 0;
-#pragma unroll
-            for (int e = 0; e < W / 4; e++) {
-              const uint4 low = code[e], high = code[W / 4 + e];
-              dot[g] = dot_4(low.x, row[4 * e] & NIBBLES, dot[g]);
-              dot[g] = dot_4(low.y, row[4 * e + 1] & NIBBLES, dot[g]);
-              dot[g] = dot_4(low.z, row[4 * e + 2] & NIBBLES, dot[g]);
-              dot[g] = dot_4(low.w, row[4 * e + 3] & NIBBLES, dot[g]);
-              dot[g] = dot_4(high.x, row[4 * e] >> 4 & NIBBLES, dot[g]);
-              dot[g] = dot_4(high.y, row[4 * e + 1] >> 4 & NIBBLES, dot[g]);
-              dot[g] = dot_4(high.z, row[4 * e + 2] >> 4 & NIBBLES, dot[g]);
-              dot[g] = dot_4(high.w, row[4 * e + 3] >> 4 & NIBBLES, dot[g]);
-            }
+          for (int k = 0; k < 8; k++) {
+            const unsigned count = (k < 4 ? low : high) >> 8 * (k % 4) & 255u;
+            const float w = G == 2 && salient_value >> k & 1u ? salient : ordinary;
+            sums[r][k] = fmaf(w, (float)count, sums[r][k]);
           }
-          if (KEY_PLANE) {
-            const unsigned* code = (const unsigned*)(own_codes + r * OWN);
-#pragma unroll
-            for (int p = 0; p < PLANES; p++) {
-              int of_plane = 0;
-#pragma unroll
-              for (int e = 0; e < KEY_PLANE; e++) {  // four bits to four bytes
-                const unsigned eight = byte_at(row, HIGH + p * KEY_PLANE + e);
-                of_plane = dot_4(code[2 * e], (eight & 15u) * 0x00204081u & 0x01010101u, of_plane);
-                of_plane = dot_4(code[2 * e + 1], (eight >> 4) * 0x00204081u & 0x01010101u, of_plane);
-              }
-              dot[G - 1] += of_plane << (4 + p);
-            }
-          }
-          float score = 0.0f;
-#pragma unroll
-          for (int g = 0; g < G; g++) {
-            const int a = dot[g] - code_sums[2 * r + g] * (int)byte_at(row, ZERO + g);
-            const float part = scaled(scales[2 * r + g], a, __int_as_float(row[D / 8 + g]));
-            score = g == 0 ? part : __fadd_rn(score, part);
-          }
-          // A hidden key may hold anything, also NaN.
-          score = bias > NOTHING ? __fmul_rn(score, scaling) + bias : NOTHING;
-          const float higher = fmaxf(most[r], maximum(score == score ? score : 0.0f));
-          const float decay = exp2f((most[r] - higher) * LOG2E);  // 0 at first: the maximum is finite now
-          const float p = exp2f((score - higher) * LOG2E);
-          most[r] = higher;
-          total[r] = total[r] * decay + p;
-#pragma unroll
-          for (int g = 0; g < G; g++) {
-            weight[r][g] = bias > NOTHING ? p * __int_as_float(tail[g]) : 0.0f;
-            offset[r][g] = offset[r][g] * decay + weight[r][g] * (float)byte_at(tail, 4 * G + g);
-          }
-#pragma unroll
-          for (int e = 0; e < 8; e++) sums[r][e] *= decay;
-#pragma unroll
-          for (int e = 0; e < OWN_PER_LANE; e++) own[r][e] *= decay;
-        }
-#pragma unroll
-        for (int e = 0; e < W; e++) {
-          const int from = TOGETHER * e + lane / W;
-          const unsigned low = words[e] & NIBBLES, high = words[e] >> 4 & NIBBLES;
-          unsigned high_bits[OWN_PER_LANE];
-          if (VALUE_PLANE) {
-            const unsigned first_plane = of_lane(bits, from);
-            const unsigned second_plane = PLANES == 2 ? of_lane(upper, from) : 0u;
+          if (VALUE_PLANE)
 #pragma unroll
             for (int k = 0; k < OWN_PER_LANE; k++)
-              high_bits[k] = (first_plane >> (word + W * k) & 1u) + 2 * (second_plane >> (word + W * k) & 1u);
-          }
-#pragma unroll
-          for (int r = 0; r < ROWS; r++) {
-            const float ordinary = of_lane(weight[r][0], from);
-            const float salient = G == 2 ? of_lane(weight[r][G - 1], from) : ordinary;
-#pragma unroll
-            for (int k = 0; k < 8; k++) {
-              const unsigned count = (k < 4 ? low : high) >> 8 * (k % 4) & 255u;
-              const float w = G == 2 && salient_value >> k & 1u ? salient : ordinary;
-              sums[r][k] = fmaf(w, (float)count, sums[r][k]);
-            }
-            if (VALUE_PLANE)
-#pragma unroll
-              for (int k = 0; k < OWN_PER_LANE; k++)
-                own[r][k] = fmaf(salient, (float)high_bits[k], own[r][k]);
-          }
+              own[r][k] = fmaf(salient, (float)high_bits[k], own[r][k]);
         }
       }
     }
-
-    // Lanes of the same channels, then warps, then the blocks of the cluster.
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      float* slab = slabs + (warp * ROWS + r) * SLAB;
-      total[r] = sum(total[r]);
-#pragma unroll
-      for (int g = 0; g < G; g++) offset[r][g] = sum(offset[r][g]);
-#pragma unroll
-      for (int k = 0; k < 8; k++) {
-#pragma unroll
-        for (int step = W; step < 32; step *= 2) sums[r][k] += of_partner(sums[r][k], step);
-        const float off = G == 2 && salient_value >> k & 1u ? offset[r][G - 1] : offset[r][0];
-        if (lane < W) slab[k / 4 * (D / 2) + 4 * word + k % 4] = sums[r][k] - off;
-      }
-#pragma unroll
-      for (int k = 0; k < OWN_PER_LANE; k++) {
-#pragma unroll
-        for (int step = W; step < 32; step *= 2) own[r][k] += of_partner(own[r][k], step);
-        if (lane < W && word + W * k < OWN) slab[D + word + W * k] = own[r][k];
-      }
-      if (lane == 0) slab[D + OWN] = most[r], slab[D + OWN + 1] = total[r];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < ROWS * D; i += 256) {
-      const int r = i / D, c = i % D;
-      const float* slab = slabs + r * SLAB;
-      float top = NOTHING, x = 0.0f, all = 0.0f;
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) top = fmaxf(top, slab[w * ROWS * SLAB + D + OWN]);
-#pragma unroll
-      for (int w = 0; w < WARPS; w++, slab += ROWS * SLAB) {
-        if (slab[D + OWN] == NOTHING) continue;
-        const float share = exp2f((slab[D + OWN] - top) * LOG2E);
-        all += share * slab[D + OWN + 1];
-        x += share * (slab[c] + (own_slot >= 0 ? 16.0f * slab[D + own_slot] : 0.0f));
-      }
-      if (CLUSTER == 1) {  // A query that sees no key: zeros.
-        if (real) store(out, ((i64)head_pair * ROWS + r) * D + c, __fdiv_rn(x, all == 0.0f ? 1.0f : all));
-        continue;
-      }
-      mine[r * (D + 2) + c] = x;
-      if (c == 0) mine[r * (D + 2) + D] = top, mine[r * (D + 2) + D + 1] = all;
-    }
-    if (!real) continue;
-    if (CLUSTER == 1) return;
-    cluster_meets();
-    for (int i = rank * 256 + threadIdx.x; i < ROWS * D; i += CLUSTER * 256) {
-      const int r = i / D, c = i % D;
-      const float* row = mine + r * (D + 2);
-      float top = NOTHING, x = 0.0f, all = 0.0f;
-#pragma unroll
-      for (int of = 0; of < CLUSTER; of++) top = fmaxf(top, of_block(row + D, of));
-#pragma unroll
-      for (int of = 0; of < CLUSTER; of++) {
-        const float highest = of_block(row + D, of);
-        const float share = highest == NOTHING ? 0.0f : exp2f((highest - top) * LOG2E);
-        all += share * of_block(row + D + 1, of);
-        x += share * of_block(row + c, of);
-      }
-      store(out, ((i64)head_pair * ROWS + r) * D + c, __fdiv_rn(x, all == 0.0f ? 1.0f : all));
-    }
-    cluster_meets();  // the others read this block's sums
-    return;
   }
+
+  // Lanes of the same channels, then warps, then the blocks of the cluster.
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    float* slab = slabs + (warp * ROWS + r) * SLAB;
+    total[r] = sum(total[r]);
+#pragma unroll
+    for (int g = 0; g < G; g++) offset[r][g] = sum(offset[r][g]);
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+#pragma unroll
+      for (int step = W; step < 32; step *= 2) sums[r][k] += of_partner(sums[r][k], step);
+      const float off = G == 2 && salient_value >> k & 1u ? offset[r][G - 1] : offset[r][0];
+      if (lane < W) slab[k / 4 * (D / 2) + 4 * word + k % 4] = sums[r][k] - off;
+    }
+#pragma unroll
+    for (int k = 0; k < OWN_PER_LANE; k++) {
+#pragma unroll
+      for (int step = W; step < 32; step *= 2) own[r][k] += of_partner(own[r][k], step);
+      if (lane < W && word + W * k < OWN) slab[D + word + W * k] = own[r][k];
+    }
+    if (lane == 0) slab[D + OWN] = most[r], slab[D + OWN + 1] = total[r];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < ROWS * D; i += 256) {
+    const int r = i / D, c = i % D;
+    const float* slab = slabs + r * SLAB;
+    float top = NOTHING, x = 0.0f, all = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) top = fmaxf(top, slab[w * ROWS * SLAB + D + OWN]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++, slab += ROWS * SLAB) {
+      if (slab[D + OWN] == NOTHING) continue;
+      const float share = exp2f((slab[D + OWN] - top) * LOG2E);
+      all += share * slab[D + OWN + 1];
+      x += share * (slab[c] + (own_slot >= 0 ? 16.0f * slab[D + own_slot] : 0.0f));
+    }
+    if (CLUSTER == 1) {  // A query that sees no key: zeros.
+      store(out, ((i64)head_pair * ROWS + r) * D + c, __fdiv_rn(x, all == 0.0f ? 1.0f : all));
+      continue;
+    }
+    mine[r * (D + 2) + c] = x;
+    if (c == 0) mine[r * (D + 2) + D] = top, mine[r * (D + 2) + D + 1] = all;
+  }
+  if (CLUSTER == 1) return;
+  cluster_meets();
+  for (int i = rank * 256 + threadIdx.x; i < ROWS * D; i += CLUSTER * 256) {
+    const int r = i / D, c = i % D;
+    const float* row = mine + r * (D + 2);
+    float top = NOTHING, x = 0.0f, all = 0.0f;
+#pragma unroll
+    for (int of = 0; of < CLUSTER; of++) top = fmaxf(top, of_block(row + D, of));
+#pragma unroll
+    for (int of = 0; of < CLUSTER; of++) {
+      const float highest = of_block(row + D, of);
+      const float share = highest == NOTHING ? 0.0f : exp2f((highest - top) * LOG2E);
+      all += share * of_block(row + D + 1, of);
+      x += share * of_block(row + c, of);
+    }
+    store(out, ((i64)head_pair * ROWS + r) * D + c, __fdiv_rn(x, all == 0.0f ? 1.0f : all));
+  }
+  cluster_meets();  // the others read this block's sums
 }
 """
 )

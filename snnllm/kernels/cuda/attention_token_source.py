@@ -31,18 +31,6 @@ INLINE float to_dtype(float x) {
 #endif
 }
 
-template <int WORDS> INLINE unsigned byte_at(const unsigned (&row)[WORDS], int i) {
-  return row[i / 4] >> 8 * (i % 4) & 255u;
-}
-// Some 16 bytes of a payload.
-template <int WORDS> INLINE void load_row(unsigned (&row)[WORDS], const unsigned char* at) {
-#pragma unroll
-  for (int i = 0; i < WORDS / 4; i++) {
-    const uint4 v = ((const uint4*)at)[i];
-    row[4 * i] = v.x, row[4 * i + 1] = v.y, row[4 * i + 2] = v.z, row[4 * i + 3] = v.w;
-  }
-}
-
 // The channels of this lane in the basis of the heads: where they come from, and the tables of their position.
 struct Basis { int channel[PER_LANE]; float cos[PER_LANE], sin[PER_LANE]; };
 INLINE void load_order(Basis& b, const unsigned char* order) {
@@ -52,23 +40,23 @@ INLINE void load_order(Basis& b, const unsigned char* order) {
     b.channel[i] = ROTATED ? order[c] : c;
   }
 }
-INLINE void load_tables(Basis& b, const void* cos, const void* sin, i64 table, bool real) {
+INLINE void load_tables(Basis& b, const void* cos, const void* sin, i64 table) {
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) {
-    b.cos[i] = real ? number(cos, table + b.channel[i], QUERY) : 0.0f;
-    b.sin[i] = real ? number(sin, table + b.channel[i], QUERY) : 0.0f;
+    b.cos[i] = number(cos, table + b.channel[i], QUERY);
+    b.sin[i] = number(sin, table + b.channel[i], QUERY);
   }
 }
 // Whether channel c is in a block longer than 2^stage.
 INLINE bool is_mixed(int c, int stage) { return c < (int)((u64)MIXED >> 8 * stage & 255u); }
 
-// A row of projections behind the rotary embedding and the rotation; zeros if it is not real.
-INLINE void embed(float (&x)[PER_LANE], const void* rows, i64 at, const Basis& b, bool real) {
+// A row of projections behind the rotary embedding and the rotation.
+INLINE void embed(float (&x)[PER_LANE], const void* rows, i64 at, const Basis& b) {
   float partner[PER_LANE];
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) {
-    x[i] = real ? number(rows, at + b.channel[i], QUERY) : 0.0f;
-    partner[i] = real ? number(rows, at + (b.channel[i] ^ (D / 2)), QUERY) : 0.0f;
+    x[i] = number(rows, at + b.channel[i], QUERY);
+    partner[i] = number(rows, at + (b.channel[i] ^ (D / 2)), QUERY);
   }
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) {

@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(256) encode_rows(
   };
   if (KEPT) load_constants();
   const Tops tops = tops_of(capacity, clip);
-  REHEARSED(true) {
+  REHEARSED {
     if (real) wait_for_kernel_in_front();
 
     float more[CHUNKS][4];  // read before anything is written: the compiler cannot know that these are other places

@@ -41,7 +41,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   unsigned* of_blocks = of_warps + 4 * WARPS;              // [8][4]
   int* sums = (int*)(of_blocks + 4 * 8);                   // [8][2], and room
   launch_dependents();
-  if (threadIdx.x < 4 * 8) of_blocks[threadIdx.x] = 0;  // for the rehearsal
   if (CLUSTER > 1) cluster_arrives();  // who writes to another block waits until it is there
   const int rank = blockIdx.x % CLUSTER, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const i64 row = blockIdx.x / CLUSTER;
@@ -65,120 +64,117 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     if (OFFSET && inside) load_floats(off[v], offset + c + 4 * v);
   const Tops tops = tops_of(capacity, clip);
   if (CLUSTER > 1) cluster_waits();
-  REHEARSED(true) {
-    if (real) wait_for_kernel_in_front();
+  wait_for_kernel_in_front();
 
 #pragma unroll
-    for (int v = 0; v < 4; v++) {
-      float g[4] = {}, u[4] = {};
-      if (inside && real) {
-        load_four(g, gate, row * gate_stride + c + 4 * v);
-        load_four(u, up, row * up_stride + c + 4 * v);
-      }
-      float silu[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) silu[i] = __fmul_rn(g[i], sigmoid(g[i]));
-      round_four(silu);
-#pragma unroll
-      for (int i = 0; i < 4; i++) silu[i] = __fmul_rn(silu[i], u[i]);
-      round_four(silu);
-#pragma unroll
-      for (int i = 0; i < 4; i++) x[4 * v + i] = silu[i];
+  for (int v = 0; v < 4; v++) {
+    float g[4] = {}, u[4] = {};
+    if (inside) {
+      load_four(g, gate, row * gate_stride + c + 4 * v);
+      load_four(u, up, row * up_stride + c + 4 * v);
     }
-    butterflies<1>(x), butterflies<2>(x), butterflies<4>(x), butterflies<8>(x);
-    // Number j of the own-th 16 of a block goes to j tiles + own.
-    const int block = 16 * (threadIdx.x - own);
+    float silu[4];
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-      const int to = block + j * tiles + own;
-      mixed[to + to / 16] = x[j];
+    for (int i = 0; i < 4; i++) silu[i] = __fmul_rn(g[i], sigmoid(g[i]));
+    round_four(silu);
+#pragma unroll
+    for (int i = 0; i < 4; i++) silu[i] = __fmul_rn(silu[i], u[i]);
+    round_four(silu);
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[4 * v + i] = silu[i];
+  }
+  butterflies<1>(x), butterflies<2>(x), butterflies<4>(x), butterflies<8>(x);
+  // Number j of the own-th 16 of a block goes to j tiles + own.
+  const int block = 16 * (threadIdx.x - own);
+#pragma unroll
+  for (int j = 0; j < 16; j++) {
+    const int to = block + j * tiles + own;
+    mixed[to + to / 16] = x[j];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < 16; j++) x[j] = mixed[17 * threadIdx.x + j];
+  if (tiles > 1) butterflies<1>(x);
+  if (tiles > 2) butterflies<2>(x);
+  if (tiles > 4) butterflies<4>(x);
+  if (tiles > 8) butterflies<8>(x);
+  const float root = size == 256 ? 0.0625f : size == 128 ? 0.08838834764831845f : size == 64 ? 0.125f
+                   : size == 32 ? 0.1767766952966369f : 0.25f;
+  float parts[4][4];
+  unsigned range[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int v = 0; v < 4; v++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      parts[v][i] = inside ? __fmul_rn(x[4 * v + i], root) : 0.0f;
+      if (OFFSET && inside) parts[v][i] = __fadd_rn(parts[v][i], -off[v][i]);
     }
-    __syncthreads();
+    widen(range, parts[v], group);
+  }
+  const bool two = GROUPS == 2 && !ONE_RANGE;
 #pragma unroll
-    for (int j = 0; j < 16; j++) x[j] = mixed[17 * threadIdx.x + j];
-    if (tiles > 1) butterflies<1>(x);
-    if (tiles > 2) butterflies<2>(x);
-    if (tiles > 4) butterflies<4>(x);
-    if (tiles > 8) butterflies<8>(x);
-    const float root = size == 256 ? 0.0625f : size == 128 ? 0.08838834764831845f : size == 64 ? 0.125f
-                     : size == 32 ? 0.1767766952966369f : 0.25f;
-    float parts[4][4];
-    unsigned range[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int v = 0; v < 4; v++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        parts[v][i] = inside ? __fmul_rn(x[4 * v + i], root) : 0.0f;
-        if (OFFSET && inside) parts[v][i] = __fadd_rn(parts[v][i], -off[v][i]);
-      }
-      widen(range, parts[v], group);
+  for (int i = 0; i < 4; i++)
+    if (i < 2 || two) {
+      range[i] = maximum_of_warp(range[i]);
+      if (lane == 0) of_warps[4 * warp + i] = range[i];
     }
-    const bool two = GROUPS == 2 && !ONE_RANGE;
+  __syncthreads();
+  if (threadIdx.x < 4 * CLUSTER && (threadIdx.x % 4 < 2 || two)) {
+    const int i = threadIdx.x % 4;
+    unsigned most = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (i < 2 || two) {
-        range[i] = maximum_of_warp(range[i]);
-        if (lane == 0) of_warps[4 * warp + i] = range[i];
-      }
-    __syncthreads();
-    if (threadIdx.x < 4 * CLUSTER && (threadIdx.x % 4 < 2 || two)) {
-      const int i = threadIdx.x % 4;
-      unsigned most = 0;
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) most = max(most, of_warps[4 * w + i]);
-      if (CLUSTER == 1) of_blocks[i] = most;
-      else if (real) to_block((int*)of_blocks + 4 * rank + i, threadIdx.x / 4, most);
-    }
-    if (CLUSTER > 1 && real) cluster_arrives(), cluster_waits();
-    else __syncthreads();
-    Spikes spikes[2];
-    spikes_of_all<CLUSTER>(spikes, of_blocks, tops);
-    const Spikes mine = group ? spikes[1] : spikes[0];
-    const float inverse = __fdiv_rn(1.0f, mine.threshold);
-    int sum[2] = {0, 0}, total = 0;
-    uint4 words;
-    words.x = counts_of(parts[0], mine, inverse, total);
-    words.y = counts_of(parts[1], mine, inverse, total);
-    words.z = counts_of(parts[2], mine, inverse, total);
-    words.w = counts_of(parts[3], mine, inverse, total);
-    if (inside) sum[group] = total;
-    if (inside && real) *(uint4*)(count + row * positions + run.start + c - run.first) = words;
-    if (rank == 0 && real) {
-      for (int g = 0; g < GROUPS; g++)
-#pragma unroll 1
-        for (int i = runs[g].start + runs[g].many + threadIdx.x; i < runs[g].stop; i += THREADS)
-          count[row * positions + i] = 0;
-      if (threadIdx.x < GROUPS) {
-        const Spikes of = threadIdx.x ? spikes[1] : spikes[0];
-        threshold[row * GROUPS + threadIdx.x] = of.threshold;
-        zero_point[row * GROUPS + threadIdx.x] = (int)of.zero;
-      }
-    }
-    // Sums of warps, in the place of their ranges; then those of the blocks, in the first one.
-#pragma unroll
-    for (int g = 0; g < 2; g++) {
-      sum[g] = sum_of_warp(sum[g]);
-      if (lane == 0) of_warps[4 * warp + g] = sum[g];
-    }
-    __syncthreads();
-    if (threadIdx.x < 2) {
-      int all = 0;
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) all += of_warps[4 * w + threadIdx.x];
-      if (CLUSTER > 1 && real) to_block(sums + 2 * rank + threadIdx.x, 0, all);
-      else sums[threadIdx.x] = all;
-    }
-    if (!real) continue;
-    if (CLUSTER > 1) cluster_arrives();
-    if (rank != 0) return;  // nobody writes to this block from here on
-    if (CLUSTER > 1) cluster_waits();
+    for (int w = 0; w < WARPS; w++) most = max(most, of_warps[4 * w + i]);
+    if (CLUSTER > 1) to_block((int*)of_blocks + 4 * rank + i, threadIdx.x / 4, most);
+    else of_blocks[i] = most;
+  }
+  if (CLUSTER > 1) cluster_arrives(), cluster_waits();
+  else __syncthreads();
+  Spikes spikes[2];
+  spikes_of_all<CLUSTER>(spikes, of_blocks, tops);
+  const Spikes mine = group ? spikes[1] : spikes[0];
+  const float inverse = __fdiv_rn(1.0f, mine.threshold);
+  int sum[2] = {0, 0}, total = 0;
+  uint4 words;
+  words.x = counts_of(parts[0], mine, inverse, total);
+  words.y = counts_of(parts[1], mine, inverse, total);
+  words.z = counts_of(parts[2], mine, inverse, total);
+  words.w = counts_of(parts[3], mine, inverse, total);
+  if (inside) {
+    *(uint4*)(count + row * positions + run.start + c - run.first) = words;
+    sum[group] = total;
+  }
+  if (rank == 0) {
+    for (int g = 0; g < GROUPS; g++)
+      for (int i = runs[g].start + runs[g].many + threadIdx.x; i < runs[g].stop; i += THREADS)
+        count[row * positions + i] = 0;
     if (threadIdx.x < GROUPS) {
-      int all = 0;
-#pragma unroll
-      for (int of = 0; of < CLUSTER; of++) all += sums[2 * of + threadIdx.x];
-      count_sum[row * GROUPS + threadIdx.x] = all;
+      const Spikes of = threadIdx.x ? spikes[1] : spikes[0];
+      threshold[row * GROUPS + threadIdx.x] = of.threshold;
+      zero_point[row * GROUPS + threadIdx.x] = (int)of.zero;
     }
-    return;
+  }
+  // Sums of warps, in the place of their ranges; then those of the blocks, in the first one.
+#pragma unroll
+  for (int g = 0; g < 2; g++) {
+    sum[g] = sum_of_warp(sum[g]);
+    if (lane == 0) of_warps[4 * warp + g] = sum[g];
+  }
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    int all = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) all += of_warps[4 * w + threadIdx.x];
+    if (CLUSTER > 1) to_block(sums + 2 * rank + threadIdx.x, 0, all);
+    else sums[threadIdx.x] = all;
+  }
+  if (CLUSTER > 1) cluster_arrives();
+  if (rank != 0) return;  // nobody writes to this block from here on
+  if (CLUSTER > 1) cluster_waits();
+  if (threadIdx.x < GROUPS) {
+    int all = 0;
+#pragma unroll
+    for (int of = 0; of < CLUSTER; of++) all += sums[2 * of + threadIdx.x];
+    count_sum[row * GROUPS + threadIdx.x] = all;
   }
 }
 """

@@ -72,6 +72,12 @@ INLINE void copy_16(unsigned to, const void* from) {
 INLINE void copy_4(unsigned to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
+INLINE uint4 load_16(const void* from) {  // from the L2 cache
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+  return v;
+}
 INLINE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> INLINE void finish_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
@@ -114,9 +120,9 @@ INLINE int finished(int sum) {
   return copy;
 }
 
-// Kernels that start early go through their work twice: instructions come from memory, too, one after the other, and
-// would be waited for where the time counts. The first time nothing that others make is read, and nothing is written.
-#define REHEARSED(is) for (unsigned real = (is) ? of_rehearsal() : 1u; ; real = 1)
+// A kernel that starts early may go through its work twice: instructions come from memory, too, one after the other,
+// and would be waited for where time counts. The first time nothing that others make is read, and nothing is written.
+#define REHEARSED for (unsigned real = of_rehearsal();; real = 1)
 INLINE unsigned of_rehearsal() {  // 0, which the compiler must not know
   unsigned zero;
   asm volatile("mov.u32 %0, 0;" : "=r"(zero));
