@@ -130,7 +130,6 @@ static void copy_16(unsigned to, const void* from) {
 static void copy_4(unsigned to, const void* from) {
   me().copies.back().push_back({to, from, 4});
 }
-static uint4 load_16(const void* from) { return *(const uint4*)from; }
 static void commit_copies() { me().copies.emplace_back(); }
 template <int LEFT> static void finish_copies() {
   auto& groups = me().copies;

@@ -78,10 +78,10 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n, const fl
   run(blocks, threads, kernel, CLUSTER);
 }
 """,
-    "row": r"""
+    "normed": r"""
 extern "C" void launch(int blocks, int threads, void** p, const int* n, const float* f) {
   run(blocks, threads, [&] {
-    encode_rows(p[0], p[1], p[2], (const float*)p[3], (const float*)p[4], (const float*)p[5], p[6],
+    encode_normed(p[0], p[1], p[2], (const float*)p[3], (const float*)p[4], (const float*)p[5], p[6],
                   (unsigned char*)p[7], (float*)p[8], (int*)p[9], (int*)p[10], f[0], n[0], n[1], n[2], n[3],
                   n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11]);
   });
@@ -103,7 +103,7 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n, const fl
 BODIES = {
     "rows": cuda_rows_source.BODY,
     "gated": cuda_encode_source.ENCODING + cuda_gated_source.BODY,
-    "row": cuda_encode_source.ENCODING + cuda_encode_source.BODY,
+    "normed": cuda_encode_source.ENCODING + cuda_encode_source.BODY,
     "tiles": cuda_tiles_source.BODY,
     "attention": cuda_attention_source.BODY,
 }
@@ -216,10 +216,9 @@ CASES = [
     ((700, 150), (127, 255), torch.int32),
 ]
 ROWS = [
-    (1, {"ONE": 1, "ROWS8": 1, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
-    (13, {"ONE": 0, "ROWS8": 2, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
-    (5, {"ONE": 0, "ROWS8": 1, "STRIPS": 3, "STAGES": 2, "RESIDENT": 1}),
-    (32, {"ONE": 0, "ROWS8": 4, "STRIPS": 1, "STAGES": 2, "RESIDENT": 1}),
+    (1, {"ROWS8": 1, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
+    (13, {"ROWS8": 2, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
+    (32, {"ROWS8": 4, "STRIPS": 1, "STAGES": 2, "RESIDENT": 1}),
 ]
 TILES = [
     (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32, "SPLIT": 2}),
@@ -229,7 +228,7 @@ TILES = [
 
 
 SHAPES = [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TILES)]
-SHAPE_NAMES = ["rows1", "rows13", "rows5", "rows32", "tiles64", "tiles192", "tiles256"]
+SHAPE_NAMES = ["rows1", "rows13", "rows32", "tiles64", "tiles192", "tiles256"]
 
 
 def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:
@@ -482,17 +481,15 @@ def test_gated_rows_are_rotated_and_encoded(
         ((4224, 128), torch.float32, {}),  # constants read late
         ((256, 128), torch.float32, {"shared": True, "bare": True}),
         ((256, 128), torch.float16, {}),
-        ((300,), torch.bfloat16, {"plain": True}),
-        ((1920, 168), torch.float32, {"plain": True, "bare": True}),
     ],
-    ids=["one", "two", "long", "shared", "half", "plain", "bare"],
+    ids=["one", "two", "long", "shared", "half"],
 )
-def test_rows_are_encoded(
+def test_normalised_rows_are_encoded(
     build: Any, sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     """The bits of the norm and of the encoder one after the other."""
     k, many, shared = sum(sizes), options.get("rows", 1), options.get("shared", False)
-    bare, eps = "bare" in options, None if "plain" in options else 1e-5
+    bare = "bare" in options
     generator = torch.Generator().manual_seed(k)
     x, added = ((torch.randn(many, k, generator=generator) * 3).to(dtype) for _ in range(2))
     gain = torch.rand(k, generator=generator).add(0.5).to(dtype)
@@ -500,24 +497,19 @@ def test_rows_are_encoded(
     capacities = (15, 200)[: len(sizes)]
     spec = EncoderSpec(torch.arange(k), sizes, capacities, shared, "layer")
     linear = dataclasses.replace(spec_of(8, sizes, capacities, False), encoder=spec)
-    layer = TritonBackend().prepare(linear)
-    assert isinstance(layer, TritonLinear)
-    plan = layer.plan
-    total = x if bare or eps is None else x + added
-    norm = x if eps is None else rms_norm(total, None if bare else gain, eps)
-    expected = encode_plan(norm, plan, offset)
-    rows = cuda_encode.RowInput(
-        x,
-        *((None, None) if bare or eps is None else (added, gain)),
-        *(eps, offset, plan.capacities, plan.clip, plan.runs, shared),
+    plan = TritonBackend().prepare(linear).plan
+    total = x if bare else x + added
+    expected = encode_plan(rms_norm(total, None if bare else gain, 1e-5), plan, offset)
+    rows = cuda_encode.NormedRows(
+        *(x, None if bare else added, None if bare else gain, 1e-5, offset),
+        *(plan.capacities, plan.clip, plan.runs, shared),
     )
     assert "compute capability" in str(rows.unsuitable())
-    stream = torch.zeros_like(x)
-    outputs = (stream, *(torch.full_like(t, 77) for t in expected))
-    launched(build, "row", cuda_encode.row_launch(rows, outputs))
+    outputs = (torch.zeros_like(x), *(torch.full_like(t, 77) for t in expected))
+    launched(build, "normed", cuda_encode.normed_launch(rows, outputs))
     for mine, other in zip(outputs[1:], expected, strict=True):
         assert torch.equal(mine, other)
-    assert rows.added is None or torch.equal(stream, total)
+    assert bare or torch.equal(outputs[0], total)
 
 
 RESIDUALS = {

@@ -1,7 +1,7 @@
-"""Encoding of few rows in CUDA C++ on Hopper, gated and rotated, normalised or plain: where it serves, its launch.
+"""Encoding of few rows in CUDA C++ on Hopper, gated and rotated, or normalised: where it serves, its launch.
 
-The integers are those of `snnllm.kernels.triton.swiglu`, `snnllm.kernels.triton.norm` and
-`neurons.backends.triton_encode`, whose kernels run wherever these cannot.
+The integers are those of `snnllm.kernels.triton.swiglu` and `snnllm.kernels.triton.norm`, whose kernels run wherever
+these cannot.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def gated_unsuitable(
     return None
 
 
-class RowInput(NamedTuple):
-    """Rows that are encoded, or whose norm is, by `encode_source`.
+class NormedRows(NamedTuple):
+    """Rows whose norm is encoded by `encode_source`.
 
     Attributes:
         x: `[M, K]`, stride 1 along K.
         added: Likewise, added to x first; or None.
         gain: Of the norm, `[K]` in the dtype of x; or None.
-        eps: Added to the mean of the squares; None: no norm.
+        eps: Added to the mean of the squares.
         offset: Taken off, float32 `[K]`; or None.
         capacities: float32 `[G]`.
         clip: float32 `[G]`.
@@ -71,7 +71,7 @@ class RowInput(NamedTuple):
     x: Tensor
     added: Tensor | None
     gain: Tensor | None
-    eps: float | None
+    eps: float
     offset: Tensor | None
     capacities: Tensor
     clip: Tensor
@@ -100,28 +100,6 @@ class RowInput(NamedTuple):
         if any(size % _VECTOR for size in runs) or not _in_vectors(*operands):
             return "groups and rows in fours only"
         return None
-
-    def macros(self) -> dict[str, int]:
-        """Those of the kernel."""
-        return {
-            **_macros(self.x, self.offset, self.runs or (), self.shared),
-            "CHUNKS": -(-self.x.shape[1] // LANES),
-            "ADDED": int(self.added is not None),
-            "NORM": int(self.eps is not None),
-            "GAIN": int(self.gain is not None),
-        }
-
-    def operands(self) -> tuple[Tensor | None, ...]:
-        """What a kernel reads, in its order."""
-        return (self.x, self.added, self.gain, self.offset, self.capacities, self.clip)
-
-    def epsilon(self) -> float:
-        """What a kernel adds to the mean of the squares, if it does."""
-        return 0.0 if self.eps is None else float(self.eps)
-
-    def layout(self) -> tuple[int, ...]:
-        """The runs of two groups, the second one empty if there is one."""
-        return _both(self.runs or ())
 
 
 def _in_vectors(*operands: Tensor | None) -> bool:
@@ -178,20 +156,27 @@ def gated_launch(
     )
 
 
-def row_launch(rows: RowInput, outputs: tuple[Tensor, ...]) -> Launch:
-    """The launch that only encodes rows, for operands that are not `unsuitable`.
+def normed_launch(rows: NormedRows, outputs: tuple[Tensor, ...]) -> Launch:
+    """The launch for rows that are not `unsuitable`.
 
     Args:
         rows: What is encoded.
         outputs: The sum of x and what is added `[M, K]`, written if something is; then as in `gated_launch`.
     """
-    many, channels = rows.x.shape
+    (many, channels), runs = rows.x.shape, rows.runs or ()
+    macros = {
+        **_macros(rows.x, rows.offset, runs, rows.shared),
+        "CHUNKS": -(-channels // LANES),
+        "ADDED": int(rows.added is not None),
+        "GAIN": int(rows.gain is not None),
+    }
+    operands = (rows.x, rows.added, rows.gain, rows.offset, rows.capacities, rows.clip)
     strides = (rows.x.stride(0), 0 if rows.added is None else rows.added.stride(0))
-    numbers = (rows.epsilon(), *strides, channels, outputs[1].shape[1], *rows.layout())
+    numbers = (float(rows.eps), *strides, channels, outputs[1].shape[1], *_both(runs))
     return Launch(
-        *(encode_source.SOURCE, "encode_rows", rows.macros(), many, encode_source.ROW_THREADS),
-        encode_source.ENCODE_BYTES,
-        (*rows.operands(), *outputs, *numbers),
+        *(encode_source.SOURCE, "encode_normed", macros, many, encode_source.NORMED_THREADS),
+        encode_source.NORMED_BYTES,
+        (*operands, *outputs, *numbers),
     )
 
 

@@ -4,18 +4,18 @@ The integers are those of `neurons.backends.triton_encode`, the norm that of `sn
 row has one or two groups of neighbouring channels (`neurons.backends.triton_encode_tiles.runs_of`). `ENCODING` has
 the steps of an encoder. Macros: GROUPS (1 or 2), ONE_RANGE (of both groups), OFFSET, OUT (dtype of the row).
 
-`BODY`: a block of 256 threads encodes a row, or the norm of a row to which something is added first. A thread has four
+`BODY`: a block of 256 threads encodes the norm of a row, to which something is added first. A thread has four
 neighbouring channels of every 1024, so that squares are added as `snnllm.norm` does, and reads them once. Macros
-besides: CHUNKS (channels / 1024, up), ADDED, NORM, GAIN.
+besides: CHUNKS (channels / 1024, up), ADDED, GAIN.
 """
 
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
 
-__all__ = ["BODY", "ENCODE_BYTES", "ENCODING", "ROW_THREADS", "SOURCE"]
+__all__ = ["BODY", "ENCODING", "NORMED_BYTES", "NORMED_THREADS", "SOURCE"]
 
-ROW_THREADS = 256
+NORMED_THREADS = 256
 """Eight warps."""
-ENCODE_BYTES = ROW_THREADS // 32 * (4 + 2 + 1) * 4
+NORMED_BYTES = NORMED_THREADS // 32 * (4 + 2 + 1) * 4
 """Shared memory of a block that encodes a row: ranges, sums and squares of its warps."""
 
 ENCODING = r"""
@@ -92,7 +92,7 @@ INLINE unsigned counts_of(const float (&x)[4], const Spikes& s, float inverse, i
 """
 
 BODY = r"""
-extern "C" __global__ void __launch_bounds__(256) encode_rows(
+extern "C" __global__ void __launch_bounds__(256) encode_normed(
     const void* x, const void* added, const void* gain, const float* offset, const float* capacity,
     const float* clip, void* stream, unsigned char* count, float* threshold, int* zero_point, int* count_sum,
     float eps, int x_stride, int added_stride, int channels, int positions, int start0, int stop0, int many0,
@@ -146,29 +146,24 @@ extern "C" __global__ void __launch_bounds__(256) encode_rows(
       for (int i = 0; i < 4; i++) lanes[i] = __fadd_rn(lanes[i], __fmul_rn(own[v][i], own[v][i]));
     }
     if (!KEPT) load_constants();
-    float scale = 1.0f;
-    if (NORM) {
-      // In neighbours: lanes, threads, warps.
-      float all = __fadd_rn(__fadd_rn(lanes[0], lanes[1]), __fadd_rn(lanes[2], lanes[3]));
+    // In neighbours: lanes, threads, warps.
+    float all = __fadd_rn(__fadd_rn(lanes[0], lanes[1]), __fadd_rn(lanes[2], lanes[3]));
 #pragma unroll
-      for (int step = 1; step < 32; step *= 2) all = __fadd_rn(all, of_partner(all, step));
-      if (lane == 0) squares[warp] = all;
-      __syncthreads();
-      all = squares[lane % 8];
+    for (int step = 1; step < 32; step *= 2) all = __fadd_rn(all, of_partner(all, step));
+    if (lane == 0) squares[warp] = all;
+    __syncthreads();
+    all = squares[lane % 8];
 #pragma unroll
-      for (int step = 1; step < 8; step *= 2) all = __fadd_rn(all, of_partner(all, step));
-      const float variance = __fdiv_rn(all, __int2float_rn(channels));
-      scale = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(variance, eps)));
-    }
+    for (int step = 1; step < 8; step *= 2) all = __fadd_rn(all, of_partner(all, step));
+    const float variance = __fdiv_rn(all, __int2float_rn(channels));
+    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(variance, eps)));
     unsigned range[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int v = 0; v < CHUNKS; v++) {
       if (channel(v) >= channels) continue;
-      if (NORM) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) own[v][i] = __fmul_rn(own[v][i], scale);
-        round_four(own[v]);
-      }
+      for (int i = 0; i < 4; i++) own[v][i] = __fmul_rn(own[v][i], scale);
+      round_four(own[v]);
       if (GAIN) {
 #pragma unroll
         for (int i = 0; i < 4; i++) own[v][i] = __fmul_rn(own[v][i], gains[v][i]);

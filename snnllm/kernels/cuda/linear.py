@@ -18,8 +18,6 @@ from snnllm.kernels.cuda.driver import Kernel, load, processors, tensor_map, wit
 from snnllm.kernels.cuda.primitives import OUTPUTS
 
 _FEW_ROWS = 32
-_OF_A_STAGE = 8 * 128
-"""Positions of a stage of the kernel for few rows: a block of 128 for each of its eight warps."""
 
 
 class Rows(NamedTuple):
@@ -80,14 +78,6 @@ def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> 
 
 def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
     """Kernel and tile sizes for M rows and N columns on so many multiprocessors; measured on an H100 and an H200."""
-    if rows == 1:
-        # All blocks of threads at once, alike on every multiprocessor; rings that leave room for the next kernel.
-        strips = -(-columns // (16 * processors))
-        if strips <= 2:
-            return Rows(2, 6, 1)
-        if strips <= 6:
-            return Rows(strips, 4, 1)
-        return Rows(6, 2, 2) if strips <= 12 else Rows(4, 2, 3)
     if rows <= _FEW_ROWS:
         if columns <= 32 * processors:  # a block of threads has a multiprocessor of its own
             return Rows(2, 6 if rows <= 8 else 4, 1)
@@ -141,10 +131,7 @@ def launch(
     }
     sizes: tuple[Any, ...] = (rows, columns, width, groups, weight_groups)
     if isinstance(shape, Rows):
-        shape = shape._replace(stages=min(shape.stages, -(-width // _OF_A_STAGE)))
-        eights = 1 << (-(-rows // 8) - 1).bit_length()
-        macros |= {"ONE": int(rows == 1), "ROWS8": eights}
-        kernel = _rows_kernel(shape, tuple(macros.items()), count.device)
+        kernel = _rows_kernel(shape, rows, tuple(macros.items()), count.device)
         soon = [value for w in ahead for value in (w, 0 if w is None else w.numel())]
         arguments = (count, weight, *parameters, out, *sizes, *soon)
         kernel(-(-columns // (16 * shape.strips)), arguments, early)
@@ -183,15 +170,18 @@ def _launch_tiles(
     kernel(min(last - first, processors(count.device)), rest, early)
 
 
-def _rows_kernel(shape: Rows, macros: tuple[tuple[str, int], ...], device: torch.device) -> Kernel:
+def _rows_kernel(
+    shape: Rows, rows: int, macros: tuple[tuple[str, int], ...], device: torch.device
+) -> Kernel:
+    eights = 1 << (-(-rows // 8) - 1).bit_length()
+    own = ("ROWS8", eights), *_macros(shape)
     known = dict(macros)
-    rows = 1 if known["ONE"] else 8 * known["ROWS8"]
     element = (4 if known["OUT"] == OUTPUTS[torch.float32] else 2) * known["RESIDUAL"]
     shared = cuda_rows_source.shared_bytes(
-        rows, shape.strips, shape.stages, known["SEGMENTS"], element
+        eights, shape.strips, shape.stages, known["SEGMENTS"], element
     )
     return load(
-        *(cuda_rows_source.SOURCE, macros + _macros(shape), "linear_rows"),
+        *(cuda_rows_source.SOURCE, macros + own, "linear_rows"),
         *(cuda_rows_source.ROW_THREADS, shared, device),
     )
 

@@ -72,12 +72,6 @@ INLINE void copy_16(unsigned to, const void* from) {
 INLINE void copy_4(unsigned to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
-INLINE uint4 load_16(const void* from) {  // from the L2 cache
-  uint4 v;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
-  return v;
-}
 INLINE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> INLINE void finish_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");

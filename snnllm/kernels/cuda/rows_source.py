@@ -10,10 +10,8 @@ be idle while the kernels between two linears run.
 A lane takes 16 packed bytes of a weight row, the positions `16 t ..` and `64 + 16 t ..` of the block,
 where the product has other ones: the order of the positions within a sum is free.
 
-A ring has room for the counts of all rows of a product, which is eight times that of one row.
-
-Macros: ONE (there is one row), ROWS8 (rows / 8, up), STRIPS, SEGMENTS (1 or 2), SHIFT, BIAS, RESIDUAL, STAGES, RESIDENT
-(blocks of threads of a multiprocessor, for which registers are set aside), OUT (`primitives.OUTPUTS`).
+Macros: ROWS8 (rows / 8, up), STRIPS, SEGMENTS (1 or 2), SHIFT, BIAS, RESIDUAL, STAGES, RESIDENT (blocks of
+threads of a multiprocessor, for which registers are set aside), OUT (`primitives.OUTPUTS`).
 """
 
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
@@ -24,20 +22,20 @@ ROW_THREADS = 256
 """Eight warps."""
 
 
-def shared_bytes(rows: int, strips: int, stages: int, segments: int, residual: int) -> int:
+def shared_bytes(rows8: int, strips: int, stages: int, segments: int, residual: int) -> int:
     """Shared memory of a block: the rings, where the partial sums lie after them; tables.
 
     Args:
-        rows: 1, or a multiple of 8.
-        strips: As the macro; likewise the next two.
+        rows8: As the macro; likewise the next three.
+        strips: Likewise.
         stages: Likewise.
         segments: Likewise.
         residual: Bytes of an element of the residual; 0 without one.
     """
-    rings = 8 * stages * (strips * 1024 + rows * 128)
-    sums = 8 * segments * rows * (16 * strips + 4) * 4
-    tables = 4 * (16 * strips + segments * (4 * 16 * strips + 4 * rows))
-    return max(rings, sums) + tables + 16 * strips * rows * residual
+    rings = 8 * stages * (strips * 1024 + rows8 * 1024)
+    sums = 8 * segments * rows8 * 8 * (16 * strips + 4) * 4
+    tables = 4 * (16 * strips + segments * (4 * 16 * strips + 3 * rows8 * 8))
+    return max(rings, sums) + tables + 16 * strips * 8 * rows8 * residual
 
 
 BODY = r"""
@@ -49,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
     const int* weight_zero, const int* row_sum, const int* shift, const float* bias,
     const void* residual, void* out, int rows, int columns, int width, int groups, int weight_groups,
     const unsigned char* ahead, int ahead_bytes, const unsigned char* further, int further_bytes) {
-  constexpr int OUTPUTS = 16 * STRIPS, ROWS = ONE ? 1 : 8 * ROWS8, CHUNKS = OUTPUTS / (OUT == 0 ? 4 : 8);
+  constexpr int OUTPUTS = 16 * STRIPS, ROWS = 8 * ROWS8, CHUNKS = OUTPUTS / (OUT == 0 ? 4 : 8);
   constexpr int WEIGHT_BYTES = OUTPUTS * 64, STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
   constexpr int PITCH = OUTPUTS + 4, SLAB = ROWS * PITCH;  // 4 words against bank conflicts
   constexpr int RINGS = 8 * STAGES * STAGE_BYTES, SUMS = 8 * SEGMENTS * SLAB * 4;
@@ -62,8 +60,8 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   const unsigned base = shared_address(memory) + ring;
   float* bias_table = (float*)(memory + (RINGS > SUMS ? RINGS : SUMS));
   int* column_table = (int*)bias_table + OUTPUTS;          // [SEGMENTS][4][OUTPUTS]: sw, zu, row sum, shift
-  int* row_table = column_table + SEGMENTS * 4 * OUTPUTS;  // [SEGMENTS][4][ROWS]: s, z, sum of counts, room
-  int* residual_table = row_table + SEGMENTS * 4 * ROWS;   // [ROWS][OUTPUTS] of the type of the outputs
+  int* row_table = column_table + SEGMENTS * 4 * OUTPUTS;  // [SEGMENTS][3][ROWS]: s, z, sum of counts
+  int* residual_table = row_table + SEGMENTS * 3 * ROWS;   // [ROWS][OUTPUTS] of the type of the outputs
 
   auto copy_weights = [&](int i, int stage) {
 #pragma unroll
@@ -83,10 +81,8 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
     }
   };
 #pragma unroll
-  for (int i = 0; i < STAGES; i++) {
+  for (int i = 0; i < STAGES; i++)
     if (i < mine) copy_weights(i, i);
-    if (ONE) commit_copies();  // its counts are not in these groups: it starts with the first weights that are there
-  }
   if (threadIdx.x < SEGMENTS * OUTPUTS) {
     const int of = threadIdx.x / OUTPUTS, i = threadIdx.x % OUTPUTS;
     const int n = min(n0 + i, columns - 1), j = n * weight_groups + segments[4 * of + 3];
@@ -101,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   wait_for_kernel_in_front();
   if (threadIdx.x < SEGMENTS * rows) {
     const int of = threadIdx.x / rows, m = threadIdx.x % rows, group = segments[4 * of + 2];
-    const unsigned to = shared_address(row_table + of * 4 * ROWS + m);
+    const unsigned to = shared_address(row_table + of * 3 * ROWS + m);
     copy_4(to, threshold + m * groups + group);
     copy_4(to + 4 * ROWS, zero_point + m * groups + group);
     copy_4(to + 8 * ROWS, count_sum + m * SEGMENTS + of);
@@ -112,18 +108,8 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
       copy_16(shared_address(residual_table + 4 * threadIdx.x),
               (const unsigned char*)residual + ((i64)m * columns + n) * (OUT == 0 ? 4 : 2));
   }
-  if (ONE) {
-    uint4 parts[STAGES];
 #pragma unroll
-    for (int i = 0; i < STAGES; i++)
-      if (i < mine && lane < 8) parts[i] = load_16(count + (8 * i + warp) * 128 + 16 * lane);
-#pragma unroll
-    for (int i = 0; i < STAGES; i++)
-      if (i < mine && lane < 8)
-        *(uint4*)(memory + ring + i * STAGE_BYTES + WEIGHT_BYTES + 16 * lane) = parts[i];
-  }
-#pragma unroll
-  for (int i = 0; i < STAGES && !ONE; i++) {
+  for (int i = 0; i < STAGES; i++) {
     if (i < mine) copy_counts(i, i);
     commit_copies();
   }
@@ -139,10 +125,9 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
       uint4 low[ROWS8], high[ROWS8];
 #pragma unroll
       for (int e = 0; e < ROWS8; e++) {
-        const int m = ONE ? 0 : 8 * e + g;  // eight times the same one
-        const unsigned char* at = here + WEIGHT_BYTES + m * 128 + t * 16;
-        low[e] = *(const uint4*)(at + m % 2 * 64);
-        high[e] = *(const uint4*)(at + (1 - m % 2) * 64);
+        const unsigned char* at = here + WEIGHT_BYTES + (8 * e + g) * 128 + t * 16;
+        low[e] = *(const uint4*)(at + g % 2 * 64);
+        high[e] = *(const uint4*)(at + (1 - g % 2) * 64);
       }
 #pragma unroll
       for (int strip = 0; strip < STRIPS; strip++) {
@@ -188,11 +173,9 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
 #pragma unroll
       for (int i = 0; i < ROWS8; i++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          if (ONE && 2 * t + e % 2) continue;
+        for (int e = 0; e < 4; e++)
           sums[(warp * SEGMENTS + s) * SLAB + (8 * i + 2 * t + e % 2) * PITCH + 16 * strip +
                8 * (e / 2) + g] = acc[s][strip][i][e];
-        }
   __syncthreads();
 #pragma unroll
   for (int i = threadIdx.x; i < ROWS * OUTPUTS; i += 256) {
@@ -204,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
       int a = 0;
 #pragma unroll
       for (int from = 0; from < 8; from++) a += sums[(from * SEGMENTS + s) * SLAB + m * PITCH + c];
-      const int *column = column_table + s * 4 * OUTPUTS + c, *row = row_table + s * 4 * ROWS + m;
+      const int *column = column_table + s * 4 * OUTPUTS + c, *row = row_table + s * 3 * ROWS + m;
       a = a - row[ROWS] * column[2 * OUTPUTS] - column[OUTPUTS] * row[2 * ROWS] +
           (SHIFT ? column[3 * OUTPUTS] : 0);
       if (OUT == INTEGERS) {

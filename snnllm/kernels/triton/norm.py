@@ -182,10 +182,12 @@ def _rms_norm_encode_op(
     groups, many = capacities.shape[0], segments.shape[0]
     count, threshold, zero_point, count_sum = outputs(x, positions, groups, many)
     row, stream = _rows(x, with_row), _rows(x, residual is not None)
-    rows = cuda_encode.RowInput(*(x, residual, weight, eps, offset, capacities, clip, runs, shared))
+    rows = cuda_encode.NormedRows(
+        *(x, residual, weight, eps, offset, capacities, clip, runs, shared)
+    )
     if x.shape[0] and not with_row and rows.unsuitable() is None:
         written = (stream, count, threshold, zero_point, count_sum)
-        cuda_encode.row_launch(rows, written)(x.device)
+        cuda_encode.normed_launch(rows, written)(x.device)
     elif x.shape[0]:
         gather = order is not None
         block, warps = shape_of_programs(x.shape[0], positions)
