@@ -221,11 +221,12 @@ def _spiking(args: argparse.Namespace, device: torch.device) -> Any:
 
 
 def _groups(names: list[str], device: torch.device) -> list[list[str]]:
-    """Contenders that are in memory at a time: on a GPU those of one model, whose peak is wanted."""
+    """Contenders that are in memory at a time: on a GPU those of one model, whose peak is wanted, the first one's first."""
     if device.type != "cuda":
         return [names]
-    dense, spiking = [[n for n in names if (n in _DENSE) is kind] for kind in (True, False)]
-    return [group for group in (dense, spiking) if group]
+    kinds = (names[0] in _DENSE, names[0] not in _DENSE)
+    groups = [[n for n in names if (n in _DENSE) is kind] for kind in kinds]
+    return [group for group in groups if group]
 
 
 def _measure(names: list[str], args: argparse.Namespace, device: torch.device) -> list[Row]:

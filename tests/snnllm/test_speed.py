@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from snnllm import speed
+from snnllm.cli import bench
 from snnllm.speed import Contender, Timing, time_contenders
 
 IDS = torch.zeros(1, 4, dtype=torch.int64)
@@ -30,6 +31,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(speed, "decode", timed("decode"))
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
     return seen
+
+
+@pytest.mark.parametrize(
+    ("asked", "groups"),
+    [
+        (["eager", "collapsed", "compiled"], [["eager", "compiled"], ["collapsed"]]),
+        (["collapsed", "eager", "unrolled"], [["collapsed", "unrolled"], ["eager"]]),
+        (["collapsed"], [["collapsed"]]),
+    ],
+)
+def test_the_model_asked_for_first_is_timed_first(
+    asked: list[str], groups: list[list[str]]
+) -> None:
+    assert bench._groups(asked, torch.device("cuda")) == groups
+    assert bench._groups(asked, torch.device("cpu")) == [asked]
 
 
 def test_who_is_slow_is_not_repeated(clock: list[tuple[str, str]]) -> None:
