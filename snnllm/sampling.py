@@ -1,8 +1,8 @@
 """Greedy decoding and sampling over recorded passes (`snnllm.decoding`): the loop of `generate`.
 
 Whether all sequences have ended is read one step late, so that the device never waits for the program. Greedy
-tokens are chosen and appended in one kernel, where nothing but end tokens, behind a least length, and the length
-stops.
+tokens are chosen and appended in one kernel, where nothing stops but the largest length and end tokens, which a least
+length may forbid at first; while they are forbidden, or there are none, nothing is read.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ class _Greedy:
                 own = processor.min_length
             else:
                 return None
-            if ends is None or not torch.equal(processor.eos_token_id.cpu(), ends.cpu()):
+            barred = processor.eos_token_id  # in generation the same tensor: no wait for the device
+            if ends is None or not (barred is ends or torch.equal(barred.cpu(), ends.cpu())):
                 return None
             least = max(least, own)
         return cls(prompts, length, ends, pad, least)
@@ -169,11 +170,13 @@ class _Greedy:
             append_greedy(logits, self._ids, place, self._ended, tokens, self._pad, ends, barred)
         else:
             if barred:
-                logits = logits.index_fill(1, cast(Tensor, ends), -torch.inf)
+                tokens_of = torch.arange(logits.shape[1], device=logits.device)
+                logits = logits.masked_fill(torch.isin(tokens_of, cast(Tensor, ends)), -torch.inf)
             torch.argmax(logits, dim=-1, out=tokens)
             if ends is not None:
                 torch.where(self._ended, cast(Tensor, self._pad), tokens, out=tokens)
-                self._ended |= torch.isin(tokens, ends)
+                if not barred:
+                    self._ended |= torch.isin(tokens, ends)
             self._ids[:, place] = tokens
         return self._ids[:, : self._many], self._ended
 

@@ -221,7 +221,7 @@ def _spiking(args: argparse.Namespace, device: torch.device) -> Any:
 
 
 def _groups(names: list[str], device: torch.device) -> list[list[str]]:
-    """Contenders in memory at a time, the first one's first: on a GPU those of one model, whose peak is wanted."""
+    """Contenders that are in memory together, the group of the first named one first: on a GPU those of one model."""
     if device.type != "cuda":
         return [names]
     kinds = (names[0] in _DENSE, names[0] not in _DENSE)

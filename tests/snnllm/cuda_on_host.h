@@ -98,7 +98,11 @@ static unsigned char* shared_at(unsigned at) { return SHARED_MEMORY + at; }
 static unsigned shared_address(const void* p) { return (unsigned)((const unsigned char*)p - SHARED_MEMORY); }
 static void wait_for_kernel_in_front() {}
 static void launch_dependents() {}
+#ifdef REHEARSAL_ONLY
+#define REHEARSED for (unsigned real = 0, first = 1; first; first = 0)
+#else
 #define REHEARSED for (unsigned real = 0;; real = 1)
+#endif
 template <int N> static void give_registers() {}
 template <int N> static void take_registers() {}
 

@@ -28,13 +28,7 @@ from snnllm.kernels.cuda import linear as cuda_linear
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
 from snnllm.kernels.cuda.attention_token_source import packed_mixing
-from snnllm.kernels.cuda.linear import (
-    Rows,
-    Tiles,
-    choose_shape,
-    unsuitable,
-    whole_tiles,
-)
+from snnllm.kernels.cuda.linear import Rows, Tiles, choose_shape, unsuitable, whole_tiles
 from snnllm.kernels.cuda.primitives import OUTPUTS
 from snnllm.kernels.triton.backend import TritonBackend, encode_plan, multiply
 
@@ -58,8 +52,7 @@ SHAPES = [
 def macros(shape: Rows | Tiles, rows8: int = 1, segments: int = 2) -> dict[str, int]:
     own = {name.upper(): int(value) for name, value in shape._asdict().items()}
     more = {"ROWS8": rows8} if isinstance(shape, Rows) else {}
-    shared = {"SEGMENTS": segments, "SHIFT": 1, "BIAS": 1, "RESIDUAL": 0, "JOINT": 1}
-    return {**own, **more, **shared}
+    return {**own, **more, "SEGMENTS": segments, "SHIFT": 1, "BIAS": 1, "RESIDUAL": 0, "JOINT": 1}
 
 
 @pytest.mark.parametrize(
@@ -220,14 +213,7 @@ def test_encoding_kernels_compile(out: int, groups: int) -> None:
 def test_attention_compiles(out: int, channels: int, stored: int, cluster: int) -> None:
     names = {"D": channels, "G": 2, "QUERY_GROUPS": 1, "ONE_RANGE": 0, "ROWS": cluster}
     names |= {"KEY_BYTES": 80, "VALUE_BYTES": 80, "PLANES": 2, "KEY_PLANE": 2, "VALUE_PLANE": 2}
-    names |= {
-        "CLUSTER": cluster,
-        "QUERY": out,
-        "MASK": out,
-        "OUT": out,
-        "STORED": stored,
-        "REHEARSES": stored,
-    }
+    names |= {"CLUSTER": cluster, "QUERY": out, "MASK": out, "OUT": out, "STORED": stored}
     mixed = packed_mixing((channels,) * (channels.bit_length() - 2) + (0,)) * stored
     names |= {"ROTATED": stored, "OFFSET": stored, "MIXED": mixed}
     source, macros = cuda_attention_source.SOURCE, tuple(names.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -217,6 +218,7 @@ CASES = [
 ]
 ROWS = [
     (1, {"ROWS8": 1, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
+    (1, {"ROWS8": 1, "STRIPS": 4, "STAGES": 2, "RESIDENT": 2}),
     (13, {"ROWS8": 2, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
     (32, {"ROWS8": 4, "STRIPS": 1, "STAGES": 2, "RESIDENT": 1}),
 ]
@@ -228,7 +230,7 @@ TILES = [
 
 
 SHAPES = [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TILES)]
-SHAPE_NAMES = ["rows1", "rows13", "rows32", "tiles64", "tiles192", "tiles256"]
+SHAPE_NAMES = ["rows1", "wide1", "rows13", "rows32", "tiles64", "tiles192", "tiles256"]
 
 
 def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:
@@ -510,6 +512,48 @@ def test_normalised_rows_are_encoded(
     for mine, other in zip(outputs[1:], expected, strict=True):
         assert torch.equal(mine, other)
     assert bare or torch.equal(outputs[0], total)
+
+
+def test_a_rehearsal_reads_and_writes_nothing_of_others(build: Any) -> None:
+    x, gain = torch.zeros(2, 300), torch.ones(300)
+    groups, offset = torch.ones(1), torch.zeros(300)
+    rows = cuda_encode.NormedRows(x, x, gain, 1e-5, offset, groups, groups, [0, 384, 300, 0], False)
+    dtypes = (torch.float32, torch.uint8, torch.float32, torch.int32, torch.int32)
+    outputs = tuple(torch.full((2, 384), 77, dtype=dtype).share_memory_() for dtype in dtypes)
+    planned = cuda_encode.normed_launch(rows, outputs)
+    arguments = (None, None, *planned.arguments[2:])  # who reads x or what is added crashes
+    planned = planned._replace(arguments=arguments, macros={**planned.macros, "REHEARSAL_ONLY": 1})
+    build("normed", planned.macros)
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        launched(build, "normed", planned)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert all(bool((output == 77).all()) for output in outputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"x": torch.zeros(65, 8)}, "64 rows"),
+        ({"gain": torch.ones(8, dtype=torch.bfloat16)}, "one dtype"),
+        ({"runs": None}, "neighbours"),
+        ({"runs": [0, 128, 4, -1, 128, 256, 4, 4]}, "neighbours"),
+        ({"runs": [0, 128, 6, 0, 128, 256, 2, 6]}, "in fours"),
+    ],
+    ids=["none", "rows", "dtype", "unknown", "scattered", "fours"],
+)
+def test_other_norms_run_on_triton(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], reason: str | None
+) -> None:
+    monkeypatch.setattr(cuda_encode, "without", lambda _device: None)
+    one = torch.ones(1)
+    rows = cuda_encode.NormedRows(
+        *(torch.zeros(2, 8), None, torch.ones(8), 1e-5, None, one, one, [0, 128, 8, 0], False)
+    )._replace(**change)
+    found = rows.unsuitable()
+    assert found is None if reason is None else reason in str(found)
 
 
 RESIDUALS = {

@@ -197,6 +197,27 @@ def test_every_end_is_where_transformers_ends(model, prompts, recorded):
     assert recorded
 
 
+@pytest.mark.parametrize("least", ["min_new_tokens", "min_length"])
+def test_sequences_end_behind_a_least_length(model, prompts, recorded, least):
+    """Some would end at once, and all do soon behind the least length, each where it will."""
+    options = {"eos_token_id": list(range(30)), "max_new_tokens": 24}
+    free = generate(model, prompts, **options)
+    assert (free[:, 9:12] < 30).any()
+    options[least] = 3 if least == "min_new_tokens" else 12
+    expected = generate(model, prompts, **options)
+    assert 9 + 3 < expected.shape[1] < 9 + 24
+    assert not (expected[:, 9:12] < 30).any()
+    assert not recorded
+    for _ in range(2):  # the second time with the buffers of the first
+        assert torch.equal(generate(model, prompts, **options, **STATIC), expected)
+    one = {name: tensor[:1] for name, tensor in prompts.items()}
+    heard = _Heard()
+    ids = generate(model, one, **options, **STATIC, streamer=heard)
+    assert torch.equal(ids, generate(model, one, **options))
+    assert heard.tokens == ids[0].tolist()
+    assert len(recorded) == 3
+
+
 class _Heard:
     """A streamer that remembers."""
 

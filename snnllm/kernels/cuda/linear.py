@@ -77,11 +77,16 @@ def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> 
 
 
 def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
-    """Kernel and tile sizes for M rows and N columns on so many multiprocessors; measured on an H100 and an H200."""
+    """Kernel and tile sizes for M rows and N columns on so many multiprocessors.
+
+    Measured on an H100; for one row on an H200.
+    """
     if rows <= _FEW_ROWS:
         if columns <= 32 * processors:  # a block of threads has a multiprocessor of its own
             return Rows(2, 6 if rows <= 8 else 4, 1)
-        return Rows(4, 2, 2) if rows <= 8 else Rows(2, 2, 3 if rows <= 16 else 2)
+        if rows == 1:
+            return Rows(4, 2, 2)
+        return Rows(2, 3, 2) if rows <= 8 else Rows(2, 2, 3 if rows <= 16 else 2)
     if rows <= 512:
         # Few tiles: small ones, or what fills the multiprocessors once.
         once = -(-rows // 128) * -(-columns // 192)

@@ -116,7 +116,7 @@ INLINE int finished(int sum) {
 
 // A kernel that starts early may go through its work twice: instructions come from memory, too, one after the other,
 // and would be waited for where time counts. The first time nothing that others make is read, and nothing is written.
-#define REHEARSED for (unsigned real = of_rehearsal();; real = 1)
+#define REHEARSED _Pragma("unroll 1") for (unsigned real = of_rehearsal();; real = 1)
 INLINE unsigned of_rehearsal() {  // 0, which the compiler must not know
   unsigned zero;
   asm volatile("mov.u32 %0, 0;" : "=r"(zero));

@@ -40,7 +40,7 @@ def append_greedy(
         tokens: int64 ``[B]``, contiguous; written, too.
         pad: int64, one element; with ``ends``.
         ends: End tokens, int64 ``[E]``, contiguous; None: there are none.
-        barred: No end token is chosen, as long as another one is above minus infinity.
+        barred: No end token is chosen, as long as another one is above minus infinity, and no sequence ends.
     """
     batch, vocabulary = logits.shape
     launch: Any = _append_greedy[(batch,)]
@@ -87,7 +87,7 @@ def _append_greedy(  # type: ignore[no-untyped-def]
         ended = tl.load(ended_ptr + row) != 0
         chosen = tl.where(ended, tl.load(pad_ptr), chosen)
         for e in tl.static_range(ENDS):
-            ended = ended | (tl.load(ends_ptr + e) == chosen)
+            ended = ended | ((tl.load(ends_ptr + e) == chosen) & (barred == 0))
         tl.store(ended_ptr + row, ended)
     tl.store(ids_ptr + row * length + place, chosen)
     tl.store(tokens_ptr + row, chosen)
