@@ -100,7 +100,7 @@ class _Greedy:
         length: Of the sequences in the end.
         ends: End tokens, `[E]`, or None.
         pad: Token behind the end, with `ends`.
-        least: Tokens of a sequence, prompt and all, before it may end.
+        least: Tokens of a sequence, prompt and all, before it may end, with `ends`.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class _Greedy:
             All tokens up to now `[B, S + new]`, and which sequences have ended, bool `[B]`; both are overwritten.
         """
         place, ends = self._many, self._ends
-        barred = ends is not None and place < self._least
+        barred = place < self._least
         self._many += 1
         if kernels_run_on(logits.device.type):
             from snnllm.kernels.triton.greedy import append_greedy  # needs Triton

@@ -224,9 +224,10 @@ def _groups(names: list[str], device: torch.device) -> list[list[str]]:
     """Contenders that are in memory together, the group of the first named one first: on a GPU those of one model."""
     if device.type != "cuda":
         return [names]
-    kinds = (names[0] in _DENSE, names[0] not in _DENSE)
-    groups = [[n for n in names if (n in _DENSE) is kind] for kind in kinds]
-    return [group for group in groups if group]
+    groups: dict[bool, list[str]] = {}
+    for name in names:
+        groups.setdefault(name in _DENSE, []).append(name)
+    return list(groups.values())
 
 
 def _measure(names: list[str], args: argparse.Namespace, device: torch.device) -> list[Row]:

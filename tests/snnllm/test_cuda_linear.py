@@ -22,9 +22,9 @@ from snnllm.kernels.disk_cache import CACHE_VARIABLE
 pytest.importorskip("triton", reason="the package triton is not installed")
 from snnllm.kernels.cuda import attention_source as cuda_attention_source
 from snnllm.kernels.cuda import driver as cuda_driver
-from snnllm.kernels.cuda import encode_source as cuda_encode_source
 from snnllm.kernels.cuda import gated_source as cuda_gated_source
 from snnllm.kernels.cuda import linear as cuda_linear
+from snnllm.kernels.cuda import normed_source as cuda_normed_source
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
 from snnllm.kernels.cuda.attention_token_source import packed_mixing
@@ -200,7 +200,7 @@ def test_encoding_kernels_compile(out: int, groups: int) -> None:
     row = {**names, "CHUNKS": 4 * groups, "ADDED": more, "GAIN": more}
     sources = [
         (cuda_gated_source.SOURCE, {**names, "CLUSTER": 2 * groups, "THREADS": 96}),
-        (cuda_encode_source.SOURCE, row),
+        (cuda_normed_source.SOURCE, row),
     ]
     for source, known in sources:
         code, _ = cuda_driver.compiled(source, tuple(known.items()), "sm_90a")

@@ -28,6 +28,7 @@ from snnllm.kernels.cuda import attention_source as cuda_attention_source
 from snnllm.kernels.cuda import encode as cuda_encode
 from snnllm.kernels.cuda import encode_source as cuda_encode_source
 from snnllm.kernels.cuda import gated_source as cuda_gated_source
+from snnllm.kernels.cuda import normed_source as cuda_normed_source
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
 from snnllm.kernels.cuda.driver import Launch
@@ -104,7 +105,7 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n, const fl
 BODIES = {
     "rows": cuda_rows_source.BODY,
     "gated": cuda_encode_source.ENCODING + cuda_gated_source.BODY,
-    "normed": cuda_encode_source.ENCODING + cuda_encode_source.BODY,
+    "normed": cuda_encode_source.ENCODING + cuda_normed_source.BODY,
     "tiles": cuda_tiles_source.BODY,
     "attention": cuda_attention_source.BODY,
 }

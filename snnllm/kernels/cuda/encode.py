@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neurons.backends.device import EARLY_ROWS
 from snnllm.hadamard import RADIX, rotation_blocks
-from snnllm.kernels.cuda import encode_source, gated_source
+from snnllm.kernels.cuda import gated_source, normed_source
 from snnllm.kernels.cuda.driver import Launch, processors, without
 from snnllm.kernels.cuda.primitives import OUTPUTS
 from snnllm.norm import LANES
@@ -54,7 +54,7 @@ def gated_unsuitable(
 
 
 class NormedRows(NamedTuple):
-    """Rows whose norm is encoded by `encode_source`.
+    """Rows whose norm is encoded by `normed_source`.
 
     Attributes:
         x: `[M, K]`, stride 1 along K.
@@ -79,7 +79,7 @@ class NormedRows(NamedTuple):
     shared: bool
 
     def unsuitable(self) -> str | None:
-        """Return None where the kernels serve these rows, else the reason why not."""
+        """Return None where the kernel serves these rows, else the reason why not."""
         reason = without(self.x.device)
         if reason is not None:
             return reason
@@ -174,8 +174,8 @@ def normed_launch(rows: NormedRows, outputs: tuple[Tensor, ...]) -> Launch:
     strides = (rows.x.stride(0), 0 if rows.added is None else rows.added.stride(0))
     numbers = (float(rows.eps), *strides, channels, outputs[1].shape[1], *_both(runs))
     return Launch(
-        *(encode_source.SOURCE, "encode_normed", macros, many, encode_source.NORMED_THREADS),
-        encode_source.NORMED_BYTES,
+        *(normed_source.SOURCE, "encode_normed", macros, many, normed_source.THREADS),
+        normed_source.SHARED_BYTES,
         (*operands, *outputs, *numbers),
     )
 

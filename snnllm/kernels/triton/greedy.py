@@ -77,8 +77,9 @@ def _append_greedy(  # type: ignore[no-untyped-def]
         i = first + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + row * vocabulary + i, mask=i < vocabulary, other=float("-inf"))
         x = tl.where(x == x, x, float("inf"))
-        for e in tl.static_range(ENDS):
-            x = tl.where((tl.load(ends_ptr + e) == i) & (barred != 0), float("-inf"), x)
+        if barred != 0:
+            for e in tl.static_range(ENDS):
+                x = tl.where(tl.load(ends_ptr + e) == i, float("-inf"), x)
         highest, place_of = tl.max(x, 0, return_indices=True)  # the first of equal ones
         token = tl.where(highest > top, first + place_of, token)
         top = tl.maximum(top, highest)
