@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import importlib
 import statistics
 import sys
@@ -57,6 +58,8 @@ _FEW = [
 ]
 _MANY = [
     *(Tiles(64, 128, 2, stages, 32) for stages in (6, 8)),
+    *(Tiles(64, 128, 2, stages, 32, teams=2) for stages in (6, 8)),
+    Tiles(64, 64, 1, 8, 32, teams=2),
     *(Tiles(*c) for c in ((128, 128, 2, 6, 64), (128, 192, 3, 4, 0), (64, 192, 3, 8, 0))),
 ]
 CUDA_CANDIDATES: dict[int, list[Rows] | list[Tiles]] = {
@@ -70,7 +73,9 @@ CUDA_CANDIDATES: dict[int, list[Rows] | list[Tiles]] = {
 }
 
 
-def random_linear(n: int, k: int, salient: float, steps: int, bits: int) -> LinearSpec:
+def random_linear(
+    n: int, k: int, salient: float, steps: int, bits: int, commensurate: bool = False
+) -> LinearSpec:
     """A linear with random codes on the GPU; about `salient` of the channels have T = `steps`.
 
     As many as the pipeline `rotated` takes, a power of two (512 of 4096, 1024 of 11008 for 10 %), and where it puts
@@ -83,7 +88,12 @@ def random_linear(n: int, k: int, salient: float, steps: int, bits: int) -> Line
     order = torch.arange(k).roll(-few)  # the salient channels, the first ones, come last
     levels = torch.randint(-high, high, (n, k), generator=generator, device="cuda")
     return LinearSpec(
-        encoder=EncoderSpec(order if few else None, sizes, capacities, False, "linear"),
+        encoder=EncoderSpec(
+            order if few else None,
+            *(sizes, capacities),
+            name="linear",
+            commensurate=commensurate,
+        ),
         levels=levels.to(torch.int8),
         scale=torch.rand(n, 1, generator=generator, device="cuda") * 0.01,
         zero=torch.randint(-2, 2, (n, 1), generator=generator, device="cuda").int(),
@@ -155,14 +165,8 @@ def rotated(layer: TritonLinear) -> list[TritonLinear]:
     assert weight is not None
     out = []
     for _ in range(copies_of(weight.numel())):
-        copied = list(layer.arguments)
-        copied[0] = weight.clone()
-        out.append(
-            TritonLinear(
-                *(layer.name, layer.in_features, layer.out_features, layer.plan),
-                *(tuple(copied), layer.bits, layer.shifted),
-            )
-        )
+        copied = (weight.clone(), *layer.arguments[1:])
+        out.append(dataclasses.replace(layer, arguments=copied, ahead=[]))
     return out
 
 
@@ -247,28 +251,32 @@ def humming(x: Tensor, n: int) -> Contender | None:
 def table(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
     """Print times in us and ratios to bf16."""
     print(
-        "| out x in | M | bf16 | humming W4A8 | W4A4 T = 2 | one group | without encoding | W2 | exact |"
+        "| out x in | M | bf16 | humming W4A8 | W4A4 T = 2 | commensurate | one group "
+        "| split, without encoding | commensurate, without encoding | W2 | exact |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for n, k in shapes:
         for m in all_rows:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             two = random_linear(n, k, 0.1, 2, 4)
-            same = exact(x, two)
+            even = random_linear(n, k, 0.1, 2, 4, commensurate=True)
+            same = exact(x, two) and exact(x, even)
             graphs = {"bf16": dense(x, n)}
             peer = humming(x, n)
             if peer is not None:
                 graphs["humming"] = peer
             graphs["two"] = ours(x, two)
+            graphs["even"] = ours(x, even)
             graphs["one"] = ours(x, random_linear(n, k, 0.0, 1, 4))
             graphs["kernel"] = ours(x, two, encoded=True)
+            graphs["even kernel"] = ours(x, even, encoded=True)
             graphs["w2"] = ours(x, random_linear(n, k, 0.1, 2, 2))
             graphs["last"] = graphs["bf16"]
             time = medians(graphs)
             base = (time["bf16"] + time["last"]) / 2
             cells = [
                 f"{time[c]:.1f} ({base / time[c]:.2f}x)" if c in time else "-"
-                for c in ("humming", "two", "one", "kernel", "w2")
+                for c in ("humming", "two", "even", "one", "kernel", "even kernel", "w2")
             ]
             drift = abs(time["bf16"] / time["last"] - 1)
             note = "yes" if same else "NO"
@@ -298,8 +306,8 @@ def ternary_table(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
             )
 
 
-def sweep(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
-    """Print the time of every candidate, best first."""
+def sweep(shapes: list[tuple[int, int]], all_rows: list[int], commensurate: bool) -> None:
+    """Print the time of every candidate, best first; commensurate: of the linear with such thresholds."""
     from snnllm.kernels.triton import operators as triton_ops
 
     module: Any
@@ -314,7 +322,7 @@ def sweep(shapes: list[tuple[int, int]], all_rows: list[int]) -> None:
         chosen = getattr(module, name)
         for m in all_rows:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            spec = random_linear(n, k, 0.1, 2, 4)
+            spec = random_linear(n, k, 0.1, 2, 4, commensurate)
             graphs: dict[str, Contender] = {"bf16": dense(x, n)}
             for config in candidates[min(candidates, key=lambda c: abs(c - m))]:
                 setattr(module, name, lambda *_, config=config: config)
@@ -334,6 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES])
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="tokens, M")
     parser.add_argument("--sweep", action="store_true", help="time tile sizes instead")
+    parser.add_argument("--commensurate", action="store_true", help="of a --sweep: such thresholds")
     parser.add_argument("--ternary", action="store_true", help="the table of ternary weights only")
     parser.add_argument("--no-ternary", action="store_true", help="without it")
     args = parser.parse_args(argv)
@@ -345,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in args.shapes)]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     if args.sweep:
-        sweep(shapes, args.rows)
+        sweep(shapes, args.rows, args.commensurate)
         return 0
     if not args.ternary:
         table(shapes, args.rows)

@@ -11,10 +11,10 @@ from neurons.lazy import lazy_names
 
 if TYPE_CHECKING:
     from neurons.backends import Dynamics, Output, Reset, Train, available_backends, multi_step
-    from neurons.encoder import Encoding, SpikeEncoder, encode_parameters, spike_capacity
+    from neurons.encoder import Encoding, SpikeEncoder, encode_parameters
     from neurons.gif import GIFNode, SignedGIFNode
     from neurons.learnable import ElasticBiSpikingNode, LearnableGIFNode, LearnableSignedGIFNode
-    from neurons.modes import Capacity, ValueRange
+    from neurons.modes import Capacity, ValueRange, spike_capacity
     from neurons.surrogate import GIFSpikeCount, SignedSpikeCount
 
 _MODULES = {
@@ -26,14 +26,14 @@ _MODULES = {
         "available_backends",
         "multi_step",
     ),
-    "neurons.encoder": ("Encoding", "SpikeEncoder", "encode_parameters", "spike_capacity"),
+    "neurons.encoder": ("Encoding", "SpikeEncoder", "encode_parameters"),
     "neurons.gif": ("GIFNode", "SignedGIFNode"),
     "neurons.learnable": (
         "ElasticBiSpikingNode",
         "LearnableGIFNode",
         "LearnableSignedGIFNode",
     ),
-    "neurons.modes": ("Capacity", "ValueRange"),
+    "neurons.modes": ("Capacity", "ValueRange", "spike_capacity"),
     "neurons.surrogate": ("GIFSpikeCount", "SignedSpikeCount"),
 }
 _SUBMODULES = (

@@ -8,6 +8,9 @@ For one token (row) and one channel group g of capacity ``qmax = T_g * (L-1)``::
     q  = clip(floor(x / s + (z + 1/2)), 0, qmax)      spike count
     x_hat = s * (q - z)
 
+Commensurate thresholds are rounded up to multiples of one unit per token between the first and the
+second line (:func:`neurons.thresholds.commensurate`). All of it
+
 in float32 with IEEE division and without fused multiply-add, so that every execution of this
 expression (the closed form here, the neuron step by step, a kernel) gives the same integers.
 
@@ -23,11 +26,12 @@ from torch import Tensor
 from neurons import backends, functional
 from neurons.gif import GIFNode
 from neurons.groups import ChannelGroups, check_groups, clip_factors
-from neurons.modes import Capacity, ValueRange
+from neurons.modes import Capacity, ValueRange, check_commensurate, mode_of, spike_capacity
 from neurons.thresholds import (
+    Parameters,
     align,
     encode_parameters,
-    mode_of,
+    parameters,
     per_channel,
 )
 
@@ -50,32 +54,14 @@ class Encoding(NamedTuple):
         count: q, spike counts ``[.., C]``, uint8 when every capacity is at most 255, else int16.
         threshold: s, firing thresholds ``[.., G]``, float32, in units of the activation.
         zero_point: z, bias charges ``[.., G]``, int32, in thresholds.
+        multiple: m, the threshold in units that the groups of a token share, ``[.., G]``, int32;
+            None unless the thresholds are commensurate.
     """
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
     threshold: Tensor
     zero_point: Tensor
-
-
-def spike_capacity(steps: int, bits: int, capacity: Capacity | str = Capacity.STEPS) -> int:
-    """Largest spike count: ``T * (2**b - 1)``, or ``2**(b + log2 T) - 1`` as published.
-
-    Args:
-        steps: T, time steps a channel may fire.
-        bits: b, bits of one multi-level spike.
-        capacity: which of the two rules.
-
-    Returns:
-        qmax.
-
-    Raises:
-        ValueError: if the rule is unknown, or "power_of_two" meets steps that are none.
-    """
-    if mode_of(Capacity, capacity) == Capacity.STEPS:
-        return int(steps * (2**bits - 1))
-    if steps & (steps - 1):
-        raise ValueError(f'capacity="power_of_two" needs steps 1, 2, 4, ..., got {steps}.')
-    return int(steps * 2**bits - 1)
+    multiple: Tensor | None = None
 
 
 def _check_steps(steps: Sequence[int]) -> tuple[int, ...]:
@@ -110,7 +96,8 @@ class SpikeEncoder(ChannelGroups):
             ``[.., H, S, C]`` with groups per head; or the number of channels, all in group 0.
         steps: T of each group, in time steps.
         bits: b, bits of one multi-level spike, 1 to 8; ``L = 2**b``.
-        value_range: "split" (each group its own range) or "shared".
+        value_range: "split" (each group its own range), "shared", or "commensurate" (split, with
+            thresholds rounded up to multiples of one unit per token, computed by torch).
         capacity: "steps", or "power_of_two" to reproduce published fake-quantised numbers, which a
             neuron cannot emit.
         name: name of the layer, for messages.
@@ -160,6 +147,8 @@ class SpikeEncoder(ChannelGroups):
             raise ValueError(
                 f"capacity {max(self.capacities)} exceeds {MAX_CAPACITY}; use fewer steps or bits."
             )
+        if self.value_range == ValueRange.COMMENSURATE:
+            check_commensurate(self.capacities, self._label())
         self.register_buffer("channel_group", _as_groups(channel_group, len(self.steps)))
         self.register_buffer("clip", clip_factors(clip, len(self.steps)))
         self.node = GIFNode(self.levels, step_mode="m")
@@ -219,12 +208,10 @@ class SpikeEncoder(ChannelGroups):
                 f"got {shape}."
             )
 
-    def _parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        threshold, zero_point = encode_parameters(
-            x, self.channel_group, self.capacities, self.value_range, self.clip
-        )
-        self._check_finite(threshold)
-        return threshold, zero_point
+    def _parameters_of(self, x: Tensor) -> Parameters:
+        found = parameters(x, self.channel_group, self.capacities, self.value_range, self.clip)
+        self._check_finite(found.threshold)
+        return found
 
     def _check_finite(self, threshold: Tensor) -> None:
         # The check waits for the device, which a graph under capture does not allow.
@@ -237,14 +224,14 @@ class SpikeEncoder(ChannelGroups):
                 "check the weights and the input of this layer."
             )
 
-    def _charge(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _charge(self, x: Tensor) -> tuple[Tensor, Tensor, Parameters]:
         """Charge ``x / s`` [.., C] and bias ``z + 1/2``, with the parameters they come from."""
         self._check_input(x)
-        threshold, zero_point = self._parameters_of(x)
+        found = self._parameters_of(x)
         group = align(self.channel_group)
-        charge = x.to(torch.float32) / per_channel(threshold, group)
-        bias = per_channel(zero_point.to(torch.float32) + 0.5, group)
-        return charge, bias, threshold, zero_point
+        charge = x.to(torch.float32) / per_channel(found.threshold, group)
+        bias = per_channel(found.zero_point.to(torch.float32) + 0.5, group)
+        return charge, bias, found
 
     def _compact(self, count: Tensor) -> Tensor:
         return count.to(torch.uint8 if max(self.capacities) <= 255 else torch.int16)
@@ -265,18 +252,19 @@ class SpikeEncoder(ChannelGroups):
         """
         self._check_input(x)
         groups = len(self.steps)
-        if backends.choose_encode(self.backend, x, groups) == "triton":
+        by_torch = self.value_range == ValueRange.COMMENSURATE
+        if not by_torch and backends.choose_encode(self.backend, x, groups) == "triton":
             shared = self.value_range == ValueRange.SHARED
             encoding = backends.encode(x, self.channel_group, self.capacities, self.clip, shared)
             self._check_finite(encoding[1])
             return Encoding(*encoding)
-        charge, bias, threshold, zero_point = self._charge(x)
+        charge, bias, found = self._charge(x)
         capacity: Tensor | int = self.capacities[0]
         if len(self.capacities) > 1:
             capacities = torch.tensor(self.capacities, dtype=torch.float32, device=x.device)
             capacity = per_channel(capacities, align(self.channel_group))
         count = functional.gif_count(charge, bias, capacity)
-        return Encoding(self._compact(count), threshold, zero_point)
+        return Encoding(self._compact(count), *found)
 
     forward = encode
 
@@ -302,12 +290,12 @@ class SpikeEncoder(ChannelGroups):
                 f"{self._label()}: neurons cannot emit the capacity {self.capacity}; "
                 'use capacity="steps", or encode() for the fake-quantised numbers.'
             )
-        charge, bias, threshold, zero_point = self._charge(x)
+        charge, bias, found = self._charge(x)
         x_seq = charge.new_zeros((max(self.steps), *charge.shape))
         x_seq[0] = charge
         spike_seq = self._run_node(x_seq, bias.expand_as(charge))
         count = self._compact(functional.spikes_to_count(spike_seq))
-        return spike_seq, Encoding(count, threshold, zero_point)
+        return spike_seq, Encoding(count, *found)
 
     def _run_node(self, x_seq: Tensor, v: Tensor) -> Tensor:
         # Set here, not in __init__: channel_group may come from a checkpoint later.

@@ -42,6 +42,8 @@ _UNKNOWN: object = ...  # survives deepcopy and pickle as itself
 class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
     """LLaMA attention whose K and V are encoded to spikes at the write to the cache.
 
+    The ranges of Q, K and V are those of the configuration; `split` in place of `commensurate`.
+
     Args:
         config: The LLaMA configuration.
         layer_idx: Index of the block.
@@ -65,7 +67,7 @@ class SpikingLlamaAttention(ProjectedAttention, SpikingModule):
         groups = torch.zeros(heads, dim, dtype=torch.uint8)
         common: dict[str, Any] = {
             "bits": spike.activation_bits,
-            "value_range": str(spike.value_range),
+            "value_range": str(spike.attention_range),
             "capacity": str(spike.capacity),
             "clip": spike.activation_clip,
         }

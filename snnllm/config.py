@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from numbers import Real
 from typing import Any
 
 from neurons import Capacity as Capacity
 from neurons import ValueRange as ValueRange
+from neurons import spike_capacity
+from neurons.modes import check_commensurate
+from snnllm.config_fields import check_int, member, number, plain
 from snnllm.step_budget import MAX_STEPS, SCORED_STEPS
 
 SCHEMA_VERSION = 4
@@ -94,7 +96,9 @@ class SpikeConfig:
         salient_ratio: Fraction `p` of the channels of an operand that is salient, in [0, 1].
         salient_steps: Time steps `T` of the salient channels of a linear input.
         kv_salient_steps: Time steps of the salient channels of K and V (method.md section 4: always 2).
-        value_range: Own threshold per channel group (`split`) or one range for all (`shared`).
+        value_range: Own threshold per channel group (`split`), one range for all (`shared`), or own
+            thresholds rounded up to multiples of one unit per token (`commensurate`), so that a linear
+            whose weight has one group has one integer sum. Q, K and V keep `split` then.
         capacity: `steps` (exact in every view) or `power_of_two` (published fake-quantised numbers only).
         score: Saliency score that ranks the channels.
         mask_scope: One mask per linear or per shared input.
@@ -144,7 +148,7 @@ class SpikeConfig:
 
     def __post_init__(self) -> None:
         for name, enum in _ENUMS.items():
-            object.__setattr__(self, name, _member(enum, name, getattr(self, name)))
+            object.__setattr__(self, name, member(enum, name, getattr(self, name)))
         names: object = self.modules_to_not_convert
         if isinstance(names, str):  # as a tuple it would be the suffixes "q", "_", ...
             raise TypeError(
@@ -154,12 +158,12 @@ class SpikeConfig:
         object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
         steps = {k: tuple(int(t) for t in v) for k, v in dict(self.group_steps).items()}
         object.__setattr__(self, "group_steps", steps)
-        _check_int("weight_bits", self.weight_bits, 2, 8, FLOAT_BITS)
-        _check_int("activation_bits", self.activation_bits, 1, 8, FLOAT_BITS)
-        _check_int("salient_steps", self.salient_steps, 1, 64)
-        _check_int("kv_salient_steps", self.kv_salient_steps, 1, 64)
+        check_int("weight_bits", self.weight_bits, 2, 8, FLOAT_BITS)
+        check_int("activation_bits", self.activation_bits, 1, 8, FLOAT_BITS)
+        check_int("salient_steps", self.salient_steps, 1, 64)
+        check_int("kv_salient_steps", self.kv_salient_steps, 1, 64)
         for name in ("salient_ratio", "activation_clip"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
+            object.__setattr__(self, name, number(name, getattr(self, name)))
         if not 0.0 <= self.salient_ratio <= 1.0:
             raise ValueError(
                 f"salient_ratio is a fraction of the channels in [0, 1], got {self.salient_ratio}."
@@ -172,7 +176,7 @@ class SpikeConfig:
                 "weight_group_size must be None with it."
             )
         if self.weight_group_size is not None:
-            _check_int("weight_group_size", self.weight_group_size, 8, 1 << 20)
+            check_int("weight_group_size", self.weight_group_size, 8, 1 << 20)
         if self.weight_bits == FLOAT_BITS and self.activation_bits == FLOAT_BITS:
             raise ValueError(
                 "weight_bits=16 with activation_bits=16 leaves the model dense: nothing would be "
@@ -180,6 +184,8 @@ class SpikeConfig:
             )
         self._check_ternary()
         _check_group_steps(steps)
+        if self.value_range is ValueRange.COMMENSURATE:
+            self._check_commensurate()
         if self.capacity is Capacity.POWER_OF_TWO:
             self._check_powers()
 
@@ -194,7 +200,7 @@ class SpikeConfig:
             if columns:
                 raise ValueError("weight_columns describes ternary weights; give mean_steps too.")
             return
-        object.__setattr__(self, "mean_steps", _number("mean_steps", self.mean_steps))
+        object.__setattr__(self, "mean_steps", number("mean_steps", self.mean_steps))
         if not 1.0 <= self.mean_steps <= MAX_STEPS:
             raise ValueError(
                 f"mean_steps must be in 1..{SCORED_STEPS}, or up to {MAX_STEPS} with two classes of columns "
@@ -233,6 +239,19 @@ class SpikeConfig:
                         "capacity='steps'."
                     )
 
+    def _check_commensurate(self) -> None:
+        """Refuse ternary weights and channel groups that have no commensurate thresholds."""
+        if self.mean_steps is not None:
+            raise ValueError(
+                "value_range='commensurate' needs weight levels with one sum per linear; ternary "
+                "weights have thresholds per run of columns. Use value_range='split'."
+            )
+        if not self.encodes_activations:
+            return
+        for name, steps in {"linears": self.steps_of(""), **self.group_steps}.items():
+            capacities = [spike_capacity(t, self.activation_bits, self.capacity) for t in steps]
+            check_commensurate(capacities, name)
+
     def __hash__(self) -> int:
         """Equal configs are equal keys, the mapping `group_steps` included."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -257,6 +276,18 @@ class SpikeConfig:
         return (1,) if self.salient_ratio == 0.0 else (1, self.salient_steps)
 
     @property
+    def may_scale_segments(self) -> bool:
+        """Whether pipelines may set `segment_scales`, which take the one sum of commensurate inputs."""
+        one_sum = self.value_range is ValueRange.COMMENSURATE
+        return self.weight_group_size is None and not one_sum
+
+    @property
+    def attention_range(self) -> ValueRange:
+        """Range of Q, K and V: their products have a scale per group, so units would save nothing."""
+        commensurate = self.value_range is ValueRange.COMMENSURATE
+        return ValueRange.SPLIT if commensurate else self.value_range
+
+    @property
     def kv_steps(self) -> tuple[int, ...]:
         """Steps of the channel groups of K and V."""
         return (1,) if self.salient_ratio == 0.0 else (1, self.kv_salient_steps)
@@ -265,7 +296,7 @@ class SpikeConfig:
         """JSON-serialisable form with the schema version; inverse of `from_dict`."""
         out: dict[str, Any] = {"quant_method": "spikellm", "schema_version": SCHEMA_VERSION}
         for f in dataclasses.fields(self):
-            out[f.name] = _plain(getattr(self, f.name))
+            out[f.name] = plain(getattr(self, f.name))
         return out
 
     @classmethod
@@ -309,7 +340,7 @@ class SpikeConfig:
                 f"{', '.join(PRESETS)}."
             )
         weight, mean, steps = match["w"], match["m"], int(match["t"] or 1)
-        _check_int("T (salient steps)", steps, 1, 64)
+        check_int("T (salient steps)", steps, 1, 64)
         if int(match["a"]) == FLOAT_BITS and steps > 1:
             raise ValueError(
                 f"Preset {name!r} asks for {steps} time steps of float activations, which have none; "
@@ -355,37 +386,3 @@ def _check_group_steps(steps: Mapping[str, tuple[int, ...]]) -> None:
             raise ValueError(
                 f"group_steps[{name!r}] must hold at most {MAX_GROUPS} groups, got {len(values)}."
             )
-
-
-def _plain(value: Any) -> Any:
-    """A field as JSON has it."""
-    if isinstance(value, StrEnum):
-        return str(value)
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return value
-
-
-def _member(enum: type[StrEnum], name: str, value: Any) -> StrEnum:
-    try:
-        return enum(value)
-    except ValueError:
-        raise ValueError(
-            f"{name} must be one of {[str(m) for m in enum]}, got {value!r}."
-        ) from None
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
-    return float(value)
-
-
-def _check_int(name: str, value: Any, low: int, high: int, also: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}.")
-    if not (low <= value <= high or value == also):
-        extra = f" or {also} (float)" if also is not None else ""
-        raise ValueError(f"{name} must be in {low}..{high}{extra}, got {value}.")

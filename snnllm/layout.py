@@ -16,7 +16,7 @@ class LinearLayout:
         weight_bits: 2..8, or 16 for a float weight.
         activation_bits: Bits of a spike, or 16 for a float input.
         steps: Steps of the channel groups.
-        value_range: `split` or `shared`.
+        value_range: `split`, `shared` or `commensurate`.
         capacity: `steps` or `power_of_two`.
         group_size: Input channels (in encoded order) that share a weight scale, or None.
         segment_scales: Whether every channel group has weight scales of its own.

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from neurons import Encoding, SpikeEncoder
 from neurons.functional import spikes_to_events
-from snnllm.config import FLOAT_BITS, Capacity
+from snnllm.config import FLOAT_BITS, Capacity, ValueRange
 from snnllm.execution import SpikingModule, View
 from snnllm.hadamard import OnlineRotation
 from snnllm.kernels import NativeBackend, TritonBackend, get_backend
-from snnllm.kernels.epilogue import centre, scale_and_sum
+from snnllm.kernels.epilogue import centre, in_units, kernel_threshold, scale_and_sum
 from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.spec import (
     Backend,
@@ -40,8 +40,9 @@ class SpikingLinear(SpikingModule):
 
         y = sum_groups s_g * sw * sum_c (q_c - z_g) (w_c - zw) + bias
 
-    With `layout.offset`, a constant current `-offset_input` flows into the neurons, and
-    `offset_output` is added to `y`.
+    With commensurate thresholds `s_g = m_g u`, the sums count units: `y = u * sw * sum_groups m_g sum_c ..`,
+    one integer sum where the weight has one group. With `layout.offset`, a constant current
+    `-offset_input` flows into the neurons, and `offset_output` is added to `y`.
 
     Input channels are stored in encoded order: sorted by channel group, stable. The integers inside
     the sum are the same in the three views, bit for bit, and so is `y`.
@@ -256,9 +257,10 @@ class SpikingLinear(SpikingModule):
             order=self.order,
             sizes=self.group_sizes,
             capacities=tuple(self.encoder.capacities),
-            shared=self.layout.value_range == "shared",
+            shared=self.layout.value_range == ValueRange.SHARED,
             name=self.name,
             clip=tuple(self.encoder.clip.tolist()),
+            commensurate=self.layout.value_range == ValueRange.COMMENSURATE,
         )
 
     def prepared(self) -> tuple[Backend, PreparedLinear]:
@@ -323,14 +325,14 @@ class SpikingLinear(SpikingModule):
         if self.view is View.COLLAPSED:
             return backend.linear(x, prepared, offset)
         rows = without_offset(x, offset).reshape(-1, self.in_features)
-        accumulators, threshold = self._run_neurons(rows)
-        y = scale_and_sum(accumulators, threshold, self.spec())
+        y = scale_and_sum(*self._run_neurons(rows), self.spec())
         return y.view(*x.shape[:-1], self.out_features)
 
     def accumulators(self, x: Tensor) -> Tensor:
         """Centred integer sums of the current view, int32 `[segments, tokens, N]`.
 
-        The same in every view: `A[m, n] = sum_k (q[m, k] - z[m]) (w[n, k] - zw[n])`.
+        The same in every view: `A[m, n] = sum_k (q[m, k] - z[m]) (w[n, k] - zw[n])`, times the
+        multiple of the token and group where the thresholds are commensurate.
         """
         rows = self.encoder_input(x.reshape(-1, self.in_features))
         if self.view is View.COLLAPSED:
@@ -339,13 +341,13 @@ class SpikingLinear(SpikingModule):
         return self._run_neurons(rows)[0]
 
     def _run_neurons(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Accumulators and thresholds of a view over time steps: in C while nobody watches."""
+        """Accumulators of a view over time steps and what scales them; in C while nobody watches."""
         backend, prepared = self.prepared()
         stepped = self.view is View.UNROLLED and not self.encoder.watched
         if stepped and isinstance(backend, NativeBackend):
             return backend.unrolled(rows, prepared, self.layout.steps, self.encoder.levels)
-        encoding, accumulators = self._accumulate_steps(rows)
-        return accumulators, encoding.threshold
+        encoding, sums = self._accumulate_steps(rows)
+        return in_units(sums, encoding.multiple, self.spec()), kernel_threshold(encoding)
 
     def _accumulate_steps(self, rows: Tensor) -> tuple[Encoding, Tensor]:
         """Run the neurons over T steps and sum one matmul per step (or per binary event slot)."""

@@ -61,11 +61,15 @@ def _count_bits(encoder: SpikeEncoder) -> float:
 
 
 def _scales(module: SpikingLinear) -> int:
-    """Float multiplications per token: a division per neuron, two scales and a zero point a sum."""
+    """Multiplications per token: a division per neuron, two scales and a zero point a sum.
+
+    Merged sums have an integer multiple and a zero point each, and two scales together.
+    """
     encoded = module.layout.activation_bits != FLOAT_BITS
     integer = encoded and module.layout.weight_bits != FLOAT_BITS
     sums = len(module.spec().segments) if integer else 0
-    return (module.in_features if encoded else 0) + 3 * module.out_features * sums
+    a_sum = 2 * (sums + 1) if integer and module.spec().merged else 3 * sums
+    return (module.in_features if encoded else 0) + module.out_features * a_sum
 
 
 def _weight_bytes(module: SpikingLinear) -> int:

@@ -297,14 +297,21 @@ def _centred_levels(spec: LinearSpec) -> Tensor:
 
 
 def _signed_sums(module: SpikingLinear, x: Tensor) -> Tensor:
-    """Sums over the signed event trains, one matmul per slot and sign, float64 `[tokens, N]`."""
+    """Sums over the signed event trains, one matmul per group, slot and sign, float64 `[tokens, N]`.
+
+    In units where the thresholds are commensurate, as the accumulators of the layer.
+    """
     encoding = module.encoder.encode(module.encoder_input(x))
     centred = module.encoder.centre(encoding)[:, module.order]
     weight = _centred_levels(module.spec()).double().T
-    positive, negative = signed_events(centred, max(module.encoder.capacities))
+    channel_group = module.encoder.channel_group[module.order]
     total = torch.zeros(len(x), module.out_features, dtype=torch.float64, device=x.device)
-    for plus, minus in zip(positive, negative, strict=True):
-        total += torch.mm(plus.double(), weight) - torch.mm(minus.double(), weight)
+    for group, capacity in enumerate(module.encoder.capacities):
+        multiple = 1 if encoding.multiple is None else encoding.multiple[:, group, None]
+        own = torch.where(channel_group == group, centred, 0)
+        for plus, minus in zip(*signed_events(own, capacity), strict=True):
+            part = torch.mm(plus.double(), weight) - torch.mm(minus.double(), weight)
+            total += multiple * part
     return total
 
 

@@ -66,7 +66,7 @@ class SharedInput:
         plan = self.layer.plan
         encoded = rms_norm_encode(
             *(rows, added, norm.weight, norm.variance_epsilon, plan.order, plan.segments),
-            *(plan.capacities, plan.clip, plan.spec.shared, self.offset),
+            *(plan.capacities, plan.clip, plan.spec.range_mode, self.offset),
             runs=plan.runs,
         )
         y = multiply(EncodedRows(*encoded[:4]), self.layer, x.dtype)
@@ -79,7 +79,7 @@ class SharedInput:
         plan = self.layer.plan
         encoded = silu_mul_encode(
             *(gate.flatten(0, -2), up.flatten(0, -2), self.rotation, plan.order, plan.segments),
-            *(plan.capacities, plan.clip, plan.spec.shared, self.offset, plan.runs),
+            *(plan.capacities, plan.clip, plan.spec.range_mode, self.offset, plan.runs),
         )
         added = None if residual is None else residual.flatten(0, -2).contiguous()
         return multiply(encoded, self.layer, gate.dtype, added).view(*gate.shape[:-1], -1)

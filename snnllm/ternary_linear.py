@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from neurons import Encoding
 from snnllm.additive import AdditiveWork, additive_sums, fixed_point
-from snnllm.config import FLOAT_BITS
+from snnllm.config import FLOAT_BITS, ValueRange
 from snnllm.execution import View
 from snnllm.kernels import TritonBackend, get_backend
 from snnllm.kernels.epilogue import centre, scale_and_sum
@@ -56,7 +56,7 @@ class TernaryLinear(SpikingLinear):
     Arguments as those of `SpikingLinear`; `layout.classes` says how many columns have how many steps.
 
     Raises:
-        ValueError: The classes do not hold every column.
+        ValueError: The classes do not hold every column, or the inputs are commensurate.
     """
 
     weight_threshold: Tensor
@@ -64,6 +64,10 @@ class TernaryLinear(SpikingLinear):
 
     def _make_weight(self) -> None:
         classes, n, k = self.layout.classes, self.out_features, self.in_features
+        if self.layout.value_range == ValueRange.COMMENSURATE:
+            raise ValueError(
+                f"{self.name}: ternary weights have no commensurate inputs; use split."
+            )
         if sum(c.columns for c in classes) != k:
             raise ValueError(
                 f"{self.name}: weight_columns {tuple(map(tuple, classes))} do not hold the {k} input "

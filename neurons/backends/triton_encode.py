@@ -38,10 +38,13 @@ _MAX_GROUPS = 64
 class EncodedRows(NamedTuple):
     """Spike counts in encoded order, with what decodes them and what an integer matmul needs.
 
+    With commensurate thresholds ``m s``, s the unit of a row, they are charges in units: ``m q`` and
+    ``m z`` stand for q and z.
+
     Attributes:
         count: q, uint8 ``[M, P]``, 0 at padding.
         threshold: s, float32 ``[M, G]``, in units of the activation.
-        zero_point: z, int32 ``[M, G]``, in thresholds.
+        zero_point: z, int32 ``[M, G]``, in s.
         count_sum: sum of the counts of every segment, int32 ``[M, S]``.
     """
 
@@ -57,7 +60,7 @@ def encode_rows(
     segments: Tensor | Sequence[Sequence[int]],
     capacities: Tensor,
     clip: Tensor,
-    shared: bool,
+    range_mode: int,
     offset: Tensor | None = None,
     runs: Sequence[int] | None = None,
 ) -> EncodedRows:
@@ -76,7 +79,9 @@ def encode_rows(
             `ALIGNMENT`, and their groups ascend; a group may have several or none.
         capacities: qmax of each group, float32 ``[G]``, integers in 1..255, G at most 64.
         clip: factors on the range of each group, float32 ``[G]`` in (0, 1].
-        shared: one range for all groups, over all channels in the order.
+        range_mode: a `ValueRange.code`: 0, each group its own range; 1, one range for all groups, over
+            all channels in the order; 2, commensurate: own ranges, thresholds in multiples of a unit.
+            One group is encoded as with 0.
         offset: float32 ``[K]`` in original channel order, taken off x in float32 first. None: none.
         runs: what :func:`neurons.backends.triton_encode_tiles.runs_of` says of this order and these
             segments, for a faster kernel, compiled for the layout. None: the kernel for all layouts,
@@ -87,7 +92,7 @@ def encode_rows(
 
     Raises:
         TypeError: if a tensor has the wrong dtype.
-        ValueError: if a shape or a stride does not fit.
+        ValueError: if a shape or a stride does not fit, or the mode is unknown.
 
     Source: SpikeLLM (arXiv 2407.04752), saliency-based spiking of LLM activations.
     """
@@ -96,10 +101,9 @@ def encode_rows(
     check_rows(x)
     check_layout(order, table, capacities, clip, offset, x.shape[1])
     known = known_runs(runs, order, table, capacities, x.shape[1])
+    mode = mode_for(range_mode, capacities)
     return EncodedRows(
-        *_encode_rows_op(
-            x.detach(), order, table, capacities, clip, shared, offset, positions, known
-        )
+        *_encode_rows_op(x.detach(), order, table, capacities, clip, mode, offset, positions, known)
     )
 
 
@@ -200,6 +204,13 @@ def known_runs(
     return list(runs)
 
 
+def mode_for(range_mode: int, capacities: Tensor) -> int:
+    """The range mode of :func:`encode_rows`, checked, as the kernels take it: one group has nothing to share."""
+    if range_mode not in (0, 1, 2):
+        raise ValueError(f"range_mode must be 0, 1 or 2 (`ValueRange.code`), got {range_mode}.")
+    return 0 if capacities.shape[0] == 1 else int(range_mode)
+
+
 def _table(segments: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     rows = tuple(tuple(int(value) for value in row) for row in segments)
     groups = [row[2] for row in rows]
@@ -217,7 +228,9 @@ def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tenso
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-def outputs(x: Tensor, positions: int, groups: int, segments: int) -> tuple[Tensor, ...]:
+def outputs(
+    x: Tensor, positions: int, groups: int, segments: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate counts, thresholds, zero points and sums."""
     rows = x.shape[0]
     return (
@@ -235,12 +248,12 @@ def _encode_rows_op(
     segments: Tensor,
     capacities: Tensor,
     clip: Tensor,
-    shared: bool,
+    range_mode: int,
     offset: Tensor | None,
     positions: int,
     runs: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Arguments and results of :func:`encode_rows`, segments as a tensor, P given."""
+    """Arguments and results of :func:`encode_rows`, segments as a tensor, P given, the mode that of `mode_for`."""
     count, threshold, zero_point, count_sum = outputs(
         x, positions, capacities.shape[0], segments.shape[0]
     )
@@ -248,7 +261,9 @@ def _encode_rows_op(
     if x.shape[0] and runs:
         written = (count, threshold, zero_point, count_sum)
         with on(x.device):
-            launch_tiles(*(x, order, capacities, clip, shared, offset, written, tuple(runs), early))
+            launch_tiles(
+                *(x, order, capacities, clip, range_mode, offset, written, tuple(runs), early)
+            )
     elif x.shape[0]:
         block, warps = shape_of_programs(x.shape[0], positions)
         launch: Any = _encode_rows[(x.shape[0],)]
@@ -257,7 +272,7 @@ def _encode_rows_op(
                 *(x, x if order is None else order, segments, capacities, clip),
                 *(x if offset is None else offset, count, threshold, zero_point, count_sum),
                 *(x.stride(0), x.shape[1], positions, segments.shape[0], capacities.shape[0]),
-                SHARED=shared,
+                RANGE_MODE=range_mode,
                 GATHER=order is not None,
                 HAS_OFFSET=offset is not None,
                 EARLY=early,
@@ -277,7 +292,7 @@ def _(
     segments: Tensor,
     capacities: Tensor,
     clip: Tensor,
-    shared: bool,
+    range_mode: int,
     offset: Tensor | None,
     positions: int,
     runs: list[int] | None = None,
@@ -315,7 +330,7 @@ def _encode_rows(  # type: ignore[no-untyped-def]
     positions,
     segments,
     groups,
-    SHARED: tl.constexpr,
+    RANGE_MODE: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     EARLY: tl.constexpr,
@@ -343,7 +358,7 @@ def _encode_rows(  # type: ignore[no-untyped-def]
         positions,
         segments,
         groups,
-        SHARED,
+        RANGE_MODE,
         GATHER,
         HAS_OFFSET,
         False,

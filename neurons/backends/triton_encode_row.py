@@ -10,6 +10,7 @@ import triton.language as tl
 
 from neurons.backends.device import interpreted
 from neurons.backends.triton_arithmetic import clipped_float, fused
+from neurons.backends.triton_thresholds import group_parameters, spike_parameters, value_of
 
 __all__ = [
     "charge_of",
@@ -29,6 +30,7 @@ __all__ = [
 # Triton's interpreter truncates to bfloat16 where the device rounds to nearest, and knows no assembly.
 _INTERPRETED = tl.constexpr(interpreted())
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_MOST_GROUPS = tl.constexpr(64)
 
 
 @triton.jit
@@ -46,16 +48,6 @@ def wider(lo, hi, lo_, hi_):  # type: ignore[no-untyped-def]
     """The union of two ranges; NaN stays NaN."""
     lo = tl.minimum(lo, lo_, propagate_nan=tl.PropagateNan.ALL)
     return lo, tl.maximum(hi, hi_, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def spike_parameters(lo, hi, capacity, clip):  # type: ignore[no-untyped-def]
-    """``s`` and ``z`` (float32) of a range, as :func:`neurons.thresholds.threshold_of`."""
-    lo, hi = lo * clip, hi * clip
-    threshold = tl.maximum(tl.div_rn(hi - lo, capacity), 1e-5, propagate_nan=tl.PropagateNan.ALL)
-    # Adding 3 * 2**22 rounds half to even; -lo / s is at most the capacity, up to rounding.
-    zero = (tl.div_rn(-lo, threshold) + 12582912.0) - 12582912.0
-    return threshold, clipped_float(zero, capacity)
 
 
 @triton.jit
@@ -235,21 +227,23 @@ def _range(  # type: ignore[no-untyped-def]
     for first in range(start, stop, BLOCK):
         at = _positions(first, GATHER, BLOCK)
         x, _ = _charge(
-            x_ptr,
-            gain_ptr,
-            scale,
-            order_ptr,
-            offset_ptr,
-            at,
-            stop,
-            channels,
-            GATHER,
-            HAS_OFFSET,
-            SCALED,
-            HAS_GAIN,
+            *(x_ptr, gain_ptr, scale, order_ptr, offset_ptr, at, stop, channels),
+            *(GATHER, HAS_OFFSET, SCALED, HAS_GAIN),
         )
         lo, hi = wider(lo, hi, x, x)
     return tl.reduce((lo, hi), 0, wider)
+
+
+@triton.jit
+def _span(segment_ptr, group_of, group, segments):  # type: ignore[no-untyped-def]
+    """The segments ``first..last-1`` of a group, and where its positions start and stop."""
+    first = tl.sum((group_of < group).to(tl.int32), 0)
+    last = tl.sum((group_of <= group).to(tl.int32), 0)
+    start = tl.load(segment_ptr + 3 * tl.minimum(first, segments - 1))
+    stop = tl.load(segment_ptr + 3 * tl.maximum(last, 1) - 2)
+    # Without segments the range is empty: lo = hi = 0.
+    stop = tl.multiple_of(tl.where(last > first, stop, start), 64)
+    return first, last, tl.multiple_of(start, 64), stop
 
 
 @triton.jit
@@ -270,7 +264,7 @@ def encode_row(  # type: ignore[no-untyped-def]
     positions,
     segments,
     groups,
-    SHARED: tl.constexpr,
+    RANGE_MODE: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     SCALED: tl.constexpr,
@@ -284,52 +278,46 @@ def encode_row(  # type: ignore[no-untyped-def]
     """
     place = tl.arange(0, SEGMENTS)
     group_of = tl.load(segment_ptr + 3 * place + 2, mask=place < segments, other=groups)
-    if SHARED:
+    if RANGE_MODE == 1:
         lo, hi = _range(
-            x_ptr,
-            gain_ptr,
-            scale,
-            order_ptr,
-            offset_ptr,
-            0,
-            positions,
-            channels,
-            GATHER,
-            HAS_OFFSET,
-            SCALED,
-            HAS_GAIN,
-            BLOCK,
+            *(x_ptr, gain_ptr, scale, order_ptr, offset_ptr, 0, positions, channels),
+            *(GATHER, HAS_OFFSET, SCALED, HAS_GAIN, BLOCK),
         )
-    for group in range(groups):
-        # The segments first..last-1 are those of the group.
-        first = tl.sum((group_of < group).to(tl.int32), 0)
-        last = tl.sum((group_of <= group).to(tl.int32), 0)
-        if not SHARED:
-            start = tl.load(segment_ptr + 3 * tl.minimum(first, segments - 1))
-            stop = tl.load(segment_ptr + 3 * tl.maximum(last, 1) - 2)
-            # Without segments the range is empty: lo = hi = 0.
-            stop = tl.multiple_of(tl.where(last > first, stop, start), 64)
-            start = tl.multiple_of(start, 64)
+    if RANGE_MODE == 2:
+        # The thresholds of all groups, before one of them is encoded.
+        number = tl.arange(0, _MOST_GROUPS)
+        lows = tl.zeros([_MOST_GROUPS], tl.float32)
+        highs = tl.zeros([_MOST_GROUPS], tl.float32)
+        for group in range(groups):
+            _, _, start, stop = _span(segment_ptr, group_of, group, segments)
             lo, hi = _range(
-                x_ptr,
-                gain_ptr,
-                scale,
-                order_ptr,
-                offset_ptr,
-                start,
-                stop,
-                channels,
-                GATHER,
-                HAS_OFFSET,
-                SCALED,
-                HAS_GAIN,
-                BLOCK,
+                *(x_ptr, gain_ptr, scale, order_ptr, offset_ptr, start, stop, channels),
+                *(GATHER, HAS_OFFSET, SCALED, HAS_GAIN, BLOCK),
+            )
+            lows, highs = tl.where(number == group, lo, lows), tl.where(number == group, hi, highs)
+        capacities = tl.load(capacity_ptr + number, mask=number < groups, other=1.0)
+        clips = tl.load(clip_ptr + number, mask=number < groups, other=1.0)
+        units, thresholds, zeros, multiples = group_parameters(
+            lows, highs, capacities, clips, number, groups, RANGE_MODE
+        )
+        tl.store(threshold_ptr + number, units, mask=number < groups)
+        tl.store(zero_ptr + number, (zeros * multiples).to(tl.int32), mask=number < groups)
+    for group in range(groups):
+        first, last, start, stop = _span(segment_ptr, group_of, group, segments)
+        if RANGE_MODE == 0:
+            lo, hi = _range(
+                *(x_ptr, gain_ptr, scale, order_ptr, offset_ptr, start, stop, channels),
+                *(GATHER, HAS_OFFSET, SCALED, HAS_GAIN, BLOCK),
             )
         capacity = tl.load(capacity_ptr + group)
-        threshold, zero = spike_parameters(lo, hi, capacity, tl.load(clip_ptr + group))
+        if RANGE_MODE == 2:
+            threshold, zero = value_of(thresholds, number, group), value_of(zeros, number, group)
+            multiple = value_of(multiples, number, group).to(tl.int32)
+        else:
+            threshold, zero = spike_parameters(lo, hi, capacity, tl.load(clip_ptr + group))
+            tl.store(threshold_ptr + group, threshold)
+            tl.store(zero_ptr + group, zero.to(tl.int32))
         inverse = tl.div_rn(tl.full([], 1.0, tl.float32), threshold)
-        tl.store(threshold_ptr + group, threshold)
-        tl.store(zero_ptr + group, zero.to(tl.int32))
         for segment in range(first, last):
             begin = tl.multiple_of(tl.load(segment_ptr + 3 * segment), 64)
             end = tl.multiple_of(tl.load(segment_ptr + 3 * segment + 1), 64)
@@ -337,20 +325,12 @@ def encode_row(  # type: ignore[no-untyped-def]
             for at_ in range(begin, end, BLOCK):
                 at = _positions(at_, GATHER, BLOCK)
                 x, inside = _charge(
-                    x_ptr,
-                    gain_ptr,
-                    scale,
-                    order_ptr,
-                    offset_ptr,
-                    at,
-                    end,
-                    channels,
-                    GATHER,
-                    HAS_OFFSET,
-                    SCALED,
-                    HAS_GAIN,
+                    *(x_ptr, gain_ptr, scale, order_ptr, offset_ptr, at, end, channels),
+                    *(GATHER, HAS_OFFSET, SCALED, HAS_GAIN),
                 )
                 count = _count_by_inverse(x, threshold, inverse, zero + 0.5, capacity)
+                if RANGE_MODE == 2:
+                    count *= multiple
                 count = tl.where(inside, count, 0)
                 tl.store(count_ptr + at, count.to(tl.uint8), mask=at < end)
                 total += count

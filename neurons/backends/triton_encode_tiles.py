@@ -20,9 +20,9 @@ from neurons.backends.triton_encode_row import (
     quotient_of,
     range_bits,
     read,
-    spike_parameters,
     wider,
 )
+from neurons.backends.triton_thresholds import group_parameters, value_of
 
 __all__ = [
     "MOST_POSITIONS",
@@ -33,7 +33,6 @@ __all__ = [
     "runs_of",
     "stacked",
     "tiles_of",
-    "value_of",
 ]
 
 MOST_POSITIONS = 32768
@@ -114,7 +113,7 @@ def encode_tiles(  # type: ignore[no-untyped-def]
     sum_ptr,
     RUNS: tl.constexpr,
     GROUPS: tl.constexpr,
-    SHARED: tl.constexpr,
+    RANGE_MODE: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     SCALED: tl.constexpr,
@@ -142,21 +141,23 @@ def encode_tiles(  # type: ignore[no-untyped-def]
         charges += (own,)
         ranges += (_range(own, TILE),)
     both = tl.reshape(tl.max(stacked(ranges, GROUPS), 0), [2, PADDED])
-    low, high = range_ends(both, PADDED, SHARED)
-    thresholds, zeros = spike_parameters(low, high, capacities, clips)
-    tl.store(threshold_ptr + number, thresholds, mask=number < GROUPS)
-    tl.store(zero_ptr + number, zeros.to(tl.int32), mask=number < GROUPS)
+    low, high = range_ends(both, PADDED, RANGE_MODE)
+    units, thresholds, zeros, multiples = group_parameters(
+        low, high, capacities, clips, number, GROUPS, RANGE_MODE
+    )
+    tl.store(threshold_ptr + number, units, mask=number < GROUPS)
+    tl.store(zero_ptr + number, (zeros * multiples).to(tl.int32), mask=number < GROUPS)
     # `quotient_of` takes divisors below 2**100. A power of two off both changes no quotient, but of
     # those so small that the bias absorbs them.
     if tl.max(thresholds, 0) < 1e30:
         totals = _all_counts(
-            *(charges, thresholds, zeros, capacities, count_ptr, lane),
-            *(RUNS, GROUPS, 1.0, TILE),
+            *(charges, thresholds, zeros, capacities, multiples, count_ptr, lane),
+            *(RUNS, GROUPS, RANGE_MODE, 1.0, TILE),
         )
     else:
         totals = _all_counts(
-            *(charges, thresholds, zeros, capacities, count_ptr, lane),
-            *(RUNS, GROUPS, 2.0**-64, TILE),
+            *(charges, thresholds, zeros, capacities, multiples, count_ptr, lane),
+            *(RUNS, GROUPS, RANGE_MODE, 2.0**-64, TILE),
         )
     sums = tl.sum(totals, 0)
     if GROUPS > 1:
@@ -223,9 +224,9 @@ def stacked(parts, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def range_ends(both, PADDED: tl.constexpr, SHARED: tl.constexpr):  # type: ignore[no-untyped-def]
+def range_ends(both, PADDED: tl.constexpr, RANGE_MODE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Ends of the ranges of all groups, float32 ``[PADDED]``, from the maxima of their ``range_bits``."""
-    if SHARED:
+    if RANGE_MODE == 1:
         both = tl.broadcast_to(tl.max(both, 1)[:, None], [2, PADDED])
     below = tl.arange(0, 2)[:, None] == 0
     low = tl.sum(tl.where(below, both, 0), 0).to(tl.float32, bitcast=True)
@@ -239,10 +240,12 @@ def _all_counts(  # type: ignore[no-untyped-def]
     thresholds,
     zeros,
     capacities,
+    multiples,
     count_ptr,
     lane,
     RUNS: tl.constexpr,
     GROUPS: tl.constexpr,
+    RANGE_MODE: tl.constexpr,
     SCALE: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -253,18 +256,15 @@ def _all_counts(  # type: ignore[no-untyped-def]
         threshold = value_of(thresholds, number, group)
         bias = value_of(zeros, number, group) + 0.5
         capacity = value_of(capacities, number, group)
+        multiple = 1
+        if RANGE_MODE == 2:
+            multiple = value_of(multiples, number, group).to(tl.int32)
         total = _counts(
-            *(charges[group], threshold, bias, capacity, count_ptr, lane),
-            *(RUNS, group, SCALE, TILE),
+            *(charges[group], threshold, bias, capacity, multiple, count_ptr, lane),
+            *(RUNS, group, RANGE_MODE, SCALE, TILE),
         )
         totals += (total,)
     return stacked(totals, GROUPS)
-
-
-@triton.jit
-def value_of(values, number, group):  # type: ignore[no-untyped-def]
-    """One of the values; NaN in another does not reach it."""
-    return tl.sum(tl.where(number == group, values, 0.0), 0)
 
 
 @triton.jit
@@ -273,14 +273,16 @@ def _counts(  # type: ignore[no-untyped-def]
     threshold,
     bias,
     capacity,
+    multiple,
     count_ptr,
     lane,
     RUNS: tl.constexpr,
     group: tl.constexpr,
+    RANGE_MODE: tl.constexpr,
     SCALE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Store the counts of a group; returns their sums lane by lane."""
+    """Store the counts of a group, or their multiples; returns their sums lane by lane."""
     START: tl.constexpr = RUNS[4 * group]
     LENGTH: tl.constexpr = RUNS[4 * group + 1] - RUNS[4 * group]
     MANY: tl.constexpr = RUNS[4 * group + 2]
@@ -296,6 +298,8 @@ def _counts(  # type: ignore[no-untyped-def]
             if SCALE != 1.0:
                 charge *= SCALE
             count = clipped(quotient_of(charge, minus, inverse) + bias, capacity)
+            if RANGE_MODE == 2:
+                count *= multiple
             if first + TILE > MANY:
                 count = tl.where(first + lane < MANY, count, 0)
             total += count
@@ -323,7 +327,7 @@ def _encode_rows_in_tiles(  # type: ignore[no-untyped-def]
     positions,
     RUNS: tl.constexpr,
     GROUPS: tl.constexpr,
-    SHARED: tl.constexpr,
+    RANGE_MODE: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     EARLY: tl.constexpr,
@@ -336,7 +340,7 @@ def _encode_rows_in_tiles(  # type: ignore[no-untyped-def]
     encode_tiles(
         *(x_ptr + row * stride, x_ptr, 1.0, order_ptr, capacity_ptr, clip_ptr, offset_ptr),
         *(count_ptr + row * positions, threshold_ptr + row * GROUPS, zero_ptr + row * GROUPS),
-        *(sum_ptr + row * GROUPS, RUNS, GROUPS, SHARED, GATHER, HAS_OFFSET, False, False),
+        *(sum_ptr + row * GROUPS, RUNS, GROUPS, RANGE_MODE, GATHER, HAS_OFFSET, False, False),
         *(False, TILE),
     )
 
@@ -346,7 +350,7 @@ def launch_tiles(
     order: Tensor | None,
     capacities: Tensor,
     clip: Tensor,
-    shared: bool,
+    range_mode: int,
     offset: Tensor | None,
     outputs: tuple[Tensor, ...],
     runs: tuple[int, ...],
@@ -362,7 +366,7 @@ def launch_tiles(
         *(*outputs, x.stride(0), outputs[0].shape[1]),
         RUNS=runs,
         GROUPS=groups,
-        SHARED=shared,
+        RANGE_MODE=range_mode,
         GATHER=gather,
         HAS_OFFSET=offset is not None,
         EARLY=early,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snnllm.cli.checks import check_at_least_one, check_folder_of, check_usable, checked_device
-from snnllm.config import Operands, SpikeConfig
+from snnllm.config import Operands, SpikeConfig, ValueRange
 from snnllm.shapes import SHAPES
 from snnllm.views import View
 
@@ -51,6 +51,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--attention",
         choices=[*map(str, Operands)],
         help="with --shape: encode Q, K and V or leave them in float",
+    )
+    parser.add_argument(
+        "--range",
+        choices=[*map(str, ValueRange)],
+        help=f"of a spiking model without checkpoint (default: {ValueRange.SPLIT})",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at a time")
     parser.add_argument("--prompt", type=int, nargs="+", default=[128], help="tokens of a prompt")
@@ -131,6 +136,8 @@ def _check(args: argparse.Namespace) -> None:
     check_folder_of("--json", args.json)
     if args.checkpoint is not None and args.preset is not None:
         raise ValueError("--preset goes without --checkpoint, which has one of its own.")
+    if args.checkpoint is not None and args.range is not None:
+        raise ValueError("--range goes without --checkpoint, which has one of its own.")
     args.preset = args.preset or _PRESET
     if args.model is None:
         args.shape = args.shape or "smollm2"
@@ -144,7 +151,13 @@ def _check(args: argparse.Namespace) -> None:
     else:
         check_usable(args, args.model)
     if args.checkpoint is None:
-        SpikeConfig.preset(args.preset)
+        _spike(args)
+
+
+def _spike(args: argparse.Namespace) -> SpikeConfig:
+    """The configuration of a model without checkpoint, before its pipeline."""
+    given = {"attention": args.attention, "value_range": args.range}
+    return SpikeConfig.preset(args.preset, **{k: v for k, v in given.items() if v is not None})
 
 
 def _shape(args: argparse.Namespace) -> str:
@@ -156,7 +169,7 @@ def _shape(args: argparse.Namespace) -> str:
 
 def _label(args: argparse.Namespace) -> str:
     if args.checkpoint is None:
-        return SpikeConfig.preset(args.preset).label
+        return _spike(args).label + (f" {args.range}" if args.range is not None else "")
     from snnllm.modeling import SpikingLlamaConfig
 
     config = SpikingLlamaConfig.from_pretrained(args.checkpoint)
@@ -207,10 +220,8 @@ def _spiking(args: argparse.Namespace, device: torch.device) -> Any:
 
     if args.checkpoint is not None:
         return load(args.checkpoint, _dtype(args, device)).to(device)
-    spike = SpikeConfig.preset(args.preset)
+    spike = _spike(args)
     if args.model is None:
-        if args.attention is not None:
-            spike = SpikeConfig.preset(args.preset, attention=args.attention)
         spike = rotated_config(spike, RotatedOptions())  # what the default pipeline makes
         return random_spiking(_config(args), spike, device, _dtype(args, device))
     source = open_source(args.model)

@@ -83,7 +83,10 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
     spike.add_argument("--ratio", type=float, help="fraction of channels that is salient, 0..1")
     spike.add_argument("--steps", type=int, help="time steps T of the salient channels")
     spike.add_argument(
-        "--range", choices=[*map(str, ValueRange)], help="own threshold per group, or shared"
+        "--range",
+        choices=[*map(str, ValueRange)],
+        help="thresholds: of each group (split), one for all (shared), or of each in multiples of one "
+        "unit (commensurate: one sum per linear)",
     )
     spike.add_argument("--score", choices=[*map(str, Score)], help="saliency score")
     spike.add_argument(

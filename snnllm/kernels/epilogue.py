@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neurons.encoder import Encoding
+from neurons.thresholds import unit_of
 from snnllm.kernels.spec import LinearSpec
 
 
@@ -32,21 +34,46 @@ def centre(raw: Tensor, count: Tensor, zero_point: Tensor, spec: LinearSpec) -> 
     return out
 
 
+def kernel_threshold(encoding: Encoding) -> Tensor:
+    """Thresholds that scale the accumulators of an encoding, float32 `[M, G]`: s, or the unit."""
+    if encoding.multiple is None:
+        return encoding.threshold
+    return unit_of(encoding.threshold, encoding.multiple).expand_as(encoding.threshold)
+
+
+def in_units(accumulators: Tensor, multiple: Tensor | None, spec: LinearSpec) -> Tensor:
+    """Accumulators of spike counts, int32 `[S, M, N]`, in units of commensurate thresholds.
+
+    Args:
+        accumulators: Of spike counts; multiplied in place.
+        multiple: int32 `[M, G]`, or None: then nothing changes.
+        spec: The linear.
+    """
+    if multiple is None:
+        return accumulators
+    groups = [segment.act_group for segment in spec.segments]
+    return accumulators.mul_(multiple.T[groups].unsqueeze(-1))
+
+
 def scale_and_sum(accumulators: Tensor, threshold: Tensor, spec: LinearSpec) -> Tensor:
     """Scale centred accumulators and sum them in the order that every execution shares.
 
         y = (s A_0) sw_0 + (s A_1) sw_1 + ... + bias,   each product and sum one float32 operation
+        y = (s (A_0 + A_1 + ...)) sw + bias             where merged, an int32 sum
 
     Args:
-        accumulators: int32 `[S, M, N]`.
-        threshold: float32 `[M, G]`.
+        accumulators: int32 `[S, M, N]`, in units where the thresholds are commensurate.
+        threshold: float32 `[M, G]`; the unit in every column where they are commensurate.
         spec: The linear.
 
     Returns:
         float32 `[M, N]`.
     """
+    segments = spec.segments
+    if spec.merged:
+        accumulators, segments = accumulators.sum(0, True, dtype=torch.int32), segments[:1]
     total: Tensor | None = None
-    for index, segment in enumerate(spec.segments):
+    for index, segment in enumerate(segments):
         s = threshold[:, segment.act_group, None]
         term = (s * accumulators[index].float()) * spec.scale[:, segment.weight_group]
         total = term if total is None else total + term

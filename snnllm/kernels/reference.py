@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from neurons.encoder import Encoding, ValueRange, encode_parameters
+from neurons.encoder import Encoding
 from neurons.functional import gif_count
-from snnllm.kernels.epilogue import scale_and_sum
+from neurons.thresholds import parameters
+from snnllm.kernels.epilogue import in_units, kernel_threshold, scale_and_sum
 from snnllm.kernels.exact import exact_dtype, exact_matmul
 from snnllm.kernels.spec import (
     ALL_GROUPS,
@@ -73,15 +74,6 @@ class ReferenceLinear(PreparedLinear):
     operands: tuple[_Operand, ...]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Encoded rows: counts [M, K] in encoded order, float32; thresholds and zero points [M, G]."""
-
-    count: Tensor
-    threshold: Tensor
-    zero_point: Tensor
-
-
 class ReferenceBackend:
     """Collapsed execution with torch operations; exact, and the judge of the other backends.
 
@@ -118,11 +110,12 @@ class ReferenceBackend:
             original = torch.empty_like(count)
             original[:, spec.order.to(x.device)] = count
             count = original
-        lead, groups = x.shape[:-1], len(spec.sizes)
+        shape = (*x.shape[:-1], len(spec.sizes))
         return Encoding(
             count.reshape(x.shape),
-            rows.threshold.reshape(*lead, groups),
-            rows.zero_point.reshape(*lead, groups),
+            rows.threshold.reshape(shape),
+            rows.zero_point.reshape(shape),
+            None if rows.multiple is None else rows.multiple.reshape(shape),
         )
 
     def accumulate(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
@@ -145,7 +138,7 @@ class ReferenceBackend:
         layer = _reference(prepared)
         spec = layer.spec
         rows, accumulators = _accumulate(without_offset(x, offset), layer)
-        y = scale_and_sum(accumulators, rows.threshold, spec)
+        y = scale_and_sum(accumulators, kernel_threshold(rows), spec)
         return y.to(x.dtype).reshape(*x.shape[:-1], spec.out_features)
 
     def int_bmm(self, a: Tensor, b: Tensor) -> Tensor:
@@ -154,8 +147,8 @@ class ReferenceBackend:
         return exact_matmul(a, b.transpose(1, 2), a.shape[2] * 128 * 128)
 
 
-def encode_rows(x: Tensor, spec: EncoderSpec) -> _Rows:
-    """Encode the rows of x (method.md, section 2), in encoded order.
+def encode_rows(x: Tensor, spec: EncoderSpec) -> Encoding:
+    """Encode the rows of x (method.md, section 2): float32 counts [M, K], in encoded order.
 
     The equations are those of `neurons.encoder`, whose parameters these are.
 
@@ -168,28 +161,28 @@ def encode_rows(x: Tensor, spec: EncoderSpec) -> _Rows:
     """
     x = x.float()
     group = spec.channel_group.to(x.device)
-    value_range = ValueRange.SHARED if spec.shared else ValueRange.SPLIT
     clip = None if spec.clip is None else spec.clip_factors.to(x.device)
-    threshold, zero_point = encode_parameters(x, group, spec.capacities, value_range, clip)
+    found = parameters(x, group, spec.capacities, spec.value_range, clip)
     # NaN and infinity reach the threshold of their row.
-    if not torch.compiler.is_compiling() and not bool(torch.isfinite(threshold).all()):
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(found.threshold).all()):
         raise non_finite_error(spec.name)
     if spec.order is not None:
         order = spec.order.to(x.device)
         x, group = x.index_select(1, order), group.index_select(0, order)
     group = group.long()
     capacity = torch.tensor(spec.capacities, dtype=torch.float32, device=x.device)
-    charge = x / threshold.index_select(1, group)
-    bias = (zero_point.float() + 0.5).index_select(1, group)
-    return _Rows(gif_count(charge, bias, capacity[group]), threshold, zero_point)
+    charge = x / found.threshold.index_select(1, group)
+    bias = (found.zero_point.float() + 0.5).index_select(1, group)
+    return Encoding(gif_count(charge, bias, capacity[group]), *found)
 
 
-def _accumulate(x: Tensor, layer: ReferenceLinear) -> tuple[_Rows, Tensor]:
+def _accumulate(x: Tensor, layer: ReferenceLinear) -> tuple[Encoding, Tensor]:
     """Return the encoded rows of x [.., K] and their centred accumulators, int32 [S, M, N]."""
     spec = layer.spec
     check_input(x, spec.in_features, spec.encoder.name)
     rows = encode_rows(x.reshape(-1, spec.in_features), spec.encoder)
-    return rows, _segment_sums(rows.count, rows.zero_point, layer)
+    sums = _segment_sums(rows.count, rows.zero_point, layer)
+    return rows, in_units(sums, rows.multiple, spec)
 
 
 def _segment_sums(

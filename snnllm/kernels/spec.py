@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from neurons.encoder import Encoding
+from neurons.modes import ValueRange, check_commensurate
 from snnllm.config import MAX_GROUPS as MAX_GROUPS
+from snnllm.kernels.spec_checks import check_linear
 
-INT32_MAX = 2**31 - 1
 COUNT_MAX = 2**15 - 1
 ALL_GROUPS = 2**MAX_GROUPS - 1
 """Every group of a layer is active (`Backend.accumulate_counts`)."""
-ZERO_MAX = 2**15 - 9  # a kernel may shift levels and zero points by 8, and multiply int16
 
 
 class Segment(NamedTuple):
@@ -81,6 +81,11 @@ class EncoderSpec:
         shared: True when all groups share the range of the whole row.
         name: layer name for error messages.
         clip: factors on the range of every group, float32 in (0, 1]; None for the full range.
+        commensurate: True when the thresholds of a row are multiples of one unit
+            (`neurons.thresholds.commensurate`).
+
+    Raises:
+        ValueError: sizes, capacities, order or ranges do not fit together.
     """
 
     order: Tensor | None
@@ -89,6 +94,7 @@ class EncoderSpec:
     shared: bool = False
     name: str = ""
     clip: tuple[float, ...] | None = None
+    commensurate: bool = False
 
     def __post_init__(self) -> None:
         """Check that the groups, the capacities and the order fit together."""
@@ -111,6 +117,13 @@ class EncoderSpec:
                 f"{self.name}: capacities={self.capacities} must be in 1..{COUNT_MAX}; "
                 "use fewer steps or bits"
             )
+        if self.shared and self.commensurate:
+            raise ValueError(
+                f"{self.name}: shared and commensurate exclude each other: a shared range is one "
+                "for all groups, commensurate thresholds come from a range of each"
+            )
+        if self.commensurate:
+            check_commensurate(self.capacities, self.name or "encoder")
         if self.order is not None:
             self._check_order(self.order)
 
@@ -128,15 +141,27 @@ class EncoderSpec:
         return sum(self.sizes)
 
     @property
+    def value_range(self) -> ValueRange:
+        """Over which channels a range is taken, and how thresholds follow from it."""
+        if self.commensurate:
+            return ValueRange.COMMENSURATE
+        return ValueRange.SHARED if self.shared else ValueRange.SPLIT
+
+    @property
+    def range_mode(self) -> int:
+        """What kernels know the range by: 0 split, 1 shared, 2 commensurate."""
+        return self.value_range.code
+
+    @property
     def clip_factors(self) -> Tensor:
         """Return the factors on the range of every group, float32 [G]."""
         return torch.tensor(self.clip or (1.0,) * len(self.sizes), dtype=torch.float32)
 
     def is_like(self, other: EncoderSpec) -> bool:
         """Return whether both give every row the same counts, in the same order."""
-        mine = (self.sizes, self.capacities, self.shared)
+        mine = (self.sizes, self.capacities, self.range_mode)
         return (
-            mine == (other.sizes, other.capacities, other.shared)
+            mine == (other.sizes, other.capacities, other.range_mode)
             and torch.equal(self._original_channels, other._original_channels)
             and torch.equal(self.clip_factors, other.clip_factors)
         )
@@ -159,6 +184,10 @@ class EncoderSpec:
 @dataclass(frozen=True, eq=False)
 class LinearSpec:
     """A linear on spike counts: `y = sum_seg (s * A_seg) * sw_seg + bias` (method.md, section 3).
+
+    With commensurate thresholds, s is the unit u of the row in every segment and A_seg counts units:
+    `A_seg = m_g sum_k (q - z)(w - zw)`. Where there is one weight group, too, the segments are
+    merged: `y = (u * sum_seg A_seg) * sw + bias`, with an int32 sum.
 
     Attributes:
         encoder: encoder of the input rows.
@@ -183,9 +212,7 @@ class LinearSpec:
 
     def __post_init__(self) -> None:
         """Check everything a backend relies on, so that no backend has to."""
-        _check_tensors(self)
-        _check_segments(self)
-        _check_levels(self)
+        check_linear(self)
 
     @property
     def out_features(self) -> int:
@@ -196,6 +223,12 @@ class LinearSpec:
     def in_features(self) -> int:
         """K, the number of input channels."""
         return self.levels.shape[1]
+
+    @property
+    def merged(self) -> bool:
+        """Whether the accumulators of all segments are summed as integers and scaled once."""
+        one_scale = self.scale.shape[1] == 1
+        return self.encoder.commensurate and one_scale and len(self.segments) > 1
 
 
 def concatenate(specs: Sequence[LinearSpec]) -> LinearSpec:
@@ -327,65 +360,3 @@ def non_finite_error(name: str) -> ValueError:
         f"{name or 'encoder'}: the input holds NaN or infinity; spikes cannot encode it, "
         "look for the first layer that produces it"
     )
-
-
-def _check_tensors(spec: LinearSpec) -> None:
-    name = spec.encoder.name
-    if spec.levels.dtype != torch.int8 or spec.levels.dim() != 2:
-        raise ValueError(f"{name}: levels must be int8 [N, K], got {spec.levels.dtype}")
-    n, k = spec.levels.shape
-    if k != spec.encoder.channels:
-        raise ValueError(f"{name}: levels have {k} channels, the encoder {spec.encoder.channels}")
-    if spec.scale.dtype != torch.float32 or spec.zero.dtype != torch.int32:
-        raise ValueError(
-            f"{name}: expected float32 scale and int32 zero, got {spec.scale.dtype} and "
-            f"{spec.zero.dtype}"
-        )
-    if spec.scale.dim() != 2 or spec.scale.shape[0] != n or spec.scale.shape != spec.zero.shape:
-        raise ValueError(
-            f"{name}: scale and zero must both be [N={n}, J], got {tuple(spec.scale.shape)} and "
-            f"{tuple(spec.zero.shape)}"
-        )
-    if spec.bias is not None and (spec.bias.shape != (n,) or spec.bias.dtype != torch.float32):
-        raise ValueError(f"{name}: bias must be float32 [{n}], got {tuple(spec.bias.shape)}")
-
-
-def _check_segments(spec: LinearSpec) -> None:
-    groups = [g for g, size in enumerate(spec.encoder.sizes) for _ in range(size)]
-    position = 0
-    for segment in spec.segments:
-        start, stop, act_group, weight_group = segment
-        uniform = set(groups[start:stop]) == {act_group}
-        if start != position or not uniform or not 0 <= weight_group < spec.scale.shape[1]:
-            raise ValueError(
-                f"{spec.encoder.name}: {segment} does not continue at {position} inside one "
-                "activation group and one weight group; build segments with `segments_of`"
-            )
-        position = stop
-    if position != spec.in_features:
-        raise ValueError(
-            f"{spec.encoder.name}: segments cover {position} of {spec.in_features} channels"
-        )
-
-
-def _check_levels(spec: LinearSpec) -> None:
-    name, bits = spec.encoder.name, spec.weight_bits
-    if not 1 <= bits <= 8:
-        raise ValueError(f"{name}: weight_bits must be 1..8, got {bits}")
-    if spec.out_features == 0:
-        return
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    smallest, largest = spec.levels.amin(1), spec.levels.amax(1)
-    if int(smallest.min()) < low or int(largest.max()) > high:
-        raise ValueError(f"{name}: levels must be in {low}..{high} for {bits} bits; clip them")
-    if int(spec.zero.abs().max()) > ZERO_MAX:
-        raise ValueError(f"{name}: weight zero points must be in -{ZERO_MAX}..{ZERO_MAX}")
-    for start, stop, act_group, weight_group in spec.segments:
-        zero = spec.zero[:, weight_group].long()
-        reach = int(torch.maximum(largest - zero, zero - smallest).max())
-        bound = reach * (stop - start) * spec.encoder.capacities[act_group]
-        if bound > INT32_MAX:
-            raise ValueError(
-                f"{name}: an accumulator over {stop - start} channels can reach {bound}, beyond "
-                f"int32; use fewer steps or bits, or split the channels into weight groups"
-            )

@@ -42,6 +42,9 @@ def clip_ratios(
 ) -> Tensor:
     """Factors on the range of each channel group that give the least output error.
 
+    Every factor is tried on all groups at once. Commensurate thresholds are rounded up in the same way
+    then; where the groups choose different factors, the raise may be another one, a few percent.
+
     Args:
         encoder: Has its groups; its clip factors are changed and restored.
         rows: What it will encode, `[tokens, K]`.

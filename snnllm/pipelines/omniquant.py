@@ -94,10 +94,7 @@ def omniquant_config(spike: SpikeConfig, options: OmniQuantOptions) -> SpikeConf
         rotation=Rotation.GROUPS if rotate else Rotation.NONE,
         mask_scope=MaskScope.INPUT if rotate else spike.mask_scope,
         input_offset=options.offset and spiking,
-        segment_scales=options.segment_scales
-        and integer
-        and spiking
-        and spike.weight_group_size is None,
+        segment_scales=options.segment_scales and integer and spiking and spike.may_scale_segments,
         query_groups=options.query_groups and spike.encodes_attention,
         key_offset=options.key_offset and spike.encodes_attention,
     )

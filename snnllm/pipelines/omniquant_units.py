@@ -6,7 +6,8 @@
     y = x_hat(x - m) w_hat^T + m w'^T + bias
 
 Rounding is straight-through (`neurons.straight_through`). What is frozen afterwards comes from the
-same functions, so the spiking block computes what was trained.
+same functions, so the spiking block computes what was trained. Commensurate thresholds are trained as
+split ones: the spiking block rounds them up, by a few percent on average.
 
 Source: OmniQuant (arXiv 2308.13137) around SpikeLLM (arXiv 2407.04752).
 """
@@ -36,7 +37,7 @@ class Operand(nn.Module):
     """An encoder of activations whose clip factors can be learned.
 
     Args:
-        encoder: Its groups, capacities, range and clip factors are taken over.
+        encoder: Its groups, capacities, range (commensurate as split) and clip factors are taken over.
         learn: Whether the clip factors are learned, from `INITIAL_LOGIT` on.
     """
 

@@ -98,7 +98,7 @@ def rotated_config(spike: SpikeConfig, options: RotatedOptions) -> SpikeConfig:
         mask_scope=MaskScope.INPUT,
         input_offset=options.offset or options.compensate,
         key_offset=options.key_offset and spike.encodes_attention,
-        segment_scales=options.segment_scales and spike.weight_group_size is None,
+        segment_scales=options.segment_scales and spike.may_scale_segments,
         query_groups=options.query_groups,
     )
 

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from neurons import SpikeEncoder
+from neurons.modes import ValueRange
+from neurons.thresholds import unit_of
 
 pytest.importorskip("triton", reason="needs triton (pip install triton)")
 
@@ -30,6 +32,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["normal", "grid", "zero", "constant", "negative", "tiny", "huge"]
+RANGES = ["split", "shared", "commensurate"]
 
 
 def rows_of(kind: str, rows: int, channels: int, generator: torch.Generator) -> Tensor:
@@ -73,6 +76,8 @@ class Case:
         group = torch.randint(0, used, (channels,), generator=generator).to(torch.uint8)
         clips = torch.rand(len(steps), generator=generator) * 0.5 + 0.5
         clip = [1.0 if seed % 3 else float(c) for c in clips]
+        if value_range == "commensurate":
+            bits = min(bits, 4)  # a multiple of a count fits a byte
         self.encoder = SpikeEncoder(group, steps, bits, value_range, clip=clip).to(DEVICE)
         self.capacities = torch.tensor(self.encoder.capacities, dtype=torch.float32, device=DEVICE)
         self.offset = None
@@ -95,7 +100,7 @@ class Case:
             self.segments,
             self.capacities,
             self.encoder.clip,
-            self.encoder.value_range == "shared",
+            ValueRange(self.encoder.value_range).code,
             self.offset,
             self.runs,
         )
@@ -127,8 +132,14 @@ def split(segments: Tensor) -> Tensor:
 def expected_rows(encoding, order: Tensor, segments: Tensor) -> EncodedRows:
     count = encoding.count.index_select(1, order.clamp(min=0))
     count = torch.where(order >= 0, count, 0)
+    _, threshold, zero_point, multiple = encoding
+    if multiple is not None:
+        for start, stop, group in segments.tolist():
+            count[:, start:stop] *= multiple[:, group, None].to(count.dtype)
+        threshold = unit_of(threshold, multiple).expand_as(threshold)
+        zero_point = zero_point * multiple
     sums = [count[:, a:b].sum(1, dtype=torch.int32) for a, b, _ in segments.tolist()]
-    return EncodedRows(count, encoding.threshold, encoding.zero_point, torch.stack(sums, 1))
+    return EncodedRows(count, threshold, zero_point, torch.stack(sums, 1))
 
 
 def assert_same(got: EncodedRows, expected: EncodedRows) -> None:
@@ -144,13 +155,13 @@ cases = st.builds(
     st.sampled_from([1, 7, 64, 130, 300]),
     st.sampled_from([(1,), (2,), (1, 2), (1, 4), (1, 2, 3), (1, 1, 2, 3, 4)]),
     st.sampled_from([1, 2, 4, 6]),
-    st.sampled_from(["split", "shared"]),
+    st.sampled_from(RANGES),
     st.sampled_from(FLOATS),
     st.integers(0, 2**16),
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=cases)
 def test_encode_rows_equals_the_encoder(case):
     assert_same(case.encoded(), case.expected())
@@ -167,7 +178,7 @@ def test_encode_rows_equals_the_encoder(case):
         st.sampled_from([576, 1536, 4096, 4100, 11008, 16384, 28672]),
         st.sampled_from([(1,), (1, 2), (1, 2, 3), (1,) * 20]),
         st.sampled_from([1, 4, 6]),
-        st.sampled_from(["split", "shared"]),
+        st.sampled_from(RANGES),
         st.sampled_from(FLOATS),
         st.integers(0, 2**16),
     )
@@ -180,8 +191,8 @@ def test_encode_rows_equals_the_encoder_at_size(case):
         assert_same(case.encoded(), case.expected())
 
 
-@pytest.mark.parametrize("channels", [1, 64, 100, 300])
-def test_the_original_order_needs_no_gather(channels):
+@pytest.mark.parametrize(("channels", "mode"), [(1, 0), (64, 1), (100, 2), (300, 0)])
+def test_the_original_order_needs_no_gather(channels, mode):
     case = Case("normal", 3, channels, (2,), 4, "split", torch.bfloat16, 1)
     got = encode_rows(
         case.x,
@@ -189,7 +200,7 @@ def test_the_original_order_needs_no_gather(channels):
         ((0, padded(channels), 0),),
         torch.tensor([30.0], device=DEVICE),
         case.encoder.clip,
-        False,
+        mode,
         case.offset,
     )
     assert got.count.shape == (3, padded(channels))
@@ -225,12 +236,24 @@ def test_the_quotient_by_an_inverse_is_that_of_ieee(kind):
     assert torch.equal(out, x / divisor)
 
 
+@pytest.mark.parametrize("value_range", ["split", "commensurate"])
 @pytest.mark.parametrize("fast", [False, True])
-def test_ranges_at_the_ends_of_float32(fast):
-    case = Case("normal", 4, 130, (1, 2), 4, "split", torch.float32, 3)
+def test_ranges_at_the_ends_of_float32(value_range, fast):
+    case = Case("normal", 4, 130, (1, 2), 4, value_range, torch.float32, 3)
     case.offset = None
     scales = torch.tensor([3e36, 1e31, 1e-30, 1e-38], device=DEVICE).unsqueeze(1)
     case.x = case.x.clamp(-30, 30) * scales
+    if fast:
+        assert case.fast().runs is not None
+    assert_same(case.encoded(), case.expected())
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("steps", [(1, 2), (1, 2, 4), (1, 1, 1, 4)])
+def test_units_of_groups_with_ranges_far_apart(steps, fast):
+    case = Case("normal", 16, 200, steps, 4, "commensurate", torch.float32, 60 * 5 + 11)
+    ratios = 2.0 ** torch.linspace(-12, 12, 16, device=DEVICE).unsqueeze(1)
+    case.x = torch.where(case.encoder.channel_group == len(steps) - 1, case.x * ratios, case.x)
     if fast:
         assert case.fast().runs is not None
     assert_same(case.encoded(), case.expected())
@@ -250,13 +273,13 @@ def test_no_rows():
     assert [tuple(t.shape) for t in got] == [(0, 128), (0, 2), (0, 2), (0, len(case.segments))]
 
 
-@pytest.mark.parametrize("value_range", ["split", "shared"])
+@pytest.mark.parametrize("value_range", RANGES)
 @pytest.mark.parametrize("clip", [1.0, 0.8])
 @pytest.mark.parametrize("fast", [False, True])
 def test_thresholds_tell_of_nan_and_infinity(value_range, clip, fast):
     from neurons import encode_parameters
 
-    case = Case("normal", 6, 130, (1, 2, 1), 4, value_range, torch.float32, 2)
+    case = Case("normal", 6, 130, (1, 2, 2), 4, value_range, torch.float32, 2)
     case.encoder.clip.fill_(clip)
     inf, nan = float("inf"), float("nan")
     for row, value in enumerate((nan, inf, -inf)):
@@ -273,14 +296,17 @@ def test_thresholds_tell_of_nan_and_infinity(value_range, clip, fast):
         case.encoder.clip,
     )
     got = case.encoded()
-    torch.testing.assert_close(got.threshold, expected, rtol=0, atol=0, equal_nan=True)
+    if value_range == "commensurate":  # one unit
+        assert torch.equal(got.threshold.isfinite(), expected.isfinite())
+    else:
+        torch.testing.assert_close(got.threshold, expected, rtol=0, atol=0, equal_nan=True)
     assert not got.threshold[:5].isfinite().all(1).any()
     assert torch.equal(got.count[5:], case.encoded(case.x[5:]).count)
 
 
 def test_opcheck():
     case = Case("normal", 3, 130, (1, 2), 4, "split", torch.float32, 1)
-    arguments = (case.x, case.order, case.segments, case.capacities, case.encoder.clip, False)
+    arguments = (case.x, case.order, case.segments, case.capacities, case.encoder.clip, 0)
     positions = case.order.shape[0]
     for offset in (None, case.offset):
         torch.library.opcheck(
@@ -342,6 +368,7 @@ ONE = torch.ones(1)
         ({"offset": torch.zeros(140)[::2]}, ValueError, "offset must be contiguous"),
         ({"segments": torch.zeros(0, 3, dtype=torch.int32)}, ValueError, "at least one"),
         ({"runs": [0, 64, 70, 0]}, ValueError, "what runs_of says of the same layout"),
+        ({"range_mode": 3}, ValueError, "range_mode must be 0, 1 or 2"),
         ({"segments": ((0, 70, 0),)}, ValueError, "multiples of 64"),
         ({"segments": ((0, 64, 0), (128, 192, 0))}, ValueError, "without gaps"),
         ({"segments": ((0, 64, 1), (64, 128, 0))}, ValueError, "ascend in their groups"),
@@ -355,7 +382,7 @@ def test_bad_arguments(monkeypatch, change, error, match):
         "segments": ((0, 128, 0),),
         "capacities": ONE,
         "clip": ONE,
-        "shared": False,
+        "range_mode": 0,
         "offset": None,
     }
     with pytest.raises(error, match=match):

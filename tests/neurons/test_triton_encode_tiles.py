@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="needs triton (pip install triton)")
 
 from neurons.backends.triton_encode import stable_layout
 from neurons.backends.triton_encode_tiles import runs_of, tiles_of
-from tests.neurons.test_triton_encode import DEVICE, FLOATS, KINDS, Case, assert_same, split
+from tests.neurons.test_triton_encode import DEVICE, FLOATS, KINDS, RANGES, Case, assert_same, split
 
 FAST = st.builds(
     Case,
@@ -18,7 +18,7 @@ FAST = st.builds(
     st.sampled_from([64, 130, 300, 1100]),
     st.sampled_from([(1, 2), (1, 2, 3), (1, 1, 2, 3)]),
     st.sampled_from([1, 4, 6]),
-    st.sampled_from(["split", "shared"]),
+    st.sampled_from(RANGES),
     st.sampled_from(FLOATS),
     # All groups have channels, no segment is split.
     st.integers(1, 2**12).map(lambda i: 60 * i + 11),
@@ -35,7 +35,8 @@ def test_a_row_in_registers_equals_the_encoder(case):
 @pytest.mark.parametrize("many", [4, 64, 100, 296])
 @pytest.mark.parametrize("offset", [False, True])
 def test_neighbours_need_no_gather(many, offset):
-    case = Case("normal", 2, 300, (1, 2), 4, "split", torch.bfloat16, 2 + offset)
+    value_range = "commensurate" if offset else "split"
+    case = Case("normal", 2, 300, (1, 2), 4, value_range, torch.bfloat16, 2 + offset)
     case.salient_first(many).fast()
     assert case.runs[3::4] == [many, 0]
     assert_same(case.encoded(), case.expected())
@@ -45,7 +46,7 @@ def test_neighbours_need_no_gather(many, offset):
 
 
 def test_padding_may_be_longer_than_a_tile():
-    case = Case("normal", 2, 70, (1, 2), 4, "split", torch.float32, 3)
+    case = Case("normal", 2, 70, (1, 2), 4, "commensurate", torch.float32, 3)
     starts = (0, 320)
     order = torch.full((640,), -1, dtype=torch.int32)
     for group, start in enumerate(starts):

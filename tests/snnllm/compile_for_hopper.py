@@ -15,6 +15,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from neurons.backends import triton_encode
+from neurons.backends.triton_encode_tiles import runs_of
+from neurons.modes import ValueRange
 from snnllm.attention import SpikingLlamaAttention
 from snnllm.config import SpikeConfig
 from snnllm.kernels import EncoderSpec, LinearSpec, segments_of
@@ -58,26 +60,43 @@ JITFunction.__getitem__ = launch
 
 
 def linears() -> None:
-    """Encoders alone and behind norm and gate, and products of few and many rows of their counts."""
-    triton_encode.INTERPRETED = True  # takes tensors of the CPU
-    backend, segments = TritonBackend(), segments_of((224, 32))
-    for bits in (2, 4, 8):
+    """Products of few and many rows of counts, scaled segment by segment, or merged."""
+    backend, two, three = TritonBackend(), (224, 32), (100, 100, 56)
+    for bits, sizes, merged in ((2, two, 0), (4, two, 0), (8, two, 0), (4, two, 1), (8, three, 1)):
+        capacities = (15, 30, 60)[: len(sizes)]
         spec = LinearSpec(
-            encoder=EncoderSpec(torch.randperm(256), (224, 32), (15, 30), False, "linear"),
+            encoder=EncoderSpec(
+                torch.randperm(256), sizes, capacities, name="linear", commensurate=bool(merged)
+            ),
             levels=torch.zeros(64, 256, dtype=torch.int8),
             scale=torch.ones(64, 1),
             zero=torch.zeros(64, 1, dtype=torch.int32),
             bias=torch.zeros(64),
-            segments=segments,
+            segments=segments_of(sizes),
             weight_bits=bits,
         )
         layer = backend.prepare(spec)
         for rows in (1, 16, 300):
             backend.linear(torch.randn(rows, 256).bfloat16(), layer)
-    plan, x = layer.plan, torch.randn(2, 256).bfloat16()
-    layout = (plan.order, plan.segments, plan.capacities, plan.clip, False, None)
-    swiglu.silu_mul_encode(x, x, (224, 32), *layout, runs=plan.runs)
-    norm.rms_norm_encode(x, x, torch.ones(256).bfloat16(), 1e-5, *layout, runs=plan.runs)
+    backend.accumulate(torch.randn(16, 256), layer)
+
+
+def encoders() -> None:
+    """Encoders alone and behind norm and gate: two groups of neighbours, or three in any order."""
+    x, gain = torch.randn(2, 256).bfloat16(), torch.ones(256).bfloat16()
+    split, commensurate = ValueRange.SPLIT, ValueRange.COMMENSURATE
+    neighbours, mixed = torch.arange(256) // 224, torch.randint(0, 3, (256,))
+    for groups, mode in ((neighbours, split), (neighbours, commensurate), (mixed, commensurate)):
+        many = int(groups.max()) + 1
+        order, segments = triton_encode.stable_layout(groups, many)
+        capacities = 15.0 * torch.arange(1, many + 1)
+        known = runs_of(order, segments, many, 256)
+        layout = (order, segments, capacities, torch.ones(many), mode.code, x[0].float())
+        for runs in (known, None):
+            triton_encode.encode_rows(x, *layout, runs=runs)
+            norm.rms_norm_encode(x, x, gain, 1e-5, *layout, runs=runs)
+        for rotation in (None, (224, 32)):
+            swiglu.silu_mul_encode(x, x, rotation, *layout, runs=known)
 
 
 def main() -> None:
@@ -94,7 +113,9 @@ def main() -> None:
     ended, pad = torch.zeros(2, dtype=torch.bool), torch.tensor(0)
     for ends in (None, torch.arange(3)):
         greedy.append_greedy(torch.randn(2, 50000), ids, 8, ended, tokens, pad, ends)
+    triton_encode.INTERPRETED = True  # takes tensors of the CPU
     linears()
+    encoders()
     store.early_launch = lambda place: True
     attention_launch._units = lambda place: 132
     attention_launch._prefill_config = lambda *given: (128, 64, 8, 3)

@@ -50,6 +50,7 @@ struct Fiber {
   int phase = 0;  // of the barrier of the cluster
   std::vector<std::vector<Copy>> copies;  // groups; the last one is open
   std::vector<std::vector<Product>> products;
+  std::vector<std::function<void()>> stores;  // of boxes
   unsigned exchange[8];
   unsigned address;
 };
@@ -81,6 +82,7 @@ static void meet(int name, int threads) {
   else wait_until([&] { return m.turn != turn; });
 }
 static void __syncthreads() { meet(-1 - blockIdx.x % cluster, fibers.size() / cluster); }
+template <int MANY> static void workers_meet() { meet(-200 - blockIdx.x % cluster, MANY); }
 static void __syncwarp() { meet(current / 32, 32); }
 static void cluster_meets() { meet(-100, fibers.size()); }
 static void cluster_arrives() { me().phase++, idle = 0; }
@@ -150,7 +152,7 @@ static void box_copy(unsigned to, const Map* map, int column, int row, unsigned 
   for (i64 r = 0; r < m.box_rows; r++)
     for (i64 c = 0; c < m.box_columns; c++) {
       unsigned at = to + r * m.box_columns + c;
-      at ^= (at >> 7 & (m.box_columns == 128 ? 7 : 3)) << 4;
+      at ^= (at >> 7 & (m.box_columns / 16 - 1)) << 4;
       const bool inside = row + r < m.rows && column + c < m.columns;
       *shared_at(at) = inside ? m.data[(row + r) * m.columns + column + c] : 0;
     }
@@ -158,6 +160,26 @@ static void box_copy(unsigned to, const Map* map, int column, int row, unsigned 
   b.bytes -= m.box_rows * m.box_columns;
   settle(b);
 }
+
+static void box_store(const Map* map, int column, int row, unsigned from) {  // read as late as its wait allows
+  const HostMap m = *(const HostMap*)map;
+  if (from % (m.box_columns * 8)) { fprintf(stderr, "a box is not where its swizzle begins\n"); exit(6); }
+  me().stores.push_back([=] {
+    for (i64 r = 0; r < m.box_rows; r++)
+      for (i64 c = 0; c < m.box_columns; c++) {
+        unsigned at = from + r * m.box_columns + c;
+        at ^= (at >> 7 & (m.box_columns / 16 - 1)) << 4;
+        const bool inside = row + r < m.rows && column + c < m.columns;
+        if (inside) ((unsigned char*)m.data)[(row + r) * m.columns + column + c] = *shared_at(at);
+      }
+  });
+}
+static void finish_stores() {
+  for (auto& store : me().stores) store();
+  me().stores.clear();
+}
+static void stores_have_read() { finish_stores(); }
+static void show_to_stores() {}
 
 static std::map<const unsigned char*, int> fetched;  // of a launch: where each begins, and its bytes
 static void fetch(const void* from, int bytes) {
@@ -224,7 +246,7 @@ static int dot_4(unsigned a, unsigned b, int add) {
 }
 // Element [row][k] of a 16 x 32 operand that lies in the registers of a warp.
 static int left(int row, int k) {
-  return byte_of(lane_of_warp(row % 8 * 4 + k % 16 / 4).exchange[k / 16 * 2 + row / 8], k % 4);
+  return (unsigned char)byte_of(lane_of_warp(row % 8 * 4 + k % 16 / 4).exchange[k / 16 * 2 + row / 8], k % 4);
 }
 static void multiply_16x8(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                           unsigned b1) {
@@ -235,7 +257,7 @@ static void multiply_16x8(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, un
   for (int e = 0; e < 4; e++)
     for (int k = 0; k < 32; k++) {
       const unsigned right = lane_of_warp((lane % 4 * 2 + e % 2) * 4 + k % 16 / 4).exchange[4 + k / 16];
-      c[e] += left(lane / 4 + e / 2 * 8, k) * byte_of(right, k % 4);
+      c[e] += left(lane / 4 + e / 2 * 8, k) * (unsigned char)byte_of(right, k % 4);
     }
   __syncwarp();
 }
@@ -255,7 +277,7 @@ static void run_product(int index) {
       unsigned at = ((unsigned)(mine.counts & 0x3FFF) << 4) + n / 8 * 1024 + n % 8 * 128 + k;
       at ^= (at >> 7 & 7) << 4;
       const Product& other = lane_of_warp(row % 8 * 4 + k % 16 / 4).products.front()[index];
-      sum += byte_of(other.a[k / 16 * 2 + row / 8], k % 4) * (signed char)*shared_at(at);
+      sum += (unsigned char)byte_of(other.a[k / 16 * 2 + row / 8], k % 4) * (unsigned char)*shared_at(at);
     }
     mine.d[v] = sum;
   }

@@ -551,7 +551,8 @@ def test_tasks_are_checked_before_a_model_is_downloaded(tmp_path, failing, monke
 # -- bench ---------------------------------------------------------------------------------------------------------
 
 
-def test_bench_of_a_shape(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("value_range", [None, "commensurate"])
+def test_bench_of_a_shape(monkeypatch, tmp_path, capsys, value_range):
     monkeypatch.setitem(cli_bench.SHAPES, "7B", Shape(32, 64, 2, 1, 3, 64))
     few = ("--device", "cpu", "--tokens", 2, "--repeat", 1)
     rows = tmp_path / "rows.json"
@@ -569,9 +570,11 @@ def test_bench_of_a_shape(monkeypatch, tmp_path, capsys):
         *few,
         "--json",
         rows,
+        *(["--range", value_range] if value_range else []),
     )
     lines = capsys.readouterr().out.splitlines()
-    assert "7B (1 of 3 blocks) with random weights, W4A4T2" in lines[0]
+    label = "W4A4T2 commensurate" if value_range else "W4A4T2"
+    assert lines[0].endswith(f"7B (1 of 3 blocks) with random weights, {label}")
     cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in lines[3:]]
     assert cells == [[name, b, "4"] for b in "12" for name in ("eager", "collapsed")]
     written = json.loads(rows.read_text())
@@ -598,6 +601,11 @@ def test_bench_of_a_model(stories_dir, stories_checkpoint, capsys, converted):
         (["--batch", "1", "0"], "--batch must be at least 1"),
         (["--checkpoint", "out"], "--checkpoint needs --model"),
         (["--model", "m", "--checkpoint", "out", "--preset", "W4A4"], "--preset goes without"),
+        (["--model", "m", "--checkpoint", "out", "--range", "shared"], "--range goes without"),
+        (
+            ["--range", "commensurate", "--preset", "W4A8T2"],
+            "capacities of at most 63, got (255, 5",
+        ),
         (["--blocks", "31"], "--blocks must be at most 30, those of smollm2"),
         (["--json", "nowhere/rows.json"], "there is no folder nowhere"),
         (["--model", "smollm2", "--blocks", "2"], "--blocks and --attention go with --shape"),

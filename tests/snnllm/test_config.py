@@ -80,7 +80,22 @@ def test_an_unknown_preset_shows_examples(name):
             {"capacity": "power_of_two", "group_steps": {"a": (1, 5)}},
             r"got group_steps\['a'\]=5; use capacity='steps'",
         ),
-        ({"value_range": "both"}, r"value_range must be one of \['split', 'shared'\]"),
+        (
+            {"value_range": "both"},
+            r"value_range must be one of \['split', 'shared', 'commensurate'\]",
+        ),
+        (
+            {"value_range": "commensurate", "activation_bits": 8},
+            r"linears: .* capacities of at most 63, got \(255, 510\); use fewer bits",
+        ),
+        (
+            {"value_range": "commensurate", "group_steps": {"a": (2, 1)}},
+            "a: .* the largest capacity in the last channel group",
+        ),
+        (
+            {"value_range": "commensurate", "weight_bits": 2, "mean_steps": 1.4},
+            "needs weight levels with one sum per linear; ternary",
+        ),
         ({"score": "third_order"}, r"score must be one of"),
         ({"attention": True}, r"attention must be one of"),
     ],
@@ -111,6 +126,13 @@ def test_steps_of_float_activations():
     with pytest.raises(ValueError, match=r"'W4A16T2' asks for 2 time steps of float activations"):
         SpikeConfig.preset("W4A16T2")
     assert SpikeConfig.preset("W4A16").salient_ratio == 0.0
+
+
+def test_one_group_of_any_bits_is_commensurate():
+    spike = SpikeConfig.preset("W8A8", value_range="commensurate")
+    assert SpikeConfig.from_dict(json.loads(json.dumps(spike.to_dict()))) == spike
+    assert spike.attention_range == "split"
+    assert SpikeConfig(value_range="shared").attention_range == "shared"
 
 
 def test_equal_configs_are_equal_keys():

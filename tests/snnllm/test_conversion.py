@@ -189,6 +189,7 @@ def test_options_go_with_their_pipeline(make_llama, token_ids, tmp_path, pipelin
     "overrides",
     [
         {"value_range": "shared"},
+        {"value_range": "commensurate", "activation_bits": 5},
         {"capacity": "power_of_two"},
         {"weight_range": "clip"},
         {"weight_group_size": 16},

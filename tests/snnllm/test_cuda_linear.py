@@ -41,18 +41,21 @@ MOST_SHARED = 227 * 1024
 SHAPES = [
     cuda_linear._HALF,
     *(
-        choose_shape(m, n, 132)
-        for m, n in itertools.product(
-            (1, 8, 16, 17, 32, 33, 64, 256, 512, 513, 4096), (512, 4096, 11008)
+        choose_shape(m, n, 132, sums)
+        for m, n, sums in itertools.product(
+            (1, 8, 16, 17, 32, 33, 64, 256, 512, 513, 4096), (512, 4096, 11008), (1, 2)
         )
     ),
 ]
 
 
-def macros(shape: Rows | Tiles, rows8: int = 1, segments: int = 2) -> dict[str, int]:
+def macros(
+    shape: Rows | Tiles, rows8: int = 1, segments: int = 2, merged: int = 0
+) -> dict[str, int]:
     own = {name.upper(): int(value) for name, value in shape._asdict().items()}
     more = {"ROWS8": rows8} if isinstance(shape, Rows) else {}
-    return {**own, **more, "SEGMENTS": segments, "SHIFT": 1, "BIAS": 1, "RESIDUAL": 0, "JOINT": 1}
+    own |= {**more, "SEGMENTS": segments, "MERGED": merged}
+    return {**own, "BIAS": 1, "RESIDUAL": 0, "JOINT": 1}
 
 
 @pytest.mark.parametrize(
@@ -108,21 +111,21 @@ def test_handles_of_kernels_are_passed_whole(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("rows", range(1, 33))
 def test_shared_memory_of_few_rows_fits(rows: int) -> None:
     for columns in (64, 4096, 11008, 28672):
-        shape = choose_shape(rows, columns, 132)
+        shape = choose_shape(rows, columns, 132, 2)
         assert isinstance(shape, Rows)
         rows8 = 1 << (-(-rows // 8) - 1).bit_length()
-        shared = cuda_rows_source.shared_bytes(rows8, shape.strips, shape.stages, 2, residual=4)
+        shared = cuda_rows_source.shared_bytes(rows8, shape.strips, shape.stages, 2, 0, residual=4)
         # Each resident block takes 1 KiB more.
         assert (shared + 1024) * shape.resident <= MOST_SHARED + 1024
 
 
 @pytest.mark.parametrize("rows", [33, 64, 128, 256, 512, 2048, 16384])
 def test_shared_memory_of_many_rows_fits(rows: int) -> None:
-    for columns in (64, 4096, 11008, 28672):
-        shape = choose_shape(rows, columns, 132)
+    for columns, merged in itertools.product((64, 4096, 11008, 28672), (0, 1)):
+        shape = choose_shape(rows, columns, 132, 2 - merged)
         assert isinstance(shape, Tiles)
         for one in (shape, cuda_linear._HALF):
-            assert cuda_tiles_source.shared_bytes(*one[:5], 2) <= MOST_SHARED
+            assert one.shared_bytes(2, merged) <= MOST_SHARED
         assert 0 <= shape.kept <= shape.bm * shape.bn // 128 // shape.workers
 
 
@@ -154,14 +157,14 @@ def test_the_tiles_of_both_launches_cover_the_outputs_once(
     monkeypatch.setattr(cuda_linear, "_tiles_kernel", kernel_of)
     monkeypatch.setattr(cuda_linear, "tensor_map", lambda *_: None)
     count, weight = torch.zeros(rows, 128), torch.zeros(columns, 64)
-    parameters = (*(torch.zeros(1, 1) for _ in range(7)), None, None, None)
+    parameters = (*(torch.zeros(1, 1) for _ in range(7)), None, None)
     out = torch.zeros(1, dtype=torch.bfloat16)
     cuda_linear.launch(count, weight, parameters, out, 1, 1, early=False)
     covered = torch.zeros(-(-rows // 128), -(-columns // 256), 2, dtype=torch.int32)
     raster = -(-columns // 256)
     for shape, blocks, (first, last), early in launched:
         assert 0 < blocks <= min(20, last - first)
-        assert early == (shape == cuda_linear._HALF)
+        assert early
         for index in range(
             first, last
         ):  # as `tile_at` of the kernel does, with rasters of 16 tiles
@@ -178,14 +181,16 @@ def test_the_tiles_of_both_launches_cover_the_outputs_once(
 @pytest.mark.parametrize(
     ("out", "residual"), [*((out, 0) for out in OUTPUTS.values()), (0, 1), (1, 1), (2, 1)]
 )
-@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize(("segments", "merged"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("shape", sorted(set(SHAPES), key=str), ids=str)
 def test_every_shape_compiles_without_serialised_products(
-    shape: Rows | Tiles, segments: int, out: int, residual: int
+    shape: Rows | Tiles, segments: int, merged: int, out: int, residual: int
 ) -> None:
     source = cuda_rows_source.SOURCE if isinstance(shape, Rows) else cuda_tiles_source.SOURCE
+    if isinstance(shape, Tiles) and shape.teams > 1 and segments - merged > 1:
+        pytest.skip("teams share one sum")
     for rows8 in (1, 2, 4) if isinstance(shape, Rows) else (0,):
-        names = {**macros(shape, rows8, segments), "RESIDUAL": residual, "OUT": out}
+        names = {**macros(shape, rows8, segments, merged), "RESIDUAL": residual, "OUT": out}
         code, log = cuda_driver.compiled(source, tuple(names.items()), "sm_90a")
         assert code.startswith(b"\x7fELF")
         assert "serialized" not in log
@@ -193,9 +198,9 @@ def test_every_shape_compiles_without_serialised_products(
 
 @needs_compiler
 @pytest.mark.parametrize("out", [0, 1, 2])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_encoding_kernels_compile(out: int, groups: int) -> None:
-    names = {"GROUPS": groups, "ONE_RANGE": groups % 2, "OFFSET": 1, "OUT": out}
+@pytest.mark.parametrize(("groups", "mode"), [(1, 1), (2, 0), (2, 2)])
+def test_encoding_kernels_compile(out: int, groups: int, mode: int) -> None:
+    names = {"GROUPS": groups, "RANGE_MODE": mode, "OFFSET": 1, "OUT": out}
     more = groups - 1
     row = {**names, "CHUNKS": 4 * groups, "ADDED": more, "GAIN": more}
     sources = [
@@ -299,14 +304,22 @@ def test_damaged_machine_code_is_replaced(
 
 
 def spec_of(
-    seed: int, n: int, sizes: tuple[int, ...], capacities: tuple[int, ...], bias: bool
+    seed: int,
+    n: int,
+    sizes: tuple[int, ...],
+    capacities: tuple[int, ...],
+    bias: bool,
+    commensurate: bool = False,
 ) -> LinearSpec:
     generator = torch.Generator().manual_seed(seed)
     k = sum(sizes)
     levels = torch.randint(-8, 8, (n, k), generator=generator).to(torch.int8)
     return LinearSpec(
         encoder=EncoderSpec(
-            torch.randperm(k, generator=generator), sizes, capacities, False, "layer"
+            torch.randperm(k, generator=generator),
+            *(sizes, capacities),
+            name="layer",
+            commensurate=commensurate,
         ),
         levels=levels.cuda(),
         scale=(torch.rand(n, 1, generator=generator) + 0.1).cuda(),
@@ -353,6 +366,7 @@ def served() -> None:
     low=st.integers(1, 1500),
     high=st.integers(0, 300),
     capacities=st.sampled_from([(15, 30), (15, 60), (127, 255), (255, 255)]),
+    commensurate=st.booleans(),
     bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
@@ -364,11 +378,13 @@ def test_any_linear(
     low: int,
     high: int,
     capacities: tuple[int, int],
+    commensurate: bool,
     bias: bool,
     dtype: torch.dtype,
 ) -> None:
     sizes = (low, high) if high else (low,)
-    spec = spec_of(seed, n, sizes, capacities[: len(sizes)], bias)
+    commensurate &= capacities[1] < 64
+    spec = spec_of(seed, n, sizes, capacities[: len(sizes)], bias, commensurate)
     check(spec, input_of(seed, m, sum(sizes), dtype))
 
 
@@ -377,9 +393,16 @@ def test_any_linear(
 @pytest.mark.parametrize(
     ("columns", "rows"), [*((4096, m) for m in (1, 16, 32, 256, 2048)), (11008, 256)]
 )
-@pytest.mark.parametrize("sizes", [(4096,), (3686, 410)], ids=["one", "two"])
-def test_linears_of_a_7b_model(sizes: tuple[int, ...], columns: int, rows: int) -> None:
-    spec = spec_of(rows, columns, sizes, (15, 30)[: len(sizes)], bias=False)
+@pytest.mark.parametrize(
+    ("sizes", "commensurate"),
+    [((4096,), False), ((3686, 410), False), ((3686, 410), True)],
+    ids=["one", "two", "commensurate"],
+)
+def test_linears_of_a_7b_model(
+    sizes: tuple[int, ...], commensurate: bool, columns: int, rows: int
+) -> None:
+    capacities = (15, 30)[: len(sizes)]
+    spec = spec_of(rows, columns, sizes, capacities, bias=False, commensurate=commensurate)
     check(spec, input_of(rows, rows, 4096, torch.bfloat16))
 
 

@@ -51,7 +51,7 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n) {
   run(blocks, threads, [&] {
     linear_rows((const unsigned char*)p[0], (const unsigned char*)p[1], (const float*)p[2],
                 (const int*)p[3], (const int*)p[4], (const int*)p[5], (const float*)p[6],
-                (const int*)p[7], (const int*)p[8], (const int*)p[9], (const float*)p[10], p[11], p[12],
+                (const int*)p[7], (const int*)p[8], (const float*)p[9], p[10], p[11],
                 n[0], n[1], n[2], n[3], n[4], ahead, sizeof ahead, further, sizeof further);
   });
   if (!fetched_whole(ahead, sizeof ahead) || !fetched_whole(further, sizeof further) || fetched.size()) exit(7);
@@ -59,13 +59,14 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n) {
 """,
     "tiles": r"""
 extern "C" void launch(int blocks, int threads, void** p, const int* n) {
-  Map counts, weights;
+  Map counts, weights, outputs;
   *(HostMap*)&counts = {(const unsigned char*)p[0], n[0], n[2], BM, 128};
   *(HostMap*)&weights = {(const unsigned char*)p[1], n[1], n[2] / 2, BN, 64};
+  *(HostMap*)&outputs = {(const unsigned char*)p[11], n[0], 2 * n[1], 16, BN / WORKERS / 2};
   run(blocks, threads, [&] {
-    linear_tiles(counts, weights, (const float*)p[2], (const int*)p[3], (const int*)p[4],
+    linear_tiles(counts, weights, outputs, (const float*)p[2], (const int*)p[3], (const int*)p[4],
                  (const int*)p[5], (const float*)p[6], (const int*)p[7], (const int*)p[8],
-                 (const int*)p[9], (const float*)p[10], p[11], p[12], n[0], n[1], n[2], n[3], n[4], 2, 0,
+                 (const float*)p[9], p[10], p[11], n[0], n[1], n[2], n[3], n[4], 2, 0,
                  (n[0] + BM - 1) / BM * ((n[1] + BN * SPLIT - 1) / (BN * SPLIT)) * SPLIT);
   });
 }
@@ -156,12 +157,21 @@ def launched(build: Any, name: str, planned: Launch) -> None:
     )
 
 
-def spec_of(n: int, sizes: tuple[int, ...], capacities: tuple[int, ...], bias: bool) -> LinearSpec:
+def spec_of(
+    n: int,
+    sizes: tuple[int, ...],
+    capacities: tuple[int, ...],
+    bias: bool,
+    commensurate: bool = False,
+) -> LinearSpec:
     generator = torch.Generator().manual_seed(n)
     k = sum(sizes)
     return LinearSpec(
         encoder=EncoderSpec(
-            torch.randperm(k, generator=generator), sizes, capacities, False, "layer"
+            torch.randperm(k, generator=generator),
+            *(sizes, capacities),
+            name="layer",
+            commensurate=commensurate,
         ),
         levels=torch.randint(-8, 8, (n, k), generator=generator).to(torch.int8),
         scale=torch.rand(n, 1, generator=generator) + 0.1,
@@ -185,37 +195,42 @@ def run(
     layer = TritonBackend().prepare(spec)
     assert isinstance(layer, TritonLinear)
     count, threshold, zero_point, count_sum = encode_plan(x, layer.plan)
-    weight, segments, scale, zero, row_sum, shift, bias = layer.arguments
+    weight, segments, scale, zero, row_sum, _, bias = layer.arguments
     m, n, s = len(x), spec.out_features, len(segments)
     size = (s, m, n) if dtype == torch.int32 else (m, n)
     out = torch.full(size, 77, dtype=dtype)
     macros = {
         **shape,
         "SEGMENTS": s,
-        "SHIFT": int(layer.shifted),
+        "MERGED": int(spec.merged and dtype != torch.int32),
         "BIAS": int(bias is not None),
         "RESIDUAL": int(residual is not None),
         "JOINT": int(scale.shape[1] == 1),
         "OUT": OUTPUTS[dtype],
     }
-    tensors = [count ^ 128 if layer.shifted else count, weight, threshold, zero_point, count_sum]
-    tensors += [segments, scale, zero, row_sum, shift, bias, residual, out]
-    pointers = (ctypes.c_void_p * 13)(*(None if t is None else t.data_ptr() for t in tensors))
+    tensors = [count, weight, threshold, zero_point, count_sum]
+    tensors += [segments, scale, zero, row_sum, bias, residual, out]
+    pointers = (ctypes.c_void_p * 12)(*(None if t is None else t.data_ptr() for t in tensors))
     numbers = (ctypes.c_int * 5)(m, n, count.shape[1], threshold.shape[1], scale.shape[1])
     if name == "rows":
         blocks, threads = -(-n // (16 * shape["STRIPS"])), cuda_rows_source.ROW_THREADS
     else:
         # More tiles than blocks.
-        blocks, threads = 1 if shape["BN"] == 256 else 2, 128 + 128 * shape["WORKERS"]
+        blocks, threads = (
+            1 if shape["BN"] == 256 else 2,
+            128 + 128 * shape["WORKERS"] * shape["TEAMS"],
+        )
     build(name, macros)(blocks, threads, pointers, numbers)
     return out
 
 
 CASES = [
-    ((300,), (15,), torch.bfloat16),
-    ((130, 33), (15, 30), torch.float32),
-    ((256, 128), (15, 30), torch.bfloat16),  # whole blocks
-    ((700, 150), (127, 255), torch.int32),
+    ((300,), (15,), torch.bfloat16, False),
+    ((130, 33), (15, 30), torch.float32, False),
+    ((256, 128), (15, 30), torch.bfloat16, False),  # whole blocks
+    ((700, 150), (127, 255), torch.int32, False),
+    ((700, 150), (15, 30), torch.bfloat16, True),
+    ((130, 33), (15, 60), torch.int32, True),
 ]
 ROWS = [
     (1, {"ROWS8": 1, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
@@ -224,14 +239,15 @@ ROWS = [
     (32, {"ROWS8": 4, "STRIPS": 1, "STAGES": 2, "RESIDENT": 1}),
 ]
 TILES = [
-    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32, "SPLIT": 2}),
-    (130, {"BM": 128, "BN": 192, "WORKERS": 3, "STAGES": 2, "KEPT": 0, "SPLIT": 1}),
-    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 4, "KEPT": 52, "SPLIT": 1}),
+    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32, "SPLIT": 2, "TEAMS": 1}),
+    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 4, "KEPT": 32, "SPLIT": 1, "TEAMS": 2}),
+    (130, {"BM": 128, "BN": 192, "WORKERS": 3, "STAGES": 2, "KEPT": 0, "SPLIT": 1, "TEAMS": 1}),
+    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 4, "KEPT": 52, "SPLIT": 1, "TEAMS": 1}),
 ]
 
 
 SHAPES = [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TILES)]
-SHAPE_NAMES = ["rows1", "wide1", "rows13", "rows32", "tiles64", "tiles192", "tiles256"]
+SHAPE_NAMES = ["rows1", "wide1", "rows13", "rows32", "tiles64", "teams64", "tiles192", "tiles256"]
 
 
 def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:
@@ -244,21 +260,27 @@ def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:
                 shape,
                 case,
                 id=f"{where}-{name}",
-                marks=[pytest.mark.slow] * (where in ("tiles64", "tiles192") and name != quick),
+                marks=[pytest.mark.slow]
+                * (where in ("tiles64", "teams64", "tiles192") and name != quick),
             )
             for (where, shape), (name, case) in pairs
         ],
     )
 
 
-@everywhere(CASES, ["one", "two", "whole", "shifted"], quick="two")
+@everywhere(
+    CASES, ["one", "two", "whole", "large", "commensurate", "charges"], quick="commensurate"
+)
 def test_kernels_have_the_integers_and_outputs_of_the_reference(
     build: Any, shape: Any, case: Any
 ) -> None:
     name, rows, macros = shape
-    sizes, capacities, dtype = case
+    sizes, capacities, dtype, commensurate = case
     n = 40 if name == "rows" else 264
-    spec = spec_of(n, sizes, capacities, bias=dtype != torch.bfloat16)
+    spec = spec_of(n, sizes, capacities, dtype != torch.bfloat16, commensurate)
+    sums = 1 if spec.merged and dtype != torch.int32 else len(sizes)
+    if macros.get("TEAMS", 1) > 1 and sums > 1:
+        pytest.skip("teams share one sum")
     x = torch.randn(rows, sum(sizes), generator=torch.Generator().manual_seed(rows)) * 3
     x[:, :2] *= 30
     reference = ReferenceBackend()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from neurons.encoder import SpikeEncoder
+from neurons.encoder import Encoding, SpikeEncoder
 from snnllm import kernels
 from snnllm.kernels import (
     Backend,
@@ -31,6 +31,7 @@ from snnllm.kernels import (
 from snnllm.kernels.cpu import backend as native_module
 from snnllm.kernels.cpu import compiler
 from snnllm.kernels.disk_cache import CACHE_VARIABLE, cache_directory
+from snnllm.kernels.epilogue import in_units
 from snnllm.kernels.exact import exact_matmul
 from snnllm.kernels.reference import OperandKind, int_mm
 from snnllm.kernels.spec import MAX_GROUPS
@@ -55,13 +56,18 @@ def make_spec(
     capacities: tuple[int, ...] = (15, 30),
     bits: int = 4,
     weight_groups: int = 1,
-    shared: bool = False,
+    value_range: str = "split",
 ) -> LinearSpec:
     k, high = sum(sizes), 2 ** (bits - 1)
     group = torch.arange(k) * weight_groups // k
     return LinearSpec(
         encoder=EncoderSpec(
-            torch.randperm(k, generator=generator), sizes, capacities, shared, name="layer.0"
+            torch.randperm(k, generator=generator),
+            sizes,
+            capacities,
+            value_range == "shared",
+            name="layer.0",
+            commensurate=value_range == "commensurate",
         ),
         levels=torch.randint(-high, high, (n, k), generator=generator, dtype=torch.int8),
         scale=torch.rand(n, weight_groups, generator=generator),
@@ -77,10 +83,19 @@ def steps_encoder(spec: EncoderSpec) -> SpikeEncoder:
     encoder = SpikeEncoder(
         spec.channel_group,
         steps=(1,) * len(spec.sizes),
-        value_range="shared" if spec.shared else "split",
+        value_range=spec.value_range,
     )
     encoder.capacities = spec.capacities
     return encoder
+
+
+def assert_encoded_alike(got: Encoding, expected: Encoding) -> None:
+    """The same counts and parameters, multiples only where there are some, of the same types."""
+    for left, right in zip(got, expected, strict=True):
+        assert (left is None) == (right is None)
+        if left is not None and right is not None:
+            assert left.dtype == right.dtype
+            assert torch.equal(left, right)
 
 
 def oracle(x: Tensor, spec: LinearSpec) -> Tensor:
@@ -93,7 +108,8 @@ def oracle(x: Tensor, spec: LinearSpec) -> Tensor:
     for start, stop, act_group, weight_group in spec.segments:
         centred = count[:, start:stop] - encoding.zero_point[:, act_group, None].long()
         level = spec.levels[:, start:stop].long() - spec.zero[:, weight_group, None]
-        sums.append(centred @ level.T)
+        multiple = 1 if encoding.multiple is None else encoding.multiple[:, act_group, None]
+        sums.append(centred @ level.T * multiple)
     return torch.stack(sums)
 
 
@@ -111,6 +127,12 @@ SHAPES = [
 CAPACITIES = [(15, 30, 60), (1, 2, 3), (255, 255, 255), (63, 127, 64), (510, 31, 1000)]
 
 
+def range_of(capacities: tuple[int, ...], n: int) -> str:
+    """A range that the capacities allow."""
+    allowed = capacities[-1] == max(capacities) <= 63
+    return "commensurate" if allowed and n % 3 else "shared" if n % 2 else "split"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_accumulators_equal_the_int64_oracle(backend: Backend, bits: int) -> None:
@@ -123,7 +145,7 @@ def test_accumulators_equal_the_int64_oracle(backend: Backend, bits: int) -> Non
             capacities[: len(sizes)],
             bits,
             weight_groups=1 + (n % 3 if sum(sizes) > 3 else 0),
-            shared=bool(n % 2),
+            value_range=range_of(capacities[: len(sizes)], n),
         )
         x = torch.randn(9, sum(sizes), generator=generator) * 7
         got = backend.accumulate(x, backend.prepare(spec))
@@ -180,8 +202,9 @@ def test_linear_equals_the_reference_bit_for_bit(
     backend: Backend, bits: int, capacities: tuple[int, ...], weight_groups: int
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    for shared, bias, m in itertools.product((True, False), (True, False), (1, 7, 70)):
-        spec = make_spec(generator, 45, (90, 11), capacities, bits, weight_groups, shared)
+    ranges = ["split", "shared", *["commensurate"] * (max(capacities) <= 63)]
+    for value_range, bias, m in itertools.product(ranges, (True, False), (1, 7, 70)):
+        spec = make_spec(generator, 45, (90, 11), capacities, bits, weight_groups, value_range)
         spec = spec if bias else replace(spec, bias=None)
         x = torch.randn(m, 101, generator=generator)
         x[0, :3] = torch.tensor([900.0, -1e-7, 0.0])
@@ -202,41 +225,50 @@ def test_reference_linear_is_near_the_float_linear() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("capacities", [(15, 30), (255, 1), (510, 31)])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("capacities", "value_range"),
+    [
+        *itertools.product([(15, 30), (255, 1), (510, 31)], ["split", "shared"]),
+        *itertools.product([(15, 30), (1, 2), (63, 63)], ["commensurate"]),
+    ],
+)
 def test_encode_equals_the_neurons(
-    backend: Backend, capacities: tuple[int, ...], shared: bool
+    backend: Backend, capacities: tuple[int, ...], value_range: str
 ) -> None:
     generator = torch.Generator().manual_seed(2)
-    spec = make_spec(generator, capacities=capacities, shared=shared).encoder
+    spec = make_spec(generator, capacities=capacities, value_range=value_range).encoder
     x = torch.randn(3, 5, 63, generator=generator)
     x[0, 0] = 0.0
     x[0, 1] = x[0, 1].abs()
     x[0, 2] = -x[0, 2].abs()
-    got, expected = backend.encode(x, spec), steps_encoder(spec).encode(x)
-    for left, right in zip(got, expected, strict=True):
-        assert left.dtype == right.dtype
-        assert torch.equal(left, right)
+    assert_encoded_alike(backend.encode(x, spec), steps_encoder(spec).encode(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ties_and_tiny_ranges_encode_alike(backend: Backend) -> None:
-    spec = EncoderSpec(None, (8,), (15,), name="ties")
+@pytest.mark.parametrize("commensurate", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_ties_and_tiny_ranges_encode_alike(
+    backend: Backend, groups: int, commensurate: bool
+) -> None:
+    sizes = ((8,), (5, 3))[groups - 1]
+    spec = EncoderSpec(None, sizes, (15,) * groups, name="ties", commensurate=commensurate)
     ties = torch.arange(8) * 0.5
     x = torch.stack([ties, ties - 1.5, ties * 1e-6, ties * 1e30, -ties])
     x[:, -1] = torch.tensor([7.5, 6.0, 7.5e-6, 7.5e30, -7.5])
-    got, expected = backend.encode(x, spec), steps_encoder(spec).encode(x)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert_encoded_alike(backend.encode(x, spec), steps_encoder(spec).encode(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_as_many_groups_as_there_may_be(backend: Backend) -> None:
+@pytest.mark.parametrize("value_range", ["split", "commensurate"])
+def test_as_many_groups_as_there_may_be(backend: Backend, value_range: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    spec = make_spec(generator, sizes=(2,) * MAX_GROUPS, capacities=(15, 30) * (MAX_GROUPS // 2))
+    sizes, capacities = (2,) * MAX_GROUPS, (15, 30) * (MAX_GROUPS // 2)
+    spec = make_spec(generator, sizes=sizes, capacities=capacities, value_range=value_range)
     x = torch.randn(3, 2 * MAX_GROUPS, generator=generator)
     encoding, prepared = backend.encode(x, spec.encoder), backend.prepare(spec)
     got = backend.accumulate_counts(encoding.count, encoding.zero_point, prepared)
-    assert torch.equal(got.long(), oracle(x, spec))
+    assert torch.equal(in_units(got, encoding.multiple, spec).long(), oracle(x, spec))
+    assert torch.equal(backend.accumulate(x, prepared).long(), oracle(x, spec))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -624,3 +656,74 @@ def test_get_backend() -> None:
         get_backend("fast")
     with pytest.raises(RuntimeError, match="runs on cpu, not on cuda"):
         get_backend("native", "cuda")
+
+
+# -- commensurate thresholds ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
+def test_commensurate_rows_that_are_not_finite_name_the_layer(
+    backend: Backend, value: float
+) -> None:
+    spec = make_spec(torch.Generator().manual_seed(3), value_range="commensurate")
+    x = torch.zeros(6, 63)
+    x[4, 40], x[4, 41] = value, -value
+    with pytest.raises(ValueError, match=r"layer\.0.*NaN or infinity"):
+        backend.linear(x, backend.prepare(spec))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_given_counts_have_no_unit(backend: Backend) -> None:
+    spec = make_spec(torch.Generator().manual_seed(4), value_range="commensurate")
+    x = torch.randn(9, 63, generator=torch.Generator().manual_seed(5)) * 4
+    prepared, encoding = backend.prepare(spec), backend.encode(x, spec.encoder)
+    sums = backend.accumulate_counts(encoding.count, encoding.zero_point, prepared)
+    assert not torch.equal(sums, backend.accumulate(x, prepared))
+    assert torch.equal(in_units(sums, encoding.multiple, spec), backend.accumulate(x, prepared))
+
+
+def test_a_merged_sum_is_one_product() -> None:
+    spec = make_spec(torch.Generator().manual_seed(6), value_range="commensurate")
+    assert spec.merged
+    one = make_spec(torch.Generator().manual_seed(6), sizes=(63,), capacities=(15,))
+    assert not replace(one, encoder=replace(one.encoder, commensurate=True)).merged
+    x = torch.randn(5, 63, generator=torch.Generator().manual_seed(7))
+    encoding = REFERENCE.encode(x, spec.encoder)
+    group = spec.encoder.channel_group.long()
+    multiple, zero = encoding.multiple[:, group], encoding.zero_point[:, group]
+    charge = (encoding.count * multiple).long()
+    assert charge.max() <= 255
+    order = spec.encoder.order
+    centred = (charge - zero * multiple)[:, order]
+    sums = REFERENCE.accumulate(x, REFERENCE.prepare(spec)).sum(0)
+    assert torch.equal(sums, centred @ (spec.levels.long() - spec.zero).T)
+
+
+def test_commensurate_encoders_are_checked() -> None:
+    with pytest.raises(ValueError, match="shared and commensurate exclude each other"):
+        EncoderSpec(None, (4, 4), (15, 30), True, commensurate=True)
+    with pytest.raises(ValueError, match="up_proj: .* capacities of at most 63"):
+        EncoderSpec(None, (4, 4), (15, 64), name="up_proj", commensurate=True)
+    with pytest.raises(ValueError, match="the largest capacity in the last"):
+        EncoderSpec(None, (4, 4), (30, 15), commensurate=True)
+    split, ours = (EncoderSpec(None, (4, 4), (15, 30), commensurate=c) for c in (False, True))
+    assert not split.is_like(ours)
+    assert [split.range_mode, ours.range_mode] == [0, 2]
+    assert EncoderSpec(None, (4, 4), (15, 30), True).range_mode == 1
+
+
+def test_charges_count_in_the_overflow_check() -> None:
+    """15 and 30 would fit where units up to 255 do not; merged, the sum over all channels counts."""
+    k = 40_000
+    for commensurate in (False, True):
+        fields = {
+            "levels": torch.full((1, k), 127, dtype=torch.int8),
+            "scale": torch.ones(1, 1),
+            "zero": torch.full((1, 1), -128, dtype=torch.int32),
+            "segments": segments_of((k // 2, k // 2)),
+        }
+        encoder = EncoderSpec(None, (k // 2, k // 2), (15, 30), commensurate=commensurate)
+        reason = pytest.raises(ValueError, match="over 40000 channels can reach .*, beyond int32")
+        with reason if commensurate else nullcontext():
+            LinearSpec(encoder=encoder, bias=None, weight_bits=8, **fields)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from neurons.modes import ValueRange
+from snnllm.kernels.epilogue import kernel_threshold
 from snnllm.norm import rms_norm
 
 CUDA = torch.cuda.is_available()
@@ -93,23 +95,32 @@ class TestTriton:
         channels=st.sampled_from([5, 64, 130]),
         steps=st.sampled_from([(1,), (1, 2), (1, 2, 3)]),
         dtype=st.sampled_from(FLOATS),
-        shared=st.booleans(),
+        value_range=st.sampled_from(list(ValueRange)),
         residual=st.booleans(),
         gain=st.booleans(),
         seed=st.integers(0, 2**16),
     )
-    def test_fused_is_norm_then_encoder(self, channels, steps, dtype, shared, residual, gain, seed):
-        self.check_fused(2, channels, steps, dtype, shared, residual, gain, seed)
+    def test_fused_is_norm_then_encoder(
+        self, channels, steps, dtype, value_range, residual, gain, seed
+    ):
+        self.check_fused(2, channels, steps, dtype, value_range, residual, gain, seed)
+
+    @pytest.mark.parametrize("steps", [(1, 2), (1, 2, 3)])
+    def test_fused_with_commensurate_thresholds(self, steps):
+        commensurate = ValueRange.COMMENSURATE
+        self.check_fused(2, 130, steps, torch.bfloat16, commensurate, True, True, 1)
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("channels", [576, 4096, 8192, 20000])
     @pytest.mark.parametrize("count", [1, 300])
     @pytest.mark.parametrize("dtype", FLOATS)
     def test_fused_is_norm_then_encoder_at_size(self, count, channels, dtype):
-        self.check_fused(count, channels, (1, 2), dtype, False, True, True, channels)
-        self.check_fused(count, channels, (1,), dtype, False, False, False, channels + 1)
+        split, commensurate = ValueRange.SPLIT, ValueRange.COMMENSURATE
+        self.check_fused(count, channels, (1, 2), dtype, split, True, True, channels)
+        self.check_fused(count, channels, (1, 2), dtype, commensurate, True, True, channels)
+        self.check_fused(count, channels, (1,), dtype, split, False, False, channels + 1)
 
-    def check_fused(self, count, channels, steps, dtype, shared, residual, gain, seed) -> None:
+    def check_fused(self, count, channels, steps, dtype, value_range, residual, gain, seed) -> None:
         from neurons import SpikeEncoder
         from neurons.backends.triton_encode import encode_rows, stable_layout
         from neurons.backends.triton_encode_tiles import runs_of
@@ -120,12 +131,12 @@ class TestTriton:
         added = rows(count, channels, dtype, seed + 1) if residual else None
         weight = (rows(1, channels, dtype, seed + 2)[0] * 0.1 + 1) if gain else None
         group = torch.randint(0, len(steps), (channels,), generator=generator).to(torch.uint8)
-        encoder = SpikeEncoder(group, steps, 4, "shared" if shared else "split", clip=0.9)
+        encoder = SpikeEncoder(group, steps, 4, value_range, clip=0.9)
         encoder = encoder.to(DEVICE)
         offset = torch.randn(channels, generator=generator).to(DEVICE) if seed % 2 else None
         order, segments = stable_layout(encoder.channel_group, len(steps))
         capacities = torch.tensor(encoder.capacities, dtype=torch.float32, device=DEVICE)
-        layout = (order, segments, capacities, encoder.clip, shared, offset)
+        layout = (order, segments, capacities, encoder.clip, value_range.code, offset)
         with_row = bool(seed % 3)
         got = rms_norm_encode(x, added, weight, 1e-5, *layout, with_row=with_row)
         runs = runs_of(order, segments, len(steps), channels)
@@ -143,8 +154,9 @@ class TestTriton:
         for ours, theirs in zip(got[:4], encode_rows(row, *layout), strict=True):
             assert torch.equal(ours, theirs)
         encoding = encoder.encode(row if offset is None else row.float() - offset)
-        assert torch.equal(got.threshold, encoding.threshold)
-        assert torch.equal(got.zero_point, encoding.zero_point)
+        multiple = 1 if encoding.multiple is None else encoding.multiple
+        assert torch.equal(got.threshold, kernel_threshold(encoding))
+        assert torch.equal(got.zero_point, encoding.zero_point * multiple)
 
     def test_opcheck_and_compilation(self):
         from snnllm.kernels.triton import norm as norm_triton
@@ -152,7 +164,7 @@ class TestTriton:
         x, residual = rows(2, 70, torch.float32, 0), rows(2, 70, torch.float32, 1)
         segments = torch.tensor([[0, 128, 0]], dtype=torch.int32, device=DEVICE)
         capacity, clip = torch.full((1,), 15.0, device=DEVICE), torch.ones(1, device=DEVICE)
-        layout = (None, segments, capacity, clip, False, None)
+        layout = (None, segments, capacity, clip, 0, None)
         for added in (None, residual):
             torch.library.opcheck(torch.ops.snnllm.rms_norm.default, (x, added, None, 1e-5))
             torch.library.opcheck(

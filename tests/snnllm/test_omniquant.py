@@ -95,8 +95,8 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("preset", "fields", "wanted"), SETTINGS)
-def test_what_is_frozen_is_what_was_trained(make_llama, token_ids, preset, fields, wanted):
+def train_and_freeze(make_llama, token_ids, preset, fields, wanted):
+    """Outputs of a trained block and of the spiking block that it becomes."""
     spike, model = SpikeConfig.preset(preset, **fields), make_llama(**BIASES)
     model.model.layers[0].self_attn.k_proj.bias.data += 3.0  # so that the offset of K matters
     bench = Bench(model, token_ids, spike, options(**wanted))
@@ -113,10 +113,23 @@ def test_what_is_frozen_is_what_was_trained(make_llama, token_ids, preset, field
     with torch.no_grad():
         trained = bench.block(bench.stream.hidden[0], *bench.context)
     frozen = bench.stream.run_one(bench.frame, 0)
+    return trained, frozen
+
+
+@pytest.mark.parametrize(("preset", "fields", "wanted"), SETTINGS)
+def test_what_is_frozen_is_what_was_trained(make_llama, token_ids, preset, fields, wanted):
+    trained, frozen = train_and_freeze(make_llama, token_ids, preset, fields, wanted)
     error = (trained - frozen).square().mean() / trained.square().mean()
     # A value at a rounding tie may fall to the other side; most do not.
     assert float(error) < 1e-3
     assert float(((trained - frozen).abs() < 1e-4).float().mean()) > 0.8
+
+
+def test_commensurate_thresholds_are_trained_as_split(make_llama, token_ids):
+    fields = {"value_range": "commensurate"}
+    trained, frozen = train_and_freeze(make_llama, token_ids, "W4A4T2", fields, {})
+    error = (trained - frozen).square().mean() / trained.square().mean()
+    assert 1e-3 < float(error) < 0.1  # the same neurons with thresholds that are rounded up
 
 
 @pytest.mark.parametrize("rotate", [False, True])

@@ -32,10 +32,11 @@ def spiking_linear(
     steps: tuple[int, ...] = (1, 2),
     group_size: int | None = None,
     salient: int = 4,
+    value_range: str = "split",
 ) -> SpikingLinear:
     """A linear with random codes, whose last `salient` channels are in the last group."""
     generator = torch.Generator().manual_seed(0)
-    layout = LinearLayout(weight_bits, activation_bits, steps, "split", "steps", group_size)
+    layout = LinearLayout(weight_bits, activation_bits, steps, value_range, "steps", group_size)
     module = SpikingLinear(k, n, False, layout, name="layer")
     group = torch.zeros(k, dtype=torch.uint8)
     if len(steps) > 1:
@@ -102,16 +103,29 @@ def test_ace_of_w4a4_with_ten_percent_at_two_steps() -> None:
     ("weight_bits", "activation_bits", "steps", "group_size"),
     [(4, 4, (1, 2), None), (2, 8, (1,), None), (8, 4, (1, 4), None), (4, 2, (1, 2), 8)],
 )
+@pytest.mark.parametrize("value_range", ["split", "commensurate"])
 def test_spikingjelly_counts_the_same(
-    weight_bits: int, activation_bits: int, steps: tuple[int, ...], group_size: int | None
+    weight_bits: int,
+    activation_bits: int,
+    steps: tuple[int, ...],
+    group_size: int | None,
+    value_range: str,
 ) -> None:
-    module = spiking_linear(40, 12, weight_bits, activation_bits, steps, group_size)
+    fields = {"group_size": group_size, "value_range": value_range}
+    module = spiking_linear(40, 12, weight_bits, activation_bits, steps, **fields)
     check = cross_check(module, torch.randn(6, 40) + 0.3)
     assert check.unary_counted == check.unary > 0
     assert check.signed_counted == check.signed > 0
     assert check.sums_agree
     assert check.agrees
     assert module.view == "collapsed"
+
+
+def test_a_merged_sum_is_scaled_once() -> None:
+    x = torch.randn(6, 40)
+    for value_range, a_sum in (("split", 2 * 3), ("commensurate", 2 * 2 + 2)):
+        row = linear_row("layer", spiking_linear(value_range=value_range), x)
+        assert row.scale_operations == 6 * (40 + 12 * a_sum)
 
 
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(16, 4), (4, 16)])

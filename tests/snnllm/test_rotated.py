@@ -26,13 +26,24 @@ def rotate(
     return convert(model, folder, spike, ids, pipeline="rotated")
 
 
-@pytest.mark.parametrize("fields", [{}, {"attention": "float"}, {"value_range": "shared"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"attention": "float"},
+        {"value_range": "shared"},
+        {"value_range": "commensurate"},
+        {"value_range": "commensurate", "weight_group_size": 16},
+    ],
+)
 def test_views_are_equal_bit_for_bit(
     make_llama: Any, token_ids: Tensor, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
     rotate(make_llama(), tmp_path / "out", token_ids, **fields)
     model = load(tmp_path / "out")
     assert model.config.spike.rotation is Rotation.GROUPS
+    one_sum = fields.get("value_range") == "commensurate" and "weight_group_size" not in fields
+    assert model.model.layers[0].mlp.down_proj.spec().merged == one_sum
     with torch.no_grad():
         expected = model(token_ids).logits
         for view in (View.UNROLLED, View.BINARY):

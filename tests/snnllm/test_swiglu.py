@@ -8,6 +8,7 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 from neurons import SpikeEncoder
+from neurons.modes import ValueRange
 from snnllm.hadamard import OnlineRotation, hadamard_transform, rotate_block
 
 pytest.importorskip("triton", reason="needs triton (pip install triton)")
@@ -15,6 +16,7 @@ pytest.importorskip("triton", reason="needs triton (pip install triton)")
 from neurons.backends.triton_encode import encode_rows, stable_layout
 from neurons.backends.triton_encode_tiles import runs_of
 from snnllm.kernels.triton.swiglu import rotate, silu_mul, silu_mul_encode
+from tests.neurons.test_triton_encode import expected_rows
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -69,16 +71,16 @@ def test_rotate_gives_the_bits_of_torch(sizes, dtype, seed):
     assert torch.equal(rotate(x, sizes), OnlineRotation(sizes)(x))
 
 
-def check_fused(count, sizes, group, steps, dtype, rotated, shared, known, seed) -> None:
+def check_fused(count, sizes, group, steps, dtype, rotated, value_range, known, seed) -> None:
     """`silu_mul_encode` is silu_mul, OnlineRotation and the encoder; `known`: the layout is."""
     channels = sum(sizes)
     gate, up = rows(count, channels, dtype, seed), rows(count, channels, dtype, seed + 1)
     generator = torch.Generator().manual_seed(seed)
-    encoder = SpikeEncoder(group, steps, 4, "shared" if shared else "split", clip=0.9).to(DEVICE)
+    encoder = SpikeEncoder(group, steps, 4, value_range, clip=0.9).to(DEVICE)
     offset = torch.randn(channels, generator=generator).to(DEVICE) if seed % 2 else None
     order, segments = stable_layout(encoder.channel_group, len(steps))
     capacities = torch.tensor(encoder.capacities, dtype=torch.float32, device=DEVICE)
-    layout = (order, segments, capacities, encoder.clip, shared, offset)
+    layout = (order, segments, capacities, encoder.clip, value_range.code, offset)
     runs = runs_of(order, segments, len(steps), channels) if known else None
     got = silu_mul_encode(gate, up, sizes if rotated else None, *layout, runs=runs)
 
@@ -87,10 +89,8 @@ def check_fused(count, sizes, group, steps, dtype, rotated, shared, known, seed)
     for ours, theirs in zip(got, encode_rows(row, *layout), strict=True):
         assert torch.equal(ours, theirs)
     encoding = encoder.encode(row if offset is None else row.float() - offset)
-    assert torch.equal(got.threshold, encoding.threshold)
-    assert torch.equal(got.zero_point, encoding.zero_point)
-    counts = encoding.count.index_select(1, order.clamp(min=0)).to(torch.uint8)
-    assert torch.equal(got.count, torch.where(order >= 0, counts, 0))
+    for ours, theirs in zip(got, expected_rows(encoding, order, segments), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @settings(max_examples=30 if CUDA else 10, deadline=None, derandomize=True)
@@ -99,11 +99,11 @@ def check_fused(count, sizes, group, steps, dtype, rotated, shared, known, seed)
     salient=st.sampled_from(["none", "last", "first", "mixed"]),
     dtype=st.sampled_from(FLOATS),
     rotated=st.booleans(),
-    shared=st.booleans(),
+    value_range=st.sampled_from(list(ValueRange)),
     known=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_fused_is_its_parts(sizes, salient, dtype, rotated, shared, known, seed):
+def test_fused_is_its_parts(sizes, salient, dtype, rotated, value_range, known, seed):
     channels = sum(sizes)
     group = torch.zeros(channels, dtype=torch.uint8)
     if salient == "mixed":  # blocks of the rotation straddle groups
@@ -113,14 +113,25 @@ def test_fused_is_its_parts(sizes, salient, dtype, rotated, shared, known, seed)
         group[sizes[0] :] = 1
         group = 1 - group if salient == "first" else group
     steps = (1,) if salient == "none" else (1, 2)
-    check_fused(2, sizes, group, steps, dtype, rotated, shared, known, seed)
+    check_fused(2, sizes, group, steps, dtype, rotated, value_range, known, seed)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_fused_with_commensurate_thresholds(rotated, known):
+    group = (torch.arange(320) >= 256).to(torch.uint8)
+    commensurate = ValueRange.COMMENSURATE
+    for seed, dtype in enumerate(FLOATS):
+        check_fused(2, (256, 64), group, (1, 2), dtype, rotated, commensurate, known, seed)
+    group[:60] = 2
+    check_fused(2, (256, 64), group, (1, 2, 4), dtype, rotated, commensurate, known, seed)
 
 
 def test_few_and_many_rows_have_the_same_bits():
     gate, up = rows(70, 88, torch.bfloat16, 0), rows(70, 88, torch.bfloat16, 1)
     segments = torch.tensor([[0, 128, 0]], dtype=torch.int32, device=DEVICE)
     capacity, clip = torch.full((1,), 15.0, device=DEVICE), torch.ones(1, device=DEVICE)
-    layout = ((80, 8), None, segments, capacity, clip, False)
+    layout = ((80, 8), None, segments, capacity, clip, 0)
     whole = silu_mul_encode(gate, up, *layout)
     for many, few in zip(whole, silu_mul_encode(gate[:2], up[:2], *layout), strict=True):
         assert torch.equal(many[:2], few)
@@ -128,7 +139,8 @@ def test_few_and_many_rows_have_the_same_bits():
 
 @pytest.mark.parametrize("sizes", [(56, 8), (256,)])
 @pytest.mark.parametrize("value", [1e33, float("nan"), float("inf")])
-def test_ranges_without_a_usable_threshold(sizes, value):
+@pytest.mark.parametrize("mode", [0, 2])
+def test_ranges_without_a_usable_threshold(sizes, value, mode):
     channels = sum(sizes)
     gate, up = rows(3, channels, torch.float32, 0), rows(3, channels, torch.float32, 1)
     up[1, 2], gate[1, 2] = value, 1.0
@@ -136,7 +148,7 @@ def test_ranges_without_a_usable_threshold(sizes, value):
     steps = (1, 2)[: len(sizes)]
     order, segments = stable_layout(group, len(steps))
     capacities = torch.tensor([15.0, 30.0][: len(sizes)], device=DEVICE)
-    layout = (order, segments, capacities, torch.ones_like(capacities), False)
+    layout = (order, segments, capacities, torch.ones_like(capacities), mode)
     runs = runs_of(order, segments, len(steps), channels)
     got = silu_mul_encode(gate, up, sizes, *layout, runs=runs)
     expected = encode_rows(OnlineRotation(sizes)(silu_mul(gate, up)), *layout)
@@ -158,7 +170,8 @@ def test_fused_is_its_parts_at_size(count, sizes, dtype):
     assert torch.equal(rotation(x).cpu(), rotation(x.cpu()))
     group = (torch.arange(sum(sizes)) >= sizes[0]).to(torch.uint8)
     for seed, rotated in enumerate((True, False)):
-        check_fused(count, sizes, group, (1, 2), dtype, rotated, False, True, seed)
+        for value_range in (ValueRange.SPLIT, ValueRange.COMMENSURATE):
+            check_fused(count, sizes, group, (1, 2), dtype, rotated, value_range, True, seed)
 
 
 def test_opcheck_and_compilation():
@@ -166,7 +179,7 @@ def test_opcheck_and_compilation():
     sizes = (16, 8)
     segments = torch.tensor([[0, 64, 0]], dtype=torch.int32, device=DEVICE)
     capacity, clip = torch.full((1,), 15.0, device=DEVICE), torch.ones(1, device=DEVICE)
-    layout = (None, segments, capacity, clip, False, None)
+    layout = (None, segments, capacity, clip, 0, None)
     torch.library.opcheck(torch.ops.snnllm.silu_mul.default, (gate, up))
     torch.library.opcheck(torch.ops.snnllm.rotate.default, (gate, list(sizes)))
     for rotation in (list(sizes), []):

@@ -60,6 +60,11 @@ def every_view(module: TernaryLinear, x: Tensor) -> dict[View, tuple[Tensor, Ten
     return out
 
 
+def test_commensurate_inputs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"layer: ternary weights have no commensurate inputs"):
+        ternary(bits=4, steps=(1, 2), value_range="commensurate")
+
+
 @pytest.mark.parametrize("group_size", [8, 128, None])
 @pytest.mark.parametrize("weight_steps", [(1,), (2,), (1, 3), (1, 2, 5, 7), (20,)])
 @pytest.mark.parametrize(

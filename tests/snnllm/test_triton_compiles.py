@@ -27,4 +27,6 @@ def test_kernels_compile_for_hopper():
     names = result.stdout.split()
     assert names.count("_rotary_tables") == 3
     assert {"_append_greedy", "_store", "decode", "prefill", "dot_product"} <= set(names)
-    assert names.count("matmul") == 6  # 2, 4 and 8 bits, 16 and 300 rows
+    assert {"_encode_rows", "_encode_rows_in_tiles", "rotate_and_encode_kernel"} <= set(names)
+    # 2, 4 and 8 bits, merged with 4 and 8 bits, 16 and 300 rows; accumulators.
+    assert names.count("matmul") == 11

@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter, so the sizes are small.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -43,13 +44,15 @@ def make_spec(
     weight_groups: int = 1,
     shared: bool = False,
     bias: bool = True,
+    commensurate: bool = False,
 ) -> LinearSpec:
     generator = torch.Generator().manual_seed(seed)
     k, high = sum(sizes), 2 ** (bits - 1)
     group = torch.arange(k) * weight_groups // k
     spec = LinearSpec(
         encoder=EncoderSpec(
-            torch.randperm(k, generator=generator), sizes, capacities, shared, "layer"
+            *(torch.randperm(k, generator=generator), sizes, capacities, shared, "layer"),
+            commensurate=commensurate,
         ),
         levels=torch.randint(-high, high, (n, k), generator=generator).to(torch.int8),
         scale=torch.rand(n, weight_groups, generator=generator) + 0.1,
@@ -155,8 +158,43 @@ def test_any_linear(
     check(spec, rows(seed, m, low + high, dtype))
 
 
-def test_counts_of_a_step() -> None:
-    spec, backend, reference = make_spec(3), TritonBackend(), ReferenceBackend()
+@pytest.mark.parametrize(
+    ("m", "groups", "weight_groups"),
+    [(1, 2, 1), (3, 2, 1), (17, 2, 1), (40, 2, 1), (3, 3, 1), (17, 3, 1), (1, 3, 2), (17, 2, 2)],
+)
+def test_commensurate_thresholds(m: int, groups: int, weight_groups: int) -> None:
+    sizes, capacities = ((150, 13), (15, 30)) if groups == 2 else ((100, 50, 13), (15, 30, 60))
+    spec = make_spec(
+        *(m, 20, sizes, capacities), weight_groups=weight_groups, commensurate=True, bias=m != 3
+    )
+    assert spec.merged == (weight_groups == 1)
+    check(spec, rows(m, m, 163))
+
+
+def test_one_group_is_commensurate_with_itself() -> None:
+    one: dict[str, Any] = {"sizes": (163,), "capacities": (15,)}
+    for weight_groups in (1, 2):
+        spec = make_spec(5, **one, weight_groups=weight_groups, commensurate=True)
+        check(spec, rows(5, 3, 163))
+        split = make_spec(5, **one, weight_groups=weight_groups)
+        mine, theirs = (
+            TritonBackend().linear(rows(5, 3, 163), TritonBackend().prepare(s))
+            for s in (spec, split)
+        )
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("bits", "capacities"), [(2, (15, 15)), (8, (63, 63)), (4, (1, 2))])
+@pytest.mark.usefixtures("config")
+def test_merged_sums(bits: int, capacities: tuple[int, ...]) -> None:
+    spec = make_spec(bits, capacities=capacities, bits=bits, commensurate=True)
+    check(spec, rows(4, 3, 163, DTYPES[-1]))
+
+
+@pytest.mark.parametrize("commensurate", [False, True])
+def test_counts_of_a_step(commensurate: bool) -> None:
+    spec, backend = make_spec(3, commensurate=commensurate), TritonBackend()
+    reference = ReferenceBackend()
     generator = torch.Generator().manual_seed(0)
     count = torch.randint(0, 16, (5, 163), generator=generator).to(DEVICE, torch.uint8)
     zero_point = torch.randint(0, 15, (5, 2), generator=generator).int().to(DEVICE)
@@ -168,20 +206,26 @@ def test_counts_of_a_step() -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("value_range", ["split", "shared", "commensurate"])
 @pytest.mark.parametrize(
     ("sizes", "capacities"),
     [((20,), (15,)), ((16, 4), (15, 510)), ((1,) * 20, tuple(range(11, 31)))],
     ids=["one", "wide", "many"],
 )
 def test_counts_in_the_original_order(
-    sizes: tuple[int, ...], capacities: tuple[int, ...], shared: bool
+    sizes: tuple[int, ...], capacities: tuple[int, ...], value_range: str
 ) -> None:
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    spec = EncoderSpec(order, sizes, capacities, shared, "layer")
+    shared, commensurate = value_range == "shared", value_range == "commensurate"
+    if commensurate:
+        capacities = tuple(min(capacity, 60) for capacity in capacities)
+    spec = EncoderSpec(order, sizes, capacities, shared, "layer", commensurate=commensurate)
     x = rows(5, 6, 20).view(2, 3, 20)
     ours, theirs = TritonBackend().encode(x, spec), ReferenceBackend().encode(x, spec)
     for mine, expected in zip(ours, theirs, strict=True):
+        if expected is None:
+            assert mine is None
+            continue
         assert mine.dtype == expected.dtype
         assert torch.equal(mine, expected)
 

@@ -6,17 +6,21 @@ integers because they are integers, outputs because all executions share the ord
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from neurons.modes import COMMENSURATE_CAPACITY
+from neurons.thresholds import unit_of
 from snnllm.execution import View, set_view
 from snnllm.kernels import NativeBackend
 from snnllm.layout import LinearLayout
 from snnllm.linear import SpikingLinear
-from snnllm.weights import QuantizedWeight
+from snnllm.weights import QuantizedWeight, round_to_nearest
 
 COLLAPSED = ["reference", *(["native"] if NativeBackend().available() is None else [])]
 EXECUTIONS = [(View.BINARY, "auto"), (View.UNROLLED, "auto")] + [
@@ -48,11 +52,17 @@ def executions(module: SpikingLinear, x: Tensor) -> list[tuple[Tensor, Tensor]]:
 def oracle(module: SpikingLinear, x: Tensor) -> Tensor:
     """Centred accumulators from the decoded meaning: integers of x and w in float64."""
     spec, encoder = module.spec(), module.encoder
-    centred = encoder.centre(encoder.encode(x.reshape(-1, x.shape[-1])))[:, module.order].double()
+    encoding = encoder.encode(x.reshape(-1, x.shape[-1]))
+    centred = encoder.centre(encoding)[:, module.order].double()
     parts = [
         centred[:, a:b] @ (spec.levels[:, a:b].double() - spec.zero[:, j, None]).T
         for a, b, _, j in spec.segments
     ]
+    if encoding.multiple is not None:
+        parts = [
+            part * encoding.multiple[:, segment.act_group, None]
+            for part, segment in zip(parts, spec.segments, strict=True)
+        ]
     return torch.stack(parts).to(torch.int32)
 
 
@@ -72,7 +82,7 @@ def check(module: SpikingLinear, x: Tensor) -> None:
     steps=st.sampled_from([(1,), (2,), (1, 2), (1, 4), (1, 8), (1, 3), (1, 2, 4)]),
     bits=st.sampled_from([1, 2, 3, 4]),
     ratio=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    value_range=st.sampled_from(["split", "shared"]),
+    value_range=st.sampled_from(["split", "shared", "commensurate"]),
     weight_bits=st.sampled_from([2, 3, 4, 5, 8]),
     group_size=st.sampled_from([None, 8, 16]),
     bias=st.booleans(),
@@ -86,6 +96,8 @@ def test_all_executions_are_equal(
     make_linear, steps, bits, ratio, value_range, weight_bits, group_size, bias, dtype, shape,
     channels, out, seed,
 ):  # fmt: skip
+    if value_range == "commensurate" and len(steps) > 1:
+        assume(steps[-1] * (2**bits - 1) <= COMMENSURATE_CAPACITY)
     module = make_linear(
         channels,
         out,
@@ -99,6 +111,47 @@ def test_all_executions_are_equal(
         bias=bias,
     )
     check(module, inputs(shape, channels, seed, dtype))
+
+
+@pytest.mark.parametrize("steps", [(1, 2), (1, 4)])
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_commensurate_sums_count_units(make_linear, steps, group_size, dtype, bias):
+    """One int32 sum of all channels in units where the weight has one group."""
+    fields = {"steps": steps, "group_size": group_size, "bias": bias}
+    module = make_linear(40, 19, value_range="commensurate", **fields)
+    x = inputs((70,), 40, 3, dtype)
+    check(module, x)
+    spec, encoding = module.spec(), module.encoder.encode(x)
+    assert spec.merged == (group_size is None)
+    assert spec.encoder.range_mode == 2
+    unit = unit_of(encoding.threshold, encoding.multiple)
+    sums = module.accumulators(x)
+    if spec.merged:
+        y = (unit * sums.sum(0, dtype=torch.int32).float()) * spec.scale[:, 0]
+    else:
+        terms = [
+            (unit * a.float()) * spec.scale[:, s.weight_group]
+            for a, s in zip(sums, spec.segments, strict=True)
+        ]
+        y = functools.reduce(torch.add, terms)
+    y = y if spec.bias is None else y + spec.bias
+    assert torch.equal(module(x), y.to(dtype))
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_commensurate_with_an_offset(group_size):
+    layout = LinearLayout(4, 4, (1, 2), "commensurate", "steps", group_size, offset=True)
+    generator = torch.Generator().manual_seed(0)
+    module = SpikingLinear(24, 10, False, layout, "layer")
+    module.set_channel_group((torch.rand(24, generator=generator) < 0.3).to(torch.uint8))
+    weight = torch.randn(10, 24, generator=generator)
+    module.set_weight(round_to_nearest(weight[:, module.order], 4, group_size))
+    module.set_offset(*(torch.randn(n, generator=generator) for n in (24, 10)))
+    results = executions(module, inputs((2, 5), 24, 1))
+    assert all(torch.equal(a, results[0][0]) for a, _ in results)
+    assert all(torch.equal(y, results[0][1]) for _, y in results)
 
 
 @pytest.mark.parametrize("weight_bits", [2, 8])
@@ -130,8 +183,10 @@ def test_extreme_weights_and_inputs():
     assert module.accumulators(x)[0].tolist() == [[largest, -largest], [-largest, largest]]
 
 
-def test_the_output_is_the_decoded_linear(make_linear, tolerance):
-    module = make_linear(24, 10, group_size=8)
+@pytest.mark.parametrize("value_range", ["split", "shared", "commensurate"])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_the_output_is_the_decoded_linear(make_linear, tolerance, value_range, group_size):
+    module = make_linear(24, 10, group_size=group_size, value_range=value_range)
     x = inputs((5,), 24, 1)
     decoded = module.encoder.decode(module.encoder.encode(x))
     expected = torch.nn.functional.linear(decoded, module.dequantized_weight(), module.bias)
@@ -143,8 +198,12 @@ def test_the_output_is_the_decoded_linear(make_linear, tolerance):
 
 @pytest.mark.parametrize(("weight_bits", "bits"), [(16, 4), (4, 16), (16, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_float_operands_give_the_same_output_in_all_views(make_linear, weight_bits, bits, dtype):
-    module = make_linear(weight_bits=weight_bits, bits=bits)
+@pytest.mark.parametrize("value_range", ["split", "commensurate"])
+def test_float_operands_give_the_same_output_in_all_views(
+    make_linear, weight_bits, bits, dtype, value_range
+):
+    steps = (1, 2) if value_range == "split" or bits == 4 else (1,)
+    module = make_linear(weight_bits=weight_bits, bits=bits, steps=steps, value_range=value_range)
     x = inputs((2, 3), 24, 2, dtype)
     outputs = []
     for view in View:
@@ -270,3 +329,13 @@ def test_channel_groups_that_do_not_exist_are_refused(make_linear):
     module.invalidate()
     with pytest.raises(ValueError, match=r"q_proj: channel_group must lie in 0\.\.1"):
         module(inputs((2,), 24, 0))
+
+
+@pytest.mark.parametrize("value_range", ["split", "commensurate"])
+def test_compiled_linears_are_the_same(make_linear, value_range):
+    torch.compiler.reset()
+    module, x = make_linear(value_range=value_range), inputs((3,), 24, 5)
+    expected = module(x)  # packs the weight
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), expected)

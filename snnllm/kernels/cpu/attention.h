@@ -128,7 +128,8 @@ static int encode_head(const float *x, const Row *l, int64_t head, const uint8_t
         }
     }
     for (int64_t g = 0; g < groups; g++) {
-        set_parameters(lo[g], hi[g], clip[g], (float)capacity[g], &s[g], &zero[g]);
+        s[g] = threshold_of(lo[g] * clip[g], hi[g] * clip[g], (float)capacity[g]);
+        zero[g] = bias_charge(lo[g] * clip[g], s[g], (float)capacity[g]);
         out[l->zero_at + g] = (uint8_t)zero[g];
         memcpy(out + l->threshold_at + 4 * g, &s[g], sizeof s[g]);
         if (!(s[g] <= FLT_MAX)) return 0;

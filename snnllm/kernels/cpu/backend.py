@@ -112,17 +112,19 @@ class NativeBackend:
         count = torch.empty(x.shape, dtype=_count_dtype(spec))
         threshold = torch.empty(*x.shape[:-1], len(spec.sizes))
         zero_point = torch.empty(threshold.shape, dtype=torch.int32)
+        multiple = torch.empty_like(zero_point) if spec.commensurate else None
         code = self._library.snn_encode(
             layer.address,
             x32.data_ptr(),
             count.data_ptr(),
             threshold.data_ptr(),
             zero_point.data_ptr(),
+            None if multiple is None else multiple.data_ptr(),
             x.numel() // spec.channels,
             torch.get_num_threads(),
         )
         _check(code, spec.name)
-        return Encoding(count, threshold, zero_point)
+        return Encoding(count, threshold, zero_point, multiple)
 
     def accumulate(self, x: Tensor, prepared: PreparedLinear) -> Tensor:
         """Return the centred accumulators of x [.., K]: int32 [S, M, N], M the number of rows."""
@@ -170,7 +172,8 @@ class NativeBackend:
             levels: L.
 
         Returns:
-            Centred accumulators int32 [S, M, N] and thresholds float32 [M, G].
+            Centred accumulators int32 [S, M, N], and thresholds float32 [M, G] or the unit of
+            commensurate ones in their place.
         """
         layer = _native(prepared)
         x32 = _float_rows(x, layer)
@@ -231,7 +234,7 @@ def library(definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib.snn_linear.argtypes = [pointer] * 4 + [size, number]
     lib.snn_accumulate.argtypes = [pointer] * 3 + [ctypes.c_uint64, pointer, size, number]
     lib.snn_unrolled.argtypes = [pointer] * 3 + [size, pointer, pointer, size, number]
-    lib.snn_encode.argtypes = [pointer] * 5 + [size, number]
+    lib.snn_encode.argtypes = [pointer] * 6 + [size, number]
     lib.snn_int_bmm.argtypes = [pointer] * 3 + [size] * 4 + [number]
     heads: list[Any] = [*[pointer] * 5, size, pointer, pointer, size, size]
     lib.snn_encode_heads.argtypes = [*heads, pointer, pointer, number]
@@ -333,7 +336,7 @@ def _prepare(spec: LinearSpec) -> NativeLinear:
     weight = pack_levels(levels, layout)
     words = segment_words(spec.segments, starts, encoder, layout, spec.weight_bits)
     weights = (weight, scale, low, high, bias)
-    return _describe(encoder, (n, *levels.shape), layout, words, weights)
+    return _describe(encoder, (n, *levels.shape), layout, words, weights, spec.merged)
 
 
 def _prepare_encoder(spec: EncoderSpec) -> NativeLinear:
@@ -351,6 +354,7 @@ def _describe(
     layout: int,
     segment_words: Tensor,
     weights: tuple[Tensor | None, ...],
+    merged: bool = False,
 ) -> NativeLinear:
     """Write the C struct `Layer`; sizes are N, padded N and padded K."""
     n, padded_n, padded_k = sizes
@@ -359,7 +363,7 @@ def _describe(
     capacities = torch.tensor(encoder.capacities, dtype=torch.int64)
     pointed = (encoder.clip_factors, order, group_sizes, capacities, segment_words, *weights)
     words = [encoder.channels, n, padded_k, padded_n, len(encoder.sizes), len(segment_words)]
-    words += [layout, int(encoder.shared)]
+    words += [layout, encoder.range_mode, int(merged)]
     words += [0 if tensor is None else tensor.data_ptr() for tensor in pointed]
     descriptor = torch.tensor(words, dtype=torch.int64)
     tensors = tuple(tensor for tensor in pointed if tensor is not None)

@@ -16,8 +16,11 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { NIBBLE = 0, BYTE = 1, WIDE = 2 };
+enum { SPLIT = 0, SHARED = 1, COMMENSURATE = 2 }; /* neurons.modes.ValueRange.code */
 enum { OK = 0, NON_FINITE = 1, NO_MEMORY = 2 };
 enum { OCTET = 8, LANES = 8, COLUMNS = 32, ROWS = 4, ROW_BLOCK = 64, DOT_COLUMNS = 128 };
+enum { LAYER_GROUPS = 64 };    /* groups of a layer, at most */
+enum { LARGEST_CHARGE = 255 }; /* of commensurate thresholds */
 enum { BLOCKS = COLUMNS / LANES };
 enum { UNPACK_ROWS = 8 }; /* rows from which unpacking nibbles to memory pays */
 enum { PARALLEL_WORK = 1 << 21 }; /* multiply-adds below which a second thread does not pay */
@@ -33,7 +36,9 @@ typedef struct {
 } Segment;
 
 typedef struct {
-    int64_t k, n, k_padded, n_padded, groups, segments, layout, shared;
+    int64_t k, n, k_padded, n_padded, groups, segments, layout;
+    int64_t range;            /* SPLIT, SHARED or COMMENSURATE */
+    int64_t merged;           /* the segments have one int32 sum, scaled once */
     const float *clip;        /* factor on the range of every group */
     const int32_t *order;     /* original channel of every encoded position, or NULL */
     const int64_t *sizes;     /* channels of every group */
@@ -62,6 +67,8 @@ typedef struct {
     float *threshold;    /* [m][groups] */
     int32_t *zero_point; /* [m][groups] */
     int32_t *sum;        /* [m][segments], sums of counts */
+    int32_t *multiple;   /* [m][groups], thresholds in units; NULL unless COMMENSURATE */
+    float *unit;         /* [m]; NULL unless COMMENSURATE */
 } Rows;
 
 static int64_t count_bytes(const Layer *layer) { return layer->layout == WIDE ? 2 : 1; }
@@ -104,18 +111,54 @@ static int widen_range(const float *x, int64_t n, float *lo, float *hi) {
     return largest < 0x7f800000u;
 }
 
-/* Threshold and zero point of one row and group. */
-static void set_parameters(float lo, float hi, float clip, float capacity, float *threshold,
-                           int32_t *zero) {
-    lo *= clip;
-    hi *= clip;
-    float s = (hi - lo) / capacity;
-    s = s < 1e-5f ? 1e-5f : s;
+/* Threshold of the range of one row and group, and its zero point. */
+static float threshold_of(float lo, float hi, float capacity) {
+    const float s = (hi - lo) / capacity;
+    return s < 1e-5f ? 1e-5f : s;
+}
+
+static int32_t bias_charge(float lo, float s, float capacity) {
     float z = rintf(-lo / s);
     z = z < 0.0f ? 0.0f : z;
-    z = z > capacity ? capacity : z;
-    *threshold = s;
-    *zero = (int32_t)z;
+    return (int32_t)(z > capacity ? capacity : z);
+}
+
+/* Rounds the finite thresholds of a row up to multiples of one unit, which it returns: see
+ * neurons.thresholds.commensurate. */
+static float round_up(const Layer *layer, float *threshold, int32_t *multiple) {
+    const int64_t groups = layer->groups, last = groups - 1;
+    float most[LAYER_GROUPS], least = 0.0f, best = 0.0f, unit = threshold[0];
+    multiple[0] = 1;
+    if (groups < 2) return unit;
+    for (int64_t g = 0; g < groups; g++) {
+        most[g] = (float)(LARGEST_CHARGE / layer->capacity[g]);
+        if (g < last && threshold[g] / most[g] > least) least = threshold[g] / most[g];
+    }
+    for (float n = most[last]; n > most[last] - 4.0f && n >= 1.0f; n--) {
+        float u = threshold[last] / n, cost = 0.0f;
+        uint32_t bits;
+        u = (least > u ? least : u) * (1.0f + 0x1p-18f);
+        memcpy(&bits, &u, sizeof bits);
+        bits &= ~(uint32_t)31;
+        memcpy(&u, &bits, sizeof bits);
+        for (int64_t g = 0; g < groups; g++) {
+            float m = ceilf(threshold[g] / u);
+            m = m < most[g] ? m : most[g];
+            const float raised = u * m / threshold[g];
+            cost = raised > cost ? raised : cost;
+        }
+        if (n == most[last] || cost < best) {
+            best = cost;
+            unit = u;
+        }
+    }
+    for (int64_t g = 0; g < groups; g++) {
+        float m = ceilf(threshold[g] / unit);
+        m = m < most[g] ? m : most[g];
+        multiple[g] = (int32_t)m;
+        threshold[g] = unit * m;
+    }
+    return unit;
 }
 
 /* Counts of n values. Clipped below at 0 first, so truncation is floor. Returns their sum. */
@@ -137,11 +180,11 @@ static void set_parameters(float lo, float hi, float clip, float capacity, float
 DEFINE_COUNT(count_u8, uint8_t)
 DEFINE_COUNT(count_i16, int16_t)
 
-/* Sets threshold and zero point of row m of x and returns the row in encoded order (`gathered`
- * has room for k floats), or NULL for non-finite input. */
+/* Sets the parameters of row m of x and returns the row in encoded order (`gathered` has room for k
+ * floats), or NULL for non-finite input. */
 static const float *set_row(const Layer *layer, const float *x, int64_t m, Rows rows,
                             float *gathered) {
-    const int64_t groups = layer->groups;
+    const int64_t groups = layer->groups, shared = layer->range == SHARED;
     x += m * layer->k;
     if (layer->order) {
         for (int64_t k = 0; k < layer->k; k++) gathered[k] = x[layer->order[k]];
@@ -149,17 +192,26 @@ static const float *set_row(const Layer *layer, const float *x, int64_t m, Rows 
     }
     float *threshold = rows.threshold + m * groups;
     int32_t *zero = rows.zero_point + m * groups;
-    float lo = 0.0f, hi = 0.0f;
-    int finite = !layer->shared || widen_range(x, layer->k, &lo, &hi);
+    float lo = 0.0f, hi = 0.0f, least[LAYER_GROUPS];
+    int finite = !shared || widen_range(x, layer->k, &lo, &hi);
     for (int64_t g = 0, start = 0; g < groups; start += layer->sizes[g++]) {
-        if (!layer->shared) {
+        if (!shared) {
             lo = hi = 0.0f;
             finite &= widen_range(x + start, layer->sizes[g], &lo, &hi);
         }
-        set_parameters(lo, hi, layer->clip[g], (float)layer->capacity[g], threshold + g, zero + g);
+        const float clip = layer->clip[g];
+        least[g] = lo * clip;
+        threshold[g] = threshold_of(least[g], hi * clip, (float)layer->capacity[g]);
         finite &= threshold[g] <= FLT_MAX; /* hi - lo may overflow */
     }
-    return finite ? x : NULL;
+    if (!finite) return NULL;
+    if (layer->range == COMMENSURATE)
+        rows.unit[m] = round_up(layer, threshold, rows.multiple + m * groups);
+    for (int64_t g = 0; g < groups; g++) {
+        if (!(threshold[g] <= FLT_MAX)) return NULL; /* nor may a multiple */
+        zero[g] = bias_charge(least[g], threshold[g], (float)layer->capacity[g]);
+    }
+    return x;
 }
 
 /* Encodes row m of x by the closed form. Returns 0 for non-finite input. */

@@ -9,6 +9,9 @@
  *   A[seg] = sum_k (q - z) (w - zw) = sum_k q w' - sum(q) c1 - z c2,   c1 = zw + shift of w',
  *                                                                      c2 = sum_k (w - zw)
  *   y = sum_seg (s * float(A)) * sw + bias                     in this order
+ * With commensurate thresholds, s = m u is a multiple of one unit per row, A counts units:
+ *   A[seg] = m sum_k (q - z) (w - zw)
+ *   y = sum_seg (u * float(A)) * sw + bias, or (u * float(sum_seg A)) * sw + bias where merged
  * Compile with -ffp-contract=off: a fused multiply-add would round differently.
  *
  * Intermediate integers may wrap modulo 2^32 (unsigned arithmetic); A itself fits int32, which
@@ -56,13 +59,24 @@ INLINE void centre(int32_t *raw, const int32_t *low, const int32_t *high, int32_
 #endif
 }
 
+/* raw *= multiple */
+INLINE void multiply(int32_t *raw, int32_t multiple) {
+    for (int j = 0; j < COLUMNS; j++) raw[j] = (int32_t)((uint32_t)raw[j] * (uint32_t)multiple);
+}
+
+/* sum = raw, or sum + raw behind the first segment */
+INLINE void merge(int32_t *sum, const int32_t *raw, int first) {
+    for (int j = 0; j < COLUMNS; j++)
+        sum[j] = (int32_t)((uint32_t)raw[j] + (first ? 0 : (uint32_t)sum[j]));
+}
+
 /* One tile of `rows` x 32 outputs: y float [m][n], or the accumulators int32 [segments][m][n]. */
 static void run_tile(const Layer *layer, Rows encoded, uint64_t active, const Panel *panel,
                      int64_t m, int64_t row, int rows, int64_t column, float *y,
                      int32_t *accumulator, int add) {
     const int64_t bytes = count_bytes(layer);
     const int64_t left = layer->n - column < COLUMNS ? layer->n - column : COLUMNS;
-    int32_t raw[ROWS * COLUMNS];
+    int32_t raw[ROWS * COLUMNS], sum[ROWS * COLUMNS];
     float total[ROWS * COLUMNS];
     for (int64_t i = 0; i < layer->segments; i++) {
         const Segment *seg = layer->segment + i;
@@ -84,21 +98,25 @@ static void run_tile(const Layer *layer, Rows encoded, uint64_t active, const Pa
             const int64_t g = (row + r) * layer->groups + seg->act_group;
             centre(raw + r * COLUMNS, layer->low + at, layer->high + at,
                    encoded.sum[(row + r) * layer->segments + i], encoded.zero_point[g]);
+            const int32_t *a = raw + r * COLUMNS;
+            if (encoded.multiple) multiply(raw + r * COLUMNS, encoded.multiple[g]);
             if (accumulator) {
                 int32_t *to = accumulator + (i * m + row + r) * layer->n + column;
-                for (int64_t j = 0; j < left; j++)
-                    to[j] = raw[r * COLUMNS + j] + (add ? to[j] : 0);
+                for (int64_t j = 0; j < left; j++) to[j] = a[j] + (add ? to[j] : 0);
                 continue;
             }
-            const float s = encoded.threshold[g];
+            if (layer->merged) {
+                merge(sum + r * COLUMNS, a, i == 0);
+                if (i + 1 < layer->segments) continue;
+                a = sum + r * COLUMNS;
+            }
+            const float s = encoded.unit ? encoded.unit[row + r] : encoded.threshold[g];
             const float *scale = layer->scale + at;
             float *t = total + r * COLUMNS;
-            if (i == 0)
-                for (int j = 0; j < COLUMNS; j++)
-                    t[j] = (s * (float)raw[r * COLUMNS + j]) * scale[j];
+            if (i == 0 || layer->merged)
+                for (int j = 0; j < COLUMNS; j++) t[j] = (s * (float)a[j]) * scale[j];
             else
-                for (int j = 0; j < COLUMNS; j++)
-                    t[j] += (s * (float)raw[r * COLUMNS + j]) * scale[j];
+                for (int j = 0; j < COLUMNS; j++) t[j] += (s * (float)a[j]) * scale[j];
         }
     }
     for (int r = 0; r < rows && y; r++) {
@@ -141,7 +159,8 @@ typedef struct {
 static int64_t align(int64_t bytes) { return (bytes + 64) / 64 * 64; }
 
 static int allocate(const Layer *layer, int64_t m, int threads, Work *work) {
-    const int64_t words = m * (2 * layer->groups + layer->segments);
+    const int in_units = layer->range == COMMENSURATE;
+    const int64_t words = m * ((2 + in_units) * layer->groups + layer->segments + in_units);
     const int64_t counts = m * layer->k_padded * count_bytes(layer);
     const int unpacks = layer->layout == NIBBLE && m >= UNPACK_ROWS;
     work->scratch = align((unpacks ? COLUMNS : 4) * layer->k_padded);
@@ -152,6 +171,8 @@ static int allocate(const Layer *layer, int64_t m, int threads, Work *work) {
     work->rows.threshold = (float *)(work->rows.count + align(counts));
     work->rows.zero_point = (int32_t *)work->rows.threshold + m * layer->groups;
     work->rows.sum = work->rows.zero_point + m * layer->groups;
+    work->rows.multiple = in_units ? work->rows.sum + m * layer->segments : NULL;
+    work->rows.unit = in_units ? (float *)(work->rows.multiple + m * layer->groups) : NULL;
     return 1;
 }
 
@@ -175,6 +196,7 @@ static int run_layer(const Layer *layer, Input input, float *y, int32_t *accumul
     int finite = 1;
     if (m * layer->n * layer->k < PARALLEL_WORK) threads = 1;
     if (!allocate(layer, m, threads, &work)) return NO_MEMORY;
+    if (!input.x) work.rows.multiple = NULL; /* sums of given counts are in thresholds */
     const int64_t columns = layer->n_padded / COLUMNS, row_blocks = (m + ROW_BLOCK - 1) / ROW_BLOCK;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -213,7 +235,8 @@ int snn_accumulate(const Layer *layer, const void *count, const int32_t *zero, u
 }
 
 /* The unrolled view: the neurons of x [m][k] run for `steps` [groups], every step one matmul over
- * its spikes, summed to centred accumulators; threshold [m][groups] comes out, too. */
+ * its spikes, summed to centred accumulators; threshold [m][groups] comes out, too, or the unit in
+ * its place. */
 int snn_unrolled(const Layer *layer, const float *x, const int64_t *steps, int64_t levels,
                  int32_t *accumulator, float *threshold, int64_t m, int threads) {
     Work work;
@@ -233,11 +256,15 @@ int snn_unrolled(const Layer *layer, const float *x, const int64_t *steps, int64
     {
         uint8_t *scratch = work.thread + thread_index() * work.scratch;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < m; row++)
+        for (int64_t row = 0; row < m; row++) {
             if (!charge_row(layer, x, row, work.rows, (float *)scratch, &neurons)) {
 #pragma omp atomic write
                 finite = 0;
+            } else if (work.rows.unit) {
+                for (int64_t g = 0; g < layer->groups; g++)
+                    threshold[row * layer->groups + g] = work.rows.unit[row];
             }
+        }
         for (neurons.step = 0; finite && neurons.step < length; neurons.step++) {
             uint64_t active = 0;
             for (int64_t g = 0; g < layer->groups; g++)
@@ -256,9 +283,9 @@ int snn_unrolled(const Layer *layer, const float *x, const int64_t *steps, int64
 }
 
 /* x float [m][k] -> counts [m][k] in original channel order (int16 when WIDE, else uint8),
- * threshold and zero_point [m][groups]. */
+ * threshold, zero_point and, if COMMENSURATE, multiple [m][groups]. */
 int snn_encode(const Layer *layer, const float *x, void *count, float *threshold,
-               int32_t *zero_point, int64_t m, int threads) {
+               int32_t *zero_point, int32_t *multiple, int64_t m, int threads) {
     Work work;
     int finite = 1;
     const int64_t bytes = count_bytes(layer);
@@ -266,6 +293,7 @@ int snn_encode(const Layer *layer, const float *x, void *count, float *threshold
     if (!allocate(layer, m, threads, &work)) return NO_MEMORY;
     work.rows.threshold = threshold;
     work.rows.zero_point = zero_point;
+    work.rows.multiple = multiple;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t row = 0; row < m; row++) {
         float *gathered = (float *)(work.thread + thread_index() * work.scratch);

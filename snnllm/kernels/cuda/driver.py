@@ -22,7 +22,7 @@ from neurons.backends.device import on
 from snnllm.kernels.disk_cache import cache_directory, replaced
 
 _LOG = logging.getLogger(__name__)
-SWIZZLES = {64: 2, 128: 3}
+SWIZZLES = {32: 1, 64: 2, 128: 3}
 """Bytes of a row of a box to the number of its swizzle (`CUtensorMapSwizzle`)."""
 _SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -240,8 +240,9 @@ def load(
 
 
 def tensor_map(matrix: Tensor, rows: int, columns: int) -> TensorMap:
-    """The map of a matrix of bytes `[R, C]` in swizzled boxes of `rows` times `columns` bytes."""
-    return _tensor_map(matrix.data_ptr(), *matrix.shape, rows, columns)
+    """The map of a matrix `[R, C]`, contiguous, in swizzled boxes of `rows` times `columns` bytes."""
+    height, width = len(matrix), matrix.shape[1] * matrix.element_size()
+    return _tensor_map(matrix.data_ptr(), height, width, rows, columns)
 
 
 @lru_cache(maxsize=4096)

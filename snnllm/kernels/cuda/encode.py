@@ -65,7 +65,7 @@ class NormedRows(NamedTuple):
         capacities: float32 `[G]`.
         clip: float32 `[G]`.
         runs: Layout of the groups (`neurons.backends.triton_encode_tiles.runs_of`).
-        shared: One range for all groups.
+        range_mode: Of the groups: 0 own ranges, 1 one for all, 2 own ones with commensurate thresholds.
     """
 
     x: Tensor
@@ -76,7 +76,7 @@ class NormedRows(NamedTuple):
     capacities: Tensor
     clip: Tensor
     runs: Sequence[int] | None
-    shared: bool
+    range_mode: int
 
     def unsuitable(self) -> str | None:
         """Return None where the kernel serves these rows, else the reason why not."""
@@ -131,7 +131,7 @@ def gated_launch(
     layout: tuple[Tensor | None, Tensor, Tensor],
     outputs: tuple[Tensor, ...],
     runs: Sequence[int],
-    shared: bool,
+    range_mode: int,
 ) -> Launch:
     """The launch for operands of which `gated_unsuitable` says nothing.
 
@@ -141,13 +141,13 @@ def gated_launch(
         layout: Offset float32 `[K]` or None, capacities and clip factors float32 `[G]`.
         outputs: Counts uint8 `[M, P]`, thresholds, zero points, sums of counts `[M, G]`.
         runs: As in `gated_unsuitable`.
-        shared: One range for both groups.
+        range_mode: As `NormedRows` has it.
     """
     rows, channels = gate.shape
     warps = -(-channels // (RADIX * _WARP))
     cluster = min(_MOST_CLUSTER, 1 << (warps - 1).bit_length())
     threads = _WARP * -(-warps // cluster)
-    macros = {**_macros(gate, layout[0], runs, shared), "CLUSTER": cluster, "THREADS": threads}
+    macros = {**_macros(gate, layout[0], runs, range_mode), "CLUSTER": cluster, "THREADS": threads}
     numbers = (gate.stride(0), up.stride(0), channels, outputs[0].shape[1], *_both(runs))
     return Launch(
         *(gated_source.SOURCE, "encode_gated", macros, rows * cluster, threads),
@@ -165,7 +165,7 @@ def normed_launch(rows: NormedRows, outputs: tuple[Tensor, ...]) -> Launch:
     """
     (many, channels), runs = rows.x.shape, rows.runs or ()
     macros = {
-        **_macros(rows.x, rows.offset, runs, rows.shared),
+        **_macros(rows.x, rows.offset, runs, rows.range_mode),
         "CHUNKS": -(-channels // LANES),
         "ADDED": int(rows.added is not None),
         "GAIN": int(rows.gain is not None),
@@ -180,10 +180,12 @@ def normed_launch(rows: NormedRows, outputs: tuple[Tensor, ...]) -> Launch:
     )
 
 
-def _macros(x: Tensor, offset: Tensor | None, runs: Sequence[int], shared: bool) -> dict[str, int]:
+def _macros(
+    x: Tensor, offset: Tensor | None, runs: Sequence[int], range_mode: int
+) -> dict[str, int]:
     return {
         "GROUPS": len(runs) // 4,
-        "ONE_RANGE": int(shared),
+        "RANGE_MODE": range_mode,
         "OFFSET": int(offset is not None),
         "OUT": OUTPUTS[x.dtype],
     }

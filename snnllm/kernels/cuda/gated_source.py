@@ -111,7 +111,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
     widen(range, parts[v], group);
   }
-  const bool two = GROUPS == 2 && !ONE_RANGE;
+  const bool two = GROUPS == 2 && RANGE_MODE != 1;
 #pragma unroll
   for (int i = 0; i < 4; i++)
     if (i < 2 || two) {
@@ -149,8 +149,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         count[row * positions + i] = 0;
     if (threadIdx.x < GROUPS) {
       const Spikes of = threadIdx.x ? spikes[1] : spikes[0];
-      threshold[row * GROUPS + threadIdx.x] = of.threshold;
-      zero_point[row * GROUPS + threadIdx.x] = (int)of.zero;
+      threshold[row * GROUPS + threadIdx.x] = of.unit;
+      zero_point[row * GROUPS + threadIdx.x] = (int)(of.zero * of.multiple);
     }
   }
   // Sums of warps, in the place of their ranges; then those of the blocks, in the first one.

@@ -44,6 +44,7 @@ class Tiles(NamedTuple):
         stages: of the ring.
         kept: sums of the second segment that a thread keeps in registers.
         split: tiles of this shape that are one of the raster.
+        teams: of so many warpgroups each, which share the positions of a tile.
     """
 
     bm: int
@@ -52,6 +53,12 @@ class Tiles(NamedTuple):
     stages: int
     kept: int
     split: int = 1
+    teams: int = 1
+
+    def shared_bytes(self, segments: int, merged: int) -> int:
+        """Shared memory of a block of threads."""
+        own = (self.bm, self.bn, self.workers, self.teams, self.stages, self.kept)
+        return cuda_tiles_source.shared_bytes(*own, segments, merged)
 
 
 _LARGE = Tiles(128, 256, 2, 4, 52)
@@ -76,8 +83,8 @@ def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> 
     return without(device)
 
 
-def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
-    """Kernel and tile sizes for M rows and N columns on so many multiprocessors.
+def choose_shape(rows: int, columns: int, processors: int, sums: int) -> Rows | Tiles:
+    """Kernel and tile sizes for M rows and N columns on so many multiprocessors; sums of an output: 1 or 2.
 
     Measured on an H100; for one row on an H200.
     """
@@ -92,7 +99,7 @@ def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
         once = -(-rows // 128) * -(-columns // 192)
         if processors // 2 < once <= processors:
             return Tiles(128, 192, 3, 4, 0)
-        return Tiles(64, 128, 2, 8, 32)
+        return Tiles(64, 128, 2, 6, 32, teams=2) if sums == 1 else Tiles(64, 128, 2, 8, 32)
     return _LARGE
 
 
@@ -105,31 +112,34 @@ def launch(
     weight_groups: int,
     early: bool,
     ahead: tuple[Tensor | None, Tensor | None] = (None, None),
+    merged: bool = False,
 ) -> None:
     """Launch on the current device.
 
     Args:
-        count: As `triton.operators.encoded_linear` has it.
+        count: Counts, uint8 `[M, P]` in padded encoded order.
         weight: Likewise.
-        parameters: Threshold, zero point, sum of counts, segments, scale, zero of weights, row sums, shift,
-            bias and residual; the last three may be None.
+        parameters: Threshold, zero point, sum of counts, segments, scale, zero of weights, row sums, bias
+            and residual; the last two may be None.
         out: `[M, N]`, or int32 `[S, M, N]` for the accumulators.
         groups: G.
         weight_groups: J.
-        early: May start before the kernel in front ends.
+        early: May start before the kernel in front ends; many rows always may.
         ahead: Packed weights that are read soon after, for few rows.
+        merged: The thresholds of all groups are equal, and J = 1: the outputs are made of one sum.
     """
     (rows, width), columns = count.shape, len(weight)
-    *others, row_sum, shift, bias, residual = parameters
+    *others, row_sum, bias, residual = parameters
     assert row_sum is not None
     if residual is not None and residual.data_ptr() % 16:  # read 16 bytes at a time
-        parameters = (*others, row_sum, shift, bias, residual.clone())
+        parameters = (*others, row_sum, bias, residual.clone())
     segments = row_sum.shape[1]
     multiprocessors = processors(count.device)
-    shape = choose_shape(rows, columns, multiprocessors)
+    merged = merged and segments == 2 and out.dtype != torch.int32
+    shape = choose_shape(rows, columns, multiprocessors, segments - merged)
     macros = {
         "SEGMENTS": segments,
-        "SHIFT": int(shift is not None),
+        "MERGED": int(merged),
         "BIAS": int(bias is not None),
         "RESIDUAL": int(residual is not None),
         "OUT": OUTPUTS[out.dtype],
@@ -146,9 +156,9 @@ def launch(
     tiles = -(-rows // shape.bm) * -(-columns // shape.bn)
     divisible = (shape.bm, shape.bn) == (_HALF.bm, _HALF.split * _HALF.bn)
     whole = whole_tiles(tiles, multiprocessors) if divisible else tiles
-    _launch_tiles(shape, macros, operands, parameters, sizes, (0, whole), early)
-    if whole < tiles:  # early: it waits itself, and must, for what comes behind waits for it only
-        _launch_tiles(_HALF, macros, operands, parameters, sizes, (whole, tiles), True)
+    _launch_tiles(shape, macros, operands, parameters, sizes, (0, whole))
+    if whole < tiles:
+        _launch_tiles(_HALF, macros, operands, parameters, sizes, (whole, tiles))
 
 
 def whole_tiles(tiles: int, processors: int) -> int:
@@ -164,15 +174,21 @@ def _launch_tiles(
     parameters: tuple[Tensor | None, ...],
     out_and_sizes: tuple[Any, ...],
     tiles: tuple[int, int],
-    early: bool,
 ) -> None:
-    """Launch for a range of tiles of the raster, of which a shape with split = 2 makes two each."""
+    """Launch for a range of tiles of the raster, of which a shape with split = 2 makes two each.
+
+    It may start early, and waits itself: what comes behind waits for it only.
+    """
     count, weight = operands
     kernel = _tiles_kernel(shape, tuple(macros.items()), count.device)
-    maps = (tensor_map(count, shape.bm, 128), tensor_map(weight, shape.bn, 64))
+    out = out_and_sizes[0]
+    maps = [tensor_map(count, shape.bm, 128), tensor_map(weight, shape.bn, 64)]
+    # Outputs of 16 bits are stored in boxes of 16 rows of a warp; others are not.
+    boxes = out.element_size() == 2
+    maps.append(tensor_map(out, 16, shape.bn // shape.workers // 2) if boxes else maps[0])
     first, last = (shape.split * i for i in tiles)
     rest = (*maps, *parameters, *out_and_sizes, 2048 // shape.bm, first, last)
-    kernel(min(last - first, processors(count.device)), rest, early)
+    kernel(min(last - first, processors(count.device)), rest, True)
 
 
 def _rows_kernel(
@@ -182,9 +198,8 @@ def _rows_kernel(
     own = ("ROWS8", eights), *_macros(shape)
     known = dict(macros)
     element = (4 if known["OUT"] == OUTPUTS[torch.float32] else 2) * known["RESIDUAL"]
-    shared = cuda_rows_source.shared_bytes(
-        eights, shape.strips, shape.stages, known["SEGMENTS"], element
-    )
+    sizes = (eights, shape.strips, shape.stages, known["SEGMENTS"], known["MERGED"])
+    shared = cuda_rows_source.shared_bytes(*sizes, element)
     return load(
         *(cuda_rows_source.SOURCE, macros + own, "linear_rows"),
         *(cuda_rows_source.ROW_THREADS, shared, device),
@@ -199,8 +214,9 @@ def _macros(shape: Rows | Tiles) -> tuple[tuple[str, int], ...]:
 def _tiles_kernel(
     shape: Tiles, macros: tuple[tuple[str, int], ...], device: torch.device
 ) -> Kernel:
-    shared = cuda_tiles_source.shared_bytes(*shape[:5], dict(macros)["SEGMENTS"])
+    known = dict(macros)
+    shared = shape.shared_bytes(known["SEGMENTS"], known["MERGED"])
     return load(
         *(cuda_tiles_source.SOURCE, macros + _macros(shape), "linear_tiles"),
-        *(128 + 128 * shape.workers, shared, device),
+        *(128 + 128 * shape.workers * shape.teams, shared, device),
     )

@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
     }
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      if (i < 2 || (GROUPS == 2 && !ONE_RANGE)) {
+      if (i < 2 || (GROUPS == 2 && RANGE_MODE != 1)) {
         range[i] = maximum_of_warp(range[i]);
         if (lane == 0) ranges[4 * warp + i] = range[i];
       }
@@ -131,8 +131,8 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
       int together = 0;
 #pragma unroll
       for (int w = 0; w < 8; w++) together += sums[2 * w + threadIdx.x];
-      threshold[row * GROUPS + threadIdx.x] = of.threshold;
-      zero_point[row * GROUPS + threadIdx.x] = (int)of.zero;
+      threshold[row * GROUPS + threadIdx.x] = of.unit;
+      zero_point[row * GROUPS + threadIdx.x] = (int)(of.zero * of.multiple);
       count_sum[row * GROUPS + threadIdx.x] = together;
     }
     if (real) return;

@@ -22,14 +22,14 @@ struct __align__(64) Map { char raw[128]; };
 
 
 def _product(columns: int) -> str:
-    """`multiply(d, a, counts, add)`: d [64 x columns] (+)= a [64 x 32] counts [columns x 32]^T."""
+    """`multiply(d, a, counts, add)`: d [64 x columns] (+)= a [64 x 32] counts [columns x 32]^T, unsigned bytes."""
     size = columns // 2
     outputs = ", ".join(f"%{i}" for i in range(size))
     bound = ", ".join(f'"+r"(d[{i}])' for i in range(size))
     return f"""
 INLINE void multiply(int (&d)[{size}], const unsigned* a, u64 counts, int add) {{
   asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{size + 5}, 0;\\n"
-    "wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{outputs}}}, "
+    "wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.u8.u8 {{{outputs}}}, "
     "{{%{size}, %{size + 1}, %{size + 2}, %{size + 3}}}, %{size + 4}, p; }}"
     : {bound} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(counts), "r"(add));
 }}
@@ -48,6 +48,8 @@ template <int REGISTERS> INLINE void give_registers() {
 template <int REGISTERS> INLINE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
+
+template <int MANY> INLINE void workers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(MANY) : "memory"); }
 
 INLINE void barrier_init(unsigned at, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals));
@@ -82,6 +84,15 @@ INLINE void box_copy(unsigned to, const Map* map, int column, int row, unsigned 
                ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
+// From shared memory, later; what a thread stores is in a group that it waits for.
+INLINE void box_store(const Map* map, int column, int row, unsigned from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+               "cp.async.bulk.commit_group;" ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory");
+}
+INLINE void stores_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+INLINE void finish_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+INLINE void show_to_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Brings memory to the L2 cache; a multiple of 16 bytes.
 INLINE void fetch(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
@@ -95,9 +106,10 @@ INLINE void store_transposed(unsigned at, const unsigned (&a)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                ::"r"(at), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
 }
+// Unsigned bytes.
 INLINE void multiply_16x8(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                           unsigned b1) {
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
                "{%8, %9}, {%0, %1, %2, %3};"
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -191,14 +203,18 @@ INLINE unsigned bits_above(float x) {  // of x where it is positive or NaN, as `
   return x > 0.0f || x != x ? (unsigned)__float_as_int(x) & 0x7fffffffu : 0u;
 }
 // Threshold and zero point of a range, and what a count needs, as neurons.thresholds.encode_parameters.
-struct Spikes { float threshold, zero, most; };
+// `unit` and `multiple` of it: the threshold, where those of all groups lie on one grid.
+struct Spikes { float threshold, zero, most, multiple, unit; };
+INLINE float zero_of(float below, float threshold, float most) {
+  // Adding 3 * 2^22 rounds half to even.
+  const float zero = __fadd_rn(__fadd_rn(__fdiv_rn(below, threshold), 12582912.0f), -12582912.0f);
+  return fminf(fmaxf(zero, 0.0f), most);
+}
 INLINE Spikes spikes_of(unsigned below, unsigned above, float most, float clip) {
   const float low = __fmul_rn(-__int_as_float(below), clip), high = __fmul_rn(__int_as_float(above), clip);
   const float step = __fdiv_rn(__fadd_rn(high, -low), most);
   const float threshold = step < 1e-5f ? 1e-5f : step;  // NaN stays
-  // Adding 3 * 2^22 rounds half to even.
-  const float zero = __fadd_rn(__fadd_rn(__fdiv_rn(-low, threshold), 12582912.0f), -12582912.0f);
-  return {threshold, fminf(fmaxf(zero, 0.0f), most), most};
+  return {threshold, zero_of(-low, threshold, most), most, 1.0f, threshold};
 }
 INLINE int count_of(float quotient, const Spikes& s) {  // of x / threshold
   return (int)fminf(fmaxf(__fadd_rn(quotient, __fadd_rn(s.zero, 0.5f)), 0.0f), s.most);

@@ -10,8 +10,8 @@ be idle while the kernels between two linears run.
 A lane takes 16 packed bytes of a weight row, the positions `16 t ..` and `64 + 16 t ..` of the block,
 where the product has other ones: the order of the positions within a sum is free.
 
-Macros: ROWS8 (rows / 8, up), STRIPS, SEGMENTS (1 or 2), SHIFT, BIAS, RESIDUAL, STAGES, RESIDENT (blocks of
-threads of a multiprocessor, for which registers are set aside), OUT (`primitives.OUTPUTS`).
+Macros: ROWS8 (rows / 8, up), STRIPS, SEGMENTS (1 or 2), MERGED (one sum for both), BIAS, RESIDUAL, STAGES, RESIDENT
+(blocks of threads of a multiprocessor, for which registers are set aside), OUT (`primitives.OUTPUTS`).
 """
 
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
@@ -22,19 +22,22 @@ ROW_THREADS = 256
 """Eight warps."""
 
 
-def shared_bytes(rows8: int, strips: int, stages: int, segments: int, residual: int) -> int:
+def shared_bytes(
+    rows8: int, strips: int, stages: int, segments: int, merged: int, residual: int
+) -> int:
     """Shared memory of a block: the rings, where the partial sums lie after them; tables.
 
     Args:
-        rows8: As the macro; likewise the next three.
+        rows8: As the macro; likewise the next ones.
         strips: Likewise.
         stages: Likewise.
         segments: Likewise.
+        merged: Likewise.
         residual: Bytes of an element of the residual; 0 without one.
     """
     rings = 8 * stages * (strips * 1024 + rows8 * 1024)
-    sums = 8 * segments * rows8 * 8 * (16 * strips + 4) * 4
-    tables = 4 * (16 * strips + segments * (4 * 16 * strips + 3 * rows8 * 8))
+    sums = 8 * (segments - merged) * rows8 * 8 * (16 * strips + 4) * 4
+    tables = 4 * (16 * strips + segments * (3 * 16 * strips + 3 * rows8 * 8))
     return max(rings, sums) + tables + 16 * strips * 8 * rows8 * residual
 
 
@@ -44,13 +47,14 @@ INLINE unsigned word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y
 extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
     const unsigned char* count, const unsigned char* weight, const float* threshold,
     const int* zero_point, const int* count_sum, const int* segments, const float* scale,
-    const int* weight_zero, const int* row_sum, const int* shift, const float* bias,
+    const int* weight_zero, const int* row_sum, const float* bias,
     const void* residual, void* out, int rows, int columns, int width, int groups, int weight_groups,
     const unsigned char* ahead, int ahead_bytes, const unsigned char* further, int further_bytes) {
   constexpr int OUTPUTS = 16 * STRIPS, ROWS = 8 * ROWS8, CHUNKS = OUTPUTS / (OUT == 0 ? 4 : 8);
   constexpr int WEIGHT_BYTES = OUTPUTS * 64, STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
   constexpr int PITCH = OUTPUTS + 4, SLAB = ROWS * PITCH;  // 4 words against bank conflicts
-  constexpr int RINGS = 8 * STAGES * STAGE_BYTES, SUMS = 8 * SEGMENTS * SLAB * 4;
+  constexpr int SUMS = SEGMENTS - MERGED;
+  constexpr int RINGS = 8 * STAGES * STAGE_BYTES, SUM_BYTES = 8 * SUMS * SLAB * 4;
   extern __shared__ __align__(128) unsigned char memory[];
   launch_dependents();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -58,9 +62,9 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   const int blocks = width / 128, mine = (blocks - warp + 7) / 8;
   const unsigned ring = warp * STAGES * STAGE_BYTES;
   const unsigned base = shared_address(memory) + ring;
-  float* bias_table = (float*)(memory + (RINGS > SUMS ? RINGS : SUMS));
-  int* column_table = (int*)bias_table + OUTPUTS;          // [SEGMENTS][4][OUTPUTS]: sw, zu, row sum, shift
-  int* row_table = column_table + SEGMENTS * 4 * OUTPUTS;  // [SEGMENTS][3][ROWS]: s, z, sum of counts
+  float* bias_table = (float*)(memory + (RINGS > SUM_BYTES ? RINGS : SUM_BYTES));
+  int* column_table = (int*)bias_table + OUTPUTS;          // [SEGMENTS][3][OUTPUTS]: sw, zu, row sum
+  int* row_table = column_table + SEGMENTS * 3 * OUTPUTS;  // [SEGMENTS][3][ROWS]: s, z, sum of counts
   int* residual_table = row_table + SEGMENTS * 3 * ROWS;   // [ROWS][OUTPUTS] of the type of the outputs
 
   auto copy_weights = [&](int i, int stage) {
@@ -86,14 +90,13 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   if (threadIdx.x < SEGMENTS * OUTPUTS) {
     const int of = threadIdx.x / OUTPUTS, i = threadIdx.x % OUTPUTS;
     const int n = min(n0 + i, columns - 1), j = n * weight_groups + segments[4 * of + 3];
-    const unsigned to = shared_address(column_table + of * 4 * OUTPUTS + i);
+    const unsigned to = shared_address(column_table + of * 3 * OUTPUTS + i);
     copy_4(to, scale + j);
     copy_4(to + 4 * OUTPUTS, weight_zero + j);
     copy_4(to + 8 * OUTPUTS, row_sum + n * SEGMENTS + of);
-    if (SHIFT) copy_4(to + 12 * OUTPUTS, shift + n * SEGMENTS + of);
     if (BIAS && of == 0) copy_4(shared_address(bias_table + i), bias + n);
   }
-  const int second = SEGMENTS == 2 ? segments[4] / 128 : blocks;
+  const int second = SUMS == 2 ? segments[4] / 128 : blocks;
   wait_for_kernel_in_front();
   if (threadIdx.x < SEGMENTS * rows) {
     const int of = threadIdx.x / rows, m = threadIdx.x % rows, group = segments[4 * of + 2];
@@ -115,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   }
 
   const int g = lane / 4, t = lane % 4;
-  int acc[SEGMENTS][STRIPS][ROWS8][4] = {};
+  int acc[SUMS][STRIPS][ROWS8][4] = {};
   int stage = 0;
   for (int i = 0; i < mine; i++) {
     finish_copies<STAGES - 1>();
@@ -144,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
       }
     };
     if (8 * i + warp < second) multiply(acc[0]);
-    else multiply(acc[SEGMENTS - 1]);
+    else multiply(acc[SUMS - 1]);
     __syncwarp();
     if (i + STAGES < mine) {
       copy_weights(i + STAGES, stage);
@@ -167,14 +170,14 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   __syncthreads();
   int* sums = (int*)memory;
 #pragma unroll
-  for (int s = 0; s < SEGMENTS; s++)
+  for (int s = 0; s < SUMS; s++)
 #pragma unroll
     for (int strip = 0; strip < STRIPS; strip++)
 #pragma unroll
       for (int i = 0; i < ROWS8; i++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-          sums[(warp * SEGMENTS + s) * SLAB + (8 * i + 2 * t + e % 2) * PITCH + 16 * strip +
+          sums[(warp * SUMS + s) * SLAB + (8 * i + 2 * t + e % 2) * PITCH + 16 * strip +
                8 * (e / 2) + g] = acc[s][strip][i][e];
   __syncthreads();
 #pragma unroll
@@ -183,19 +186,22 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
     if (m >= rows || n >= columns) continue;
     float total = 0.0f;
 #pragma unroll
-    for (int s = 0; s < SEGMENTS; s++) {
+    for (int s = 0; s < SUMS; s++) {
       int a = 0;
 #pragma unroll
-      for (int from = 0; from < 8; from++) a += sums[(from * SEGMENTS + s) * SLAB + m * PITCH + c];
-      const int *column = column_table + s * 4 * OUTPUTS + c, *row = row_table + s * 3 * ROWS + m;
-      a = a - row[ROWS] * column[2 * OUTPUTS] - column[OUTPUTS] * row[2 * ROWS] +
-          (SHIFT ? column[3 * OUTPUTS] : 0);
+      for (int from = 0; from < 8; from++) a += sums[(from * SUMS + s) * SLAB + m * PITCH + c];
+#pragma unroll
+      for (int part = s; part <= s + MERGED; part++) {
+        const int *column = column_table + part * 3 * OUTPUTS + c, *row = row_table + part * 3 * ROWS + m;
+        a += -row[ROWS] * column[2 * OUTPUTS] - column[OUTPUTS] * row[2 * ROWS];
+      }
       if (OUT == INTEGERS) {
         ((int*)out)[((i64)s * rows + m) * columns + n] = a;
         continue;
       }
-      const float part = scaled(__int_as_float(row[0]), a, __int_as_float(column[0]));
-      total = s == 0 ? part : __fadd_rn(total, part);
+      const float threshold = __int_as_float(row_table[s * 3 * ROWS + m]);
+      const float term = scaled(threshold, a, __int_as_float(column_table[s * 3 * OUTPUTS + c]));
+      total = s == 0 ? term : __fadd_rn(total, term);
     }
     if (OUT == INTEGERS) continue;
     if (BIAS) total = __fadd_rn(total, bias_table[c]);

@@ -21,6 +21,7 @@ from neurons.backends.device import interpreted
 from neurons.backends.spec import DTYPES
 from neurons.encoder import Encoding
 from snnllm.kernels.exact import exact_matmul
+from snnllm.kernels.reference import ReferenceBackend
 from snnllm.kernels.spec import (
     ALL_GROUPS,
     EncoderSpec,
@@ -74,7 +75,7 @@ class TritonLinear(PreparedLinear):
         arguments: weight, segment table, scale, zero, row sums, shift and bias, as
             `operators.encoded_linear` takes them.
         bits: 2, 4 or 8, the width of a packed code.
-        shifted: counts have 128 taken off.
+        merged: `LinearSpec.merged`.
         ahead: packed weights, or parts of them, of up to two linears that run next (`announce`).
     """
 
@@ -84,7 +85,7 @@ class TritonLinear(PreparedLinear):
     plan: EncodePlan
     arguments: tuple[Any, ...]
     bits: int
-    shifted: bool
+    merged: bool
     ahead: list[Tensor] = field(default_factory=list)
 
 
@@ -110,7 +111,8 @@ class TritonBackend:
     def prepare(self, spec: LinearSpec) -> TritonLinear:
         """Pack the weight and precompute what the epilogue needs, once per layer."""
         plan, starts = _plan(spec.encoder, spec.segments, spec.levels.device)
-        shifted = max(spec.encoder.capacities) > _INT8_MAX
+        charges = spec.encoder.commensurate and len(spec.encoder.sizes) > 1
+        shifted = charges or max(spec.encoder.capacities) > _INT8_MAX
         bits = next(width for width in (2, 4, 8) if spec.weight_bits <= width)
         offset = 0 if bits == 8 else 1 << (bits - 1)
         width = len(plan.order)
@@ -137,11 +139,13 @@ class TritonBackend:
         )
         name = spec.encoder.name
         return TritonLinear(
-            name, spec.in_features, spec.out_features, plan, arguments, bits, shifted
+            name, spec.in_features, spec.out_features, plan, arguments, bits, spec.merged
         )
 
     def encode(self, x: Tensor, spec: EncoderSpec) -> Encoding:
         """Encode x [.., K]: counts in original channel order, parameters [.., G]."""
+        if spec.commensurate:
+            return ReferenceBackend().encode(x, spec)
         check_input(x, spec.channels, spec.name)
         return Encoding(
             *backends.encode(
@@ -241,10 +245,17 @@ def _plan(
 
 def encode_plan(x: Tensor, plan: EncodePlan, offset: Tensor | None = None) -> EncodedRows:
     """Encode rows `[M, K]`, less an offset float32 `[K]`, into counts in padded encoded order."""
-    from neurons.backends.triton_encode import encode_rows  # needs Triton
+    from neurons.backends import triton_encode as rows  # needs Triton
 
-    layout = (plan.order, plan.segments, plan.capacities, plan.clip, plan.spec.shared)
-    return encode_rows(x, *layout, offset, plan.runs)
+    layout = (plan.order, plan.segments, plan.capacities, plan.clip)
+    mode = rows.mode_for(plan.spec.range_mode, plan.capacities)
+    if plan.runs is None:
+        return rows.encode_rows(x, *layout, mode, offset)
+    from snnllm.kernels.triton.plain import encode_plain_rows
+
+    rows.check_rows(x)
+    rows.check_layout(*layout, offset, x.shape[1])
+    return rows.EncodedRows(*encode_plain_rows(x.detach(), *layout, mode, offset, plan.runs))
 
 
 def multiply(
@@ -257,11 +268,8 @@ def multiply(
     from snnllm.kernels.triton.operators import encoded_linear  # needs Triton
 
     count, *parameters = encoded
-    if layer.shifted:
-        count = count ^ 128
-    count = count.view(torch.int8)
-    arguments = (*parameters, *layer.arguments, layer.bits, dtype, residual, *layer.ahead)
-    out: Tensor = encoded_linear(count, *arguments)
+    arguments = (*parameters, *layer.arguments, layer.bits, dtype, residual)
+    out: Tensor = encoded_linear(count, *arguments, layer.merged, *layer.ahead)
     return out
 
 

@@ -70,6 +70,7 @@ def dot_product(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
+    MERGED: tl.constexpr,
     ASM: tl.constexpr,
     EARLY: tl.constexpr,
     BN: tl.constexpr,
@@ -94,7 +95,7 @@ def dot_product(  # type: ignore[no-untyped-def]
         early(weight_ptr + first_n * pitch, words * 4)
     if HAS_RESIDUAL:  # under way while the weights come
         residual = tl.load(residual_ptr + m * columns + n)
-    total = tl.zeros([BN], tl.float32)
+    total = tl.zeros([BN], tl.int32 if MERGED else tl.float32)
     for s in range(segments):
         start = tl.multiple_of(tl.load(segment_ptr + 4 * s), 128)
         stop = tl.multiple_of(tl.load(segment_ptr + 4 * s + 1), 128)
@@ -120,11 +121,16 @@ def dot_product(  # type: ignore[no-untyped-def]
         if ACCUMULATORS:
             at = (s * rows.to(tl.int64) + m) * columns + n
             tl.store(out_ptr + at, sums, mask=inside)
+        elif MERGED:
+            total += sums
         else:
             threshold = tl.load(threshold_ptr + m * groups + group)
             scale = tl.load(scale_ptr + n * weight_groups + weight_group)
             total += (threshold * sums.to(tl.float32)) * scale
     if not ACCUMULATORS:
+        if MERGED:
+            threshold, scale = tl.load(threshold_ptr + m * groups), tl.load(scale_ptr + n)
+            total = (threshold * total.to(tl.float32)) * scale
         if HAS_BIAS:
             total += tl.load(bias_ptr + n)
         y = total.to(out_ptr.dtype.element_ty)

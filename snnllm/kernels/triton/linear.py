@@ -11,8 +11,9 @@ points shifted alike,
 
     A = sum_k (q - z)(u - zu) = sum_k q u - z (sum_k u - zu K) - zu sum_k q
 
-Scaling follows `snnllm.kernels.epilogue` operation by operation (no fused multiply-add), so the
-outputs are those of the reference backend, bit for bit.
+Merged segments have one sum of integers, which is scaled once. Scaling follows
+`snnllm.kernels.epilogue` operation by operation (no fused multiply-add), so the outputs are those of
+the reference backend, bit for bit.
 """
 
 import triton
@@ -96,12 +97,12 @@ def _segment(  # type: ignore[no-untyped-def]
     segments,
     BITS: tl.constexpr,
     SHIFT: tl.constexpr,
-    ACCUMULATORS: tl.constexpr,
+    SCALED: tl.constexpr,
     UNPACK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Centred accumulators A of segment s, int32 [BN, BM]; or `(s A) sw`, float32."""
+    """Centred accumulators A of segment s, int32 [BN, BM]; with SCALED `(s A) sw`, float32."""
     start = tl.multiple_of(tl.load(segment_ptr + 4 * s), 128)
     stop = tl.multiple_of(tl.load(segment_ptr + 4 * s + 1), 128)
     acc = tl.zeros([BN, BM], tl.int32)
@@ -116,11 +117,11 @@ def _segment(  # type: ignore[no-untyped-def]
     acc = acc - z[None, :] * r[:, None] - zu[:, None] * q[None, :]
     if SHIFT:
         acc += tl.load(shift_ptr + n * segments + s)[:, None]
-    if ACCUMULATORS:
-        out = acc
-    else:
+    if SCALED:
         scale = tl.load(scale_ptr + n * weight_groups + weight_group)
         out = (threshold[None, :] * acc.to(tl.float32)) * scale[:, None]
+    else:
+        out = acc
     return out
 
 
@@ -164,6 +165,7 @@ def matmul(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
+    MERGED: tl.constexpr,
     UNPACK: tl.constexpr,
     EARLY: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -186,14 +188,15 @@ def matmul(  # type: ignore[no-untyped-def]
     weight_at = weight_ptr + (n * pitch)[:, None] + byte[None, :]
     if EARLY:
         early(weight_ptr + first_n.to(tl.int64) * pitch, min(BN, columns - first_n) * pitch)
-    total = tl.zeros([BN, BM], tl.float32)
+    SCALED: tl.constexpr = not (ACCUMULATORS or MERGED)
+    total = tl.zeros([BN, BM], tl.int32 if MERGED else tl.float32)
     if UNROLL > 0 and not ACCUMULATORS:
-        # Few segments: the float sum takes no registers while the first one is multiplied.
+        # Few segments: their sum takes no registers while the first one is multiplied.
         for s in tl.static_range(UNROLL):
             part = _segment(
                 *(s, m, n, count_at, weight_at, threshold_ptr, zero_point_ptr, count_sum_ptr),
                 *(segment_ptr, scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr, groups),
-                *(weight_groups, segments, BITS, SHIFT, ACCUMULATORS, UNPACK, BM, BN),
+                *(weight_groups, segments, BITS, SHIFT, SCALED, UNPACK, BM, BN),
             )
             total = part if s == 0 else total + part
     else:
@@ -201,13 +204,19 @@ def matmul(  # type: ignore[no-untyped-def]
             part = _segment(
                 *(s, m, n, count_at, weight_at, threshold_ptr, zero_point_ptr, count_sum_ptr),
                 *(segment_ptr, scale_ptr, weight_zero_ptr, row_sum_ptr, shift_ptr, groups),
-                *(weight_groups, segments, BITS, SHIFT, ACCUMULATORS, UNPACK, BM, BN),
+                *(weight_groups, segments, BITS, SHIFT, SCALED, UNPACK, BM, BN),
             )
             if ACCUMULATORS:
                 tl.store(out_at + s * rows.to(tl.int64) * columns, tl.trans(part), mask=inside)
             else:
                 total += part
     if not ACCUMULATORS:
+        if MERGED:
+            threshold, _, _ = _rows_of(
+                0, m, 0, threshold_ptr, zero_point_ptr, count_sum_ptr, groups, segments
+            )
+            scale = tl.load(scale_ptr + n)
+            total = (threshold[None, :] * total.to(tl.float32)) * scale[:, None]
         if HAS_BIAS:
             total += tl.load(bias_ptr + n)[:, None]
         y = tl.trans(total).to(out_ptr.dtype.element_ty)

@@ -20,6 +20,7 @@ from neurons.backends.triton_encode import (
     check_layout,
     check_rows,
     known_runs,
+    mode_for,
     outputs,
     padded,
     shape_of_programs,
@@ -36,10 +37,10 @@ class NormEncoded(NamedTuple):
     """What :func:`rms_norm_encode` returns.
 
     Attributes:
-        count: q, uint8 ``[M, P]`` in encoded order, 0 at padding.
-        threshold: s, float32 ``[M, G]``.
-        zero_point: z, int32 ``[M, G]``.
-        count_sum: sum of the counts of every segment, int32 ``[M, S]``.
+        count: uint8 ``[M, P]``, as `EncodedRows` has it.
+        threshold: float32 ``[M, G]``, likewise.
+        zero_point: int32 ``[M, G]``, likewise.
+        count_sum: int32 ``[M, S]``, likewise.
         residual: the new residual stream ``[M, K]`` in the dtype of x; x itself without a residual.
         row: the normalised rows ``[M, K]`` in the dtype of x, empty unless asked for.
     """
@@ -84,7 +85,7 @@ def rms_norm_encode(
     segments: Tensor,
     capacities: Tensor,
     clip: Tensor,
-    shared: bool,
+    range_mode: int,
     offset: Tensor | None = None,
     with_row: bool = False,
     runs: Sequence[int] | None = None,
@@ -105,7 +106,7 @@ def rms_norm_encode(
         segments: ``(start, stop, group)`` of runs of encoded positions, int32 ``[S, 3]``.
         capacities: qmax of each group, float32 ``[G]``.
         clip: factors on the range of each group, float32 ``[G]``.
-        shared: one range for all groups.
+        range_mode: as :func:`neurons.backends.triton_encode.encode_rows` takes it.
         offset: float32 ``[K]`` in original channel order, taken off the normalised row. None: none.
         with_row: also return the normalised rows.
         runs: as :func:`neurons.backends.triton_encode.encode_rows` takes them, for a faster kernel.
@@ -123,7 +124,7 @@ def rms_norm_encode(
     encoded = NormEncoded(
         *_rms_norm_encode_op(
             *(x.detach(), residual, weight, eps, order, segments, capacities, clip),
-            *(shared, offset, with_row, positions),
+            *(mode_for(range_mode, capacities), offset, with_row, positions),
             known_runs(runs, order, segments, capacities, x.shape[1]),
         )
     )
@@ -151,7 +152,7 @@ def _rms_norm_op(
     row, stream = _rows(x, True), _rows(x, residual is not None)
     if x.shape[0]:
         unused = (x, x, x, x, x, x, x, x, x)
-        _launch(x, residual, weight, eps, stream, row, unused, 0, 1, 1, False, 1024, 4)
+        _launch(x, residual, weight, eps, stream, row, unused, 0, 1, 1, 0, 1024, 4)
     return row, stream
 
 
@@ -172,7 +173,7 @@ def _rms_norm_encode_op(
     segments: Tensor,
     capacities: Tensor,
     clip: Tensor,
-    shared: bool,
+    range_mode: int,
     offset: Tensor | None,
     with_row: bool,
     positions: int,
@@ -183,7 +184,7 @@ def _rms_norm_encode_op(
     count, threshold, zero_point, count_sum = outputs(x, positions, groups, many)
     row, stream = _rows(x, with_row), _rows(x, residual is not None)
     rows = cuda_encode.NormedRows(
-        *(x, residual, weight, eps, offset, capacities, clip, runs, shared)
+        *(x, residual, weight, eps, offset, capacities, clip, runs, range_mode)
     )
     if x.shape[0] and not with_row and rows.unsuitable() is None:
         written = (stream, count, threshold, zero_point, count_sum)
@@ -199,7 +200,7 @@ def _rms_norm_encode_op(
             *(x if offset is None else offset, count, threshold, zero_point, count_sum),
         )
         _launch(
-            *(x, residual, weight, eps, stream, row, encoding, positions, many, groups, shared),
+            *(x, residual, weight, eps, stream, row, encoding, positions, many, groups, range_mode),
             *(block, warps, True, gather, offset is not None, tuple(runs or ())),
         )
     return count, threshold, zero_point, count_sum, stream, row
@@ -215,7 +216,7 @@ def _(
     segments: Tensor,
     capacities: Tensor,
     clip: Tensor,
-    shared: bool,
+    range_mode: int,
     offset: Tensor | None,
     with_row: bool,
     positions: int,
@@ -244,7 +245,7 @@ def _launch(
     positions: int,
     segments: int,
     groups: int,
-    shared: bool,
+    range_mode: int,
     block: int,
     warps: int,
     encode: bool = False,
@@ -265,7 +266,7 @@ def _launch(
             HAS_GAIN=weight is not None,
             STORE_ROW=row.numel() > 0,
             ENCODE=encode,
-            SHARED=shared,
+            RANGE_MODE=range_mode,
             GATHER=gather,
             HAS_OFFSET=has_offset,
             RUNS=runs,
@@ -307,7 +308,7 @@ def _norm(  # type: ignore[no-untyped-def]
     HAS_GAIN: tl.constexpr,
     STORE_ROW: tl.constexpr,
     ENCODE: tl.constexpr,
-    SHARED: tl.constexpr,
+    RANGE_MODE: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     RUNS: tl.constexpr,
@@ -357,7 +358,7 @@ def _norm(  # type: ignore[no-untyped-def]
         encode_tiles(
             *(x_ptr, gain_ptr, scale, order_ptr, capacity_ptr, clip_ptr, offset_ptr),
             *(count_ptr + row * positions, threshold_ptr + row * groups, zero_ptr + row * groups),
-            *(sum_ptr + row * groups, RUNS, len(RUNS) // 4, SHARED, GATHER, HAS_OFFSET),
+            *(sum_ptr + row * groups, RUNS, len(RUNS) // 4, RANGE_MODE, GATHER, HAS_OFFSET),
             *(True, HAS_GAIN, False, BLOCK),
         )
     elif ENCODE:
@@ -378,7 +379,7 @@ def _norm(  # type: ignore[no-untyped-def]
             positions,
             segments,
             groups,
-            SHARED,
+            RANGE_MODE,
             GATHER,
             HAS_OFFSET,
             True,

@@ -51,6 +51,7 @@ def encoded_linear(
     bits: int,
     dtype: torch.dtype,
     residual: Tensor | None = None,
+    merged: bool = False,
     ahead: Tensor | None = None,
     further: Tensor | None = None,
 ) -> Tensor:
@@ -60,21 +61,23 @@ def encoded_linear(
     launch, compute capability 9.0).
 
     Args:
-        count: int8 `[M, P]` in padded encoded order, minus 128 if the layer is shifted.
+        count: uint8 `[M, P]` in padded encoded order.
         threshold: float32 `[M, G]`.
         zero_point: int32 `[M, G]`.
-        count_sum: Sums of the true counts per segment, int32 `[M, S]`.
+        count_sum: Sums of the counts per segment, int32 `[M, S]`.
         weight: Packed codes, uint8 `[N, P * bits / 8]`; signed levels if `bits` is 8.
         segments: The segment table, int32 `[S, 4]` (`linear.WORDS`).
         scale: float32 `[N, J]`.
         weight_zero: Zero points of the codes, int32 `[N, J]`.
         row_sum: `sum_k u - zu K` per segment, int32 `[N, S]`.
-        shift: `128 sum_k u` per segment, int32 `[N, S]`, if the counts are shifted; or None.
+        shift: `128 sum_k u` per segment, int32 `[N, S]`, if counts may exceed int8, in which these
+            kernels multiply them less 128; or None.
         bias: float32 `[N]` or None.
         bits: 2, 4 or 8.
         dtype: Of the output; int32 for the accumulators.
         residual: Added to the outputs once they are rounded, as torch adds it: `[M, N]` of the dtype,
             contiguous; or None.
+        merged: The thresholds of all groups are equal, and J = 1: an output is made of one sum.
         ahead: Packed weights uint8 that the next linear reads, or a part of them, contiguous: they may come
             to the L2 cache; or None.
         further: Likewise, of the linear behind it.
@@ -96,10 +99,10 @@ def encoded_linear(
     sizes = (threshold.shape[1], scale.shape[1])
     if cuda_linear.unsuitable(count.device, columns, bits, len(segments)) is None:
         with on(count.device):
-            extra = (shift, bias, residual)
-            launched = (count, weight, (*parameters, *extra), out, *sizes, starts_early)
-            cuda_linear.launch(*launched, (ahead, further))
+            launched = (count, weight, (*parameters, bias, residual), out, *sizes, starts_early)
+            cuda_linear.launch(*launched, (ahead, further), merged=merged)
         return out
+    count = (count if shift is None else count ^ 128).view(torch.int8)
     config = choose_config(rows, columns)
     arguments = (
         *parameters,
@@ -112,9 +115,10 @@ def encoded_linear(
         "SHIFT": shift is not None,
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
+        "ACCUMULATORS": dtype == torch.int32,
+        "MERGED": merged and dtype != torch.int32,
         "enable_fp_fusion": False,
     }
-    accumulators = dtype == torch.int32
     with on(count.device):
         kernel: Any
         if config[0] == 0:
@@ -122,7 +126,6 @@ def encoded_linear(
             kernel = dot_product[(triton.cdiv(columns, bn), rows)]
             kernel(
                 *(count.view(torch.int32), weight.view(torch.int32), *arguments),
-                ACCUMULATORS=accumulators,
                 **_early_flags(starts_early),
                 ASM=not interpreted(),
                 BN=bn,
@@ -138,7 +141,6 @@ def encoded_linear(
         kernel = matmul[(triton.cdiv(rows, bm) * triton.cdiv(columns, bn),)]
         kernel(
             *(count, weight, *arguments),
-            ACCUMULATORS=accumulators,
             **_early_flags(starts_early),
             UNPACK=None if interpreted() else _unpacking(bits),
             UNROLL=segments.shape[0] if segments.shape[0] <= 2 else 0,
@@ -165,6 +167,7 @@ def _(
     bits: int,
     dtype: torch.dtype,
     residual: Tensor | None = None,
+    merged: bool = False,
     ahead: Tensor | None = None,
     further: Tensor | None = None,
 ) -> Tensor:

@@ -30,6 +30,7 @@ from neurons.backends.triton_encode import (
     check_rows,
     encode_rows,
     known_runs,
+    mode_for,
     outputs,
     padded,
 )
@@ -103,7 +104,7 @@ def silu_mul_encode(
     segments: Tensor,
     capacities: Tensor,
     clip: Tensor,
-    shared: bool,
+    range_mode: int,
     offset: Tensor | None = None,
     runs: Sequence[int] | None = None,
 ) -> EncodedRows:
@@ -122,7 +123,7 @@ def silu_mul_encode(
         segments: ``(start, stop, group)`` of runs of encoded positions, int32 ``[S, 3]``.
         capacities: qmax of each group, float32 ``[G]``.
         clip: factors on the range of each group, float32 ``[G]``.
-        shared: one range for all groups.
+        range_mode: as :func:`neurons.backends.triton_encode.encode_rows` takes it.
         offset: float32 ``[K]`` in the order after the rotation, taken off. None: none.
         runs: as :func:`neurons.backends.triton_encode.encode_rows` takes them: one kernel then, if
             there is no rotation or one whose blocks do not straddle one or two groups. Without them
@@ -141,10 +142,11 @@ def silu_mul_encode(
     if rotation is not None:
         _check_sizes(rotation, channels)
     positions = padded(channels) if order is None else order.shape[0]
+    mode = mode_for(range_mode, capacities)
     return EncodedRows(
         *_silu_mul_encode_op(
             *(gate.detach(), up.detach(), [] if rotation is None else list(rotation), order),
-            *(segments, capacities, clip, shared, offset, positions),
+            *(segments, capacities, clip, mode, offset, positions),
             known_runs(runs, order, segments, capacities, channels),
         )
     )
@@ -264,7 +266,7 @@ def _silu_mul_encode_op(
     segments: Tensor,
     capacities: Tensor,
     clip: Tensor,
-    shared: bool,
+    range_mode: int,
     offset: Tensor | None,
     positions: int,
     runs: list[int] | None = None,
@@ -278,18 +280,18 @@ def _silu_mul_encode_op(
     if runs is None or (sizes and not _fuses(tuple(sizes), tuple(runs))):
         row = silu_mul(gate, up)
         row = rotate(row, sizes) if sizes else row
-        encoded = encode_rows(row, order, segments, capacities, clip, shared, offset, runs)
+        encoded = encode_rows(row, order, segments, capacities, clip, range_mode, offset, runs)
         count, threshold, zero_point, count_sum = encoded
         return count, threshold, zero_point, count_sum
     if sizes and cuda_encode.gated_unsuitable(gate, up, sizes, runs, offset) is None:
         layout = (offset, capacities, clip)
-        cuda_encode.gated_launch(gate, up, layout, encoded, runs, shared)(gate.device)
+        cuda_encode.gated_launch(gate, up, layout, encoded, runs, range_mode)(gate.device)
         return count, threshold, zero_point, count_sum
     taken = gate if offset is None else offset
     options = {
         "RUNS": tuple(runs),
         "GROUPS": groups,
-        "SHARED": shared,
+        "RANGE_MODE": range_mode,
         "HAS_OFFSET": offset is not None,
         "EARLY": gate.shape[0] <= EARLY_ROWS and early_launch(gate.device),
     }
@@ -311,7 +313,7 @@ def _(
     segments: Tensor,
     capacities: Tensor,
     clip: Tensor,
-    shared: bool,
+    range_mode: int,
     offset: Tensor | None,
     positions: int,
     runs: list[int] | None = None,

@@ -5,13 +5,9 @@ import triton.language as tl
 
 from neurons.backends.device import interpreted
 from neurons.backends.triton_arithmetic import fused
-from neurons.backends.triton_encode_row import (
-    clipped,
-    gated,
-    read,
-    spike_parameters,
-)
-from neurons.backends.triton_encode_tiles import encode_tiles, range_ends, stacked, value_of
+from neurons.backends.triton_encode_row import clipped, gated, read
+from neurons.backends.triton_encode_tiles import encode_tiles, range_ends, stacked
+from neurons.backends.triton_thresholds import group_parameters, value_of
 from snnllm.kernels.triton.rotation import rotated_tile
 
 __all__ = [
@@ -54,7 +50,7 @@ def silu_mul_encode_kernel(  # type: ignore[no-untyped-def]
     positions,
     RUNS: tl.constexpr,
     GROUPS: tl.constexpr,
-    SHARED: tl.constexpr,
+    RANGE_MODE: tl.constexpr,
     GATHER: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     EARLY: tl.constexpr,
@@ -67,7 +63,7 @@ def silu_mul_encode_kernel(  # type: ignore[no-untyped-def]
     encode_tiles(
         *(gate_ptr + row * gate_stride, up_ptr + row * up_stride, 1.0, order_ptr, capacity_ptr),
         *(clip_ptr, offset_ptr, count_ptr + row * positions, threshold_ptr + row * GROUPS),
-        *(nullptr + row * GROUPS, sum_ptr + row * GROUPS, RUNS, GROUPS, SHARED, GATHER),
+        *(nullptr + row * GROUPS, sum_ptr + row * GROUPS, RUNS, GROUPS, RANGE_MODE, GATHER),
         *(HAS_OFFSET, False, False, True, TILE),
     )
 
@@ -229,15 +225,17 @@ def _piece_counts(  # type: ignore[no-untyped-def]
     thresholds,
     zeros,
     capacities,
+    multiples,
     scale,
     FIRST: tl.constexpr,
     MANY: tl.constexpr,
     RUNS: tl.constexpr,
     GROUPS: tl.constexpr,
+    RANGE_MODE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Store the counts of a piece; returns their sums by group, ``[GROUPS]``."""
+    """Store the counts of a piece, or their multiples; returns their sums by group, ``[GROUPS]``."""
     number = tl.arange(0, GROUPS)
     place = tl.arange(0, ROWS) * WIDTH
     none = tl.zeros([ROWS], tl.int32)
@@ -254,6 +252,9 @@ def _piece_counts(  # type: ignore[no-untyped-def]
     other_bias = value_of(zeros, number, GROUPS - 1) + 0.5
     most = value_of(capacities, number, 0)
     other_most = value_of(capacities, number, GROUPS - 1)
+    if RANGE_MODE == 2:
+        multiple = value_of(multiples, number, 0).to(tl.int32)
+        other_multiple = value_of(multiples, number, GROUPS - 1).to(tl.int32)
     for tile in tl.static_range(len(tiles)):
         channel = FIRST + tile * (ROWS * WIDTH) + place
         inside = channel < FIRST + MANY
@@ -269,6 +270,8 @@ def _piece_counts(  # type: ignore[no-untyped-def]
         charged = _quotient_of_minus(charge, divisors, minus, minus_rest)
         charged += tl.where(own, zero + bias, zero + other_bias)[:, None]
         count = _counted(charged, tl.where(own, zero + most, zero + other_most)[:, None])
+        if RANGE_MODE == 2:
+            count *= tl.where(own, none + multiple, none + other_multiple)[:, None]
         total = tl.where(inside, tl.sum(count, 1), none)
         sums0 += tl.where(own, total, none)
         sums1 += tl.where(own, none, total)
@@ -306,7 +309,7 @@ def rotate_and_encode_kernel(  # type: ignore[no-untyped-def]
     PIECES: tl.constexpr,
     RUNS: tl.constexpr,
     GROUPS: tl.constexpr,
-    SHARED: tl.constexpr,
+    RANGE_MODE: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -335,19 +338,21 @@ def rotate_and_encode_kernel(  # type: ignore[no-untyped-def]
         )
         both = tl.maximum(both, bits)
         charges += (tiles,)
-    low, high = range_ends(both, GROUPS, SHARED)
-    capacities = tl.load(capacity_ptr + number)
-    thresholds, zeros = spike_parameters(low, high, capacities, tl.load(clip_ptr + number))
-    tl.store(threshold_ptr + row * GROUPS + number, thresholds)
-    tl.store(nullptr + row * GROUPS + number, zeros.to(tl.int32))
+    low, high = range_ends(both, GROUPS, RANGE_MODE)
+    capacities, clips = tl.load(capacity_ptr + number), tl.load(clip_ptr + number)
+    units, thresholds, zeros, multiples = group_parameters(
+        low, high, capacities, clips, number, GROUPS, RANGE_MODE
+    )
+    tl.store(threshold_ptr + row * GROUPS + number, units)
+    tl.store(nullptr + row * GROUPS + number, (zeros * multiples).to(tl.int32))
     # As in `encode_tiles`: a power of two off both changes no quotient that the bias does not absorb,
     # and keeps the parts of the inverse from becoming subnormal.
     scale = tl.where(tl.max(thresholds, 0) < 1e30, 1.0, 2.0**-64)
     sums = tl.zeros([GROUPS], tl.int32)
     for piece in tl.static_range(len(PIECES) // 5):
         sums += _piece_counts(
-            *(charges[piece], count_ptr, thresholds, zeros, capacities, scale),
-            *(PIECES[5 * piece], PIECES[5 * piece + 1], RUNS, GROUPS),
+            *(charges[piece], count_ptr, thresholds, zeros, capacities, multiples, scale),
+            *(PIECES[5 * piece], PIECES[5 * piece + 1], RUNS, GROUPS, RANGE_MODE),
             *(PIECES[5 * piece + 3] // PIECES[5 * piece + 4], PIECES[5 * piece + 4]),
         )
     tl.store(sum_ptr + row * GROUPS + number, sums)

@@ -1,0 +1,147 @@
+"""Encoding of rows as they are in CUDA C++ on Hopper: where it serves, its launch.
+
+The integers are those of `neurons.backends.triton_encode.encode_rows`, whose kernels run wherever this one cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from neurons.backends.device import EARLY_ROWS
+from snnllm.kernels.cuda import plain_source
+from snnllm.kernels.cuda.driver import Launch, processors, without
+from snnllm.kernels.cuda.encode import _both, _in_vectors, _macros
+
+_MOST_CHANNELS = 16384
+_WARP = 32
+_VECTOR = 4
+_WIDE = 8
+_ALIGNMENT = 16  # bytes of a load of a wide vector
+_LAYOUT = ("START0", "STOP0", "MANY0", "FIRST0", "START1", "STOP1", "MANY1", "FIRST1")
+_HELD = 48  # words of a row in a thread, at most, where rows are many
+_OTHERS = 32  # registers of a thread besides
+_LEAST = 56  # registers of a thread
+_REGISTERS = 65536  # of a multiprocessor
+_RESIDENT = 2048  # threads of a multiprocessor
+_AT_A_TIME = 1024  # of them, with the registers that a thread needs where rows are few
+_FEW_THREADS = 512  # of a row, at most
+
+
+class Shape(NamedTuple):
+    """Shape of the kernel.
+
+    Attributes:
+        threads: Of a row, a power of two from 32 on.
+        rows: Of a block; 1 unless a row has 32 threads.
+        resident: Blocks of a multiprocessor for which registers suffice, at least.
+    """
+
+    threads: int
+    rows: int
+    resident: int
+
+
+class PlainRows(NamedTuple):
+    """Rows that are encoded by `plain_source`.
+
+    Attributes:
+        x: `[M, K]`, stride 1 along K.
+        offset: Taken off, float32 `[K]`; or None.
+        capacities: float32 `[G]`.
+        clip: float32 `[G]`.
+        runs: Layout of the groups (`neurons.backends.triton_encode_tiles.runs_of`).
+        range_mode: Of the groups: 0 own ranges, 1 one for all, 2 own ones with commensurate thresholds.
+    """
+
+    x: Tensor
+    offset: Tensor | None
+    capacities: Tensor
+    clip: Tensor
+    runs: Sequence[int] | None
+    range_mode: int
+
+    def unsuitable(self) -> str | None:
+        """Return None where the kernel serves these rows, else the reason why not."""
+        reason = without(self.x.device)
+        if reason is not None:
+            return reason
+        channels, runs = self.x.shape[1], self.runs
+        if channels > _MOST_CHANNELS:
+            return f"up to {_MOST_CHANNELS} channels only"
+        if (
+            runs is None
+            or len(runs) not in (4, 8)
+            or min(runs[3::4]) < 0
+            or sum(runs[2::4]) != channels
+        ):
+            return "one or two groups of neighbours only"
+        if any(size % _VECTOR for size in runs) or not _in_vectors(self.x, self.offset):
+            return "groups and rows in fours only"
+        return None
+
+
+def choose_shape(rows: int, channels: int, size: int, multiprocessors: int) -> Shape:
+    """The shape for rows `[M, K]` whose elements have `size` bytes.
+
+    Args:
+        rows: M.
+        channels: K.
+        size: Bytes of an element.
+        multiprocessors: Of the device.
+    """
+    vectors, words = -(-channels // _WIDE), _WIDE * size // 4
+    threads = _WARP
+    while -(-vectors // threads) * words > _HELD:
+        threads *= 2
+    # Few rows: as many threads for each as fill the device, or as it has vectors.
+    device = multiprocessors * _AT_A_TIME
+    while threads < min(vectors, _FEW_THREADS) and 2 * rows * threads <= device:
+        threads *= 2
+    registers = max(_LEAST, -(-(-(-vectors // threads) * words + _OTHERS) // 8) * 8)
+    resident = min(32, _RESIDENT // threads, max(1, _REGISTERS // (registers * threads)))
+    return Shape(threads, 1, resident)
+
+
+def plain_launch(
+    rows: PlainRows, outputs: tuple[Tensor, ...], shape: Shape | None = None
+) -> Launch:
+    """The launch for rows that are not `unsuitable`.
+
+    Args:
+        rows: What is encoded, one row at least.
+        outputs: Counts uint8 `[M, P]`, thresholds, zero points, sums of counts `[M, G]`.
+        shape: Of the kernel; None: the one of `choose_shape`.
+    """
+    (many, channels), runs = rows.x.shape, rows.runs or ()
+    if shape is None:
+        shape = choose_shape(many, channels, rows.x.element_size(), processors(rows.x.device))
+    macros = {
+        **_macros(rows.x, rows.offset, runs, rows.range_mode),
+        "CHANNELS": channels,
+        "POSITIONS": outputs[0].shape[1],
+        **dict(zip(_LAYOUT, _both(runs), strict=True)),
+        "ROW_THREADS": shape.threads,
+        "ROWS": shape.rows,
+        "RESIDENT": shape.resident,
+        "VECTOR": _WIDE if _is_wide(rows) else _VECTOR,
+        "EARLY": int(many <= EARLY_ROWS),
+    }
+    operands = (rows.x, rows.offset, rows.capacities, rows.clip)
+    blocks, threads = -(-many // shape.rows), shape.threads * shape.rows
+    return Launch(
+        *(plain_source.SOURCE, "encode_plain", macros, blocks, threads),
+        plain_source.shared_bytes(shape.threads),
+        (*operands, *outputs, rows.x.stride(0), many),
+    )
+
+
+def _is_wide(rows: PlainRows) -> bool:
+    """Whether everything comes in eights, and 16 bytes can be loaded at a time."""
+    x, offset = rows.x, rows.offset
+    aligned = x.data_ptr() % _ALIGNMENT == 0 and x.stride(0) * x.element_size() % _ALIGNMENT == 0
+    if offset is not None and offset.data_ptr() % _ALIGNMENT:
+        return False
+    return aligned and all(size % _WIDE == 0 for size in rows.runs or ())

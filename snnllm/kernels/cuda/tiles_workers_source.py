@@ -1,0 +1,263 @@
+"""CUDA C++ of the warpgroups that multiply in `tiles_source`: products, and outputs of their sums."""
+
+__all__ = ["WORKERS"]
+
+WORKERS = r"""
+    take_registers<MORE>();
+    const int team = (group_of_warps - 1) / WORKERS, worker = (group_of_warps - 1) % WORKERS;
+    const int thread = threadIdx.x - 128;
+    const int g = lane / 4, t = lane % 4;
+    const int first_output = worker * OWN + warp * 16 * PIECES;  // of the warp in its tile
+    // ldmatrix: lanes 0-7 give the rows of the first matrix, and so on; chunks of 16 bytes, swizzled.
+    const int matrix_row = first_output + lane % 16;
+    const int swizzle = matrix_row / 2 % 4;
+    const unsigned weight_at = base + COUNT_BYTES + matrix_row * 64;
+    const unsigned chunk_at[2] = {(unsigned)((lane / 16) ^ swizzle) * 16,
+                                  (unsigned)((2 + lane / 16) ^ swizzle) * 16};
+    // A descriptor: address / 16, 1024 bytes between groups of 8 rows, swizzle of 128 bytes.
+    const u64 descriptor = 1ull << 62 | (u64)(1024 / 16) << 32 | 1ull << 16 | (base >> 4);
+    int acc[PIECES][VALUES];
+    int kept[SUMS == 2 && KEPT > 0 ? KEPT : 1], mine[TEAMS == 2 ? MINE : 1];
+    unsigned operand[2][8];
+    int stage = team, parity = 0, table_parity = 0;  // of the next block of the team
+    auto release = [&]() {  // the stage before the current one
+      if (lane == 0) barrier_arrive(empty + 8 * (stage < TEAMS ? STAGES + stage - TEAMS : stage - TEAMS));
+    };
+    unsigned packed[GROUPS][4];
+    auto load_block = [&]() {
+      barrier_wait(full + 8 * stage, parity);
+      const unsigned weights_here = weight_at + stage * STAGE_BYTES;
+#pragma unroll
+      for (int j = 0; j < GROUPS; j++)
+        load_matrices(packed[j], weights_here + j / 2 * (16 * 64) + chunk_at[j % 2]);
+    };
+    auto multiply_block = [&](int i, bool more) {
+      const u64 counts_here = descriptor + (u64)(stage * (STAGE_BYTES / 16));
+#pragma unroll
+      for (int j = 0; j < GROUPS; j++) {
+        finish<1>();  // the product that reads this operand
+        if (j == 1 && i > 0) release();
+        unsigned(&a)[8] = operand[j % 2];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          not_before(packed[j][e]);
+          a[e] = packed[j][e] & NIBBLES;
+          a[4 + e] = packed[j][e] >> 4 & NIBBLES;
+        }
+        fence();
+        multiply(acc[j / 2], a, counts_here + 2 * (j % 2), i > 0 || j % 2 > 0);
+        multiply(acc[j / 2], a + 4, counts_here + 2 * (j % 2) + 4, 1);
+        commit();
+      }
+      if ((stage += TEAMS) >= STAGES) stage -= STAGES, parity ^= 1;
+      if (more) load_block();  // while the products run
+    };
+    int behind = team;  // blocks until the next one of the team
+    auto multiply_segment = [&](int count) {
+      if (TEAMS == 2) {
+        const int own = (count - behind + 1) / 2;
+        behind = behind + 2 * own - count, count = own;
+        if (own == 0) {
+#pragma unroll
+          for (int v = 0; v < VALUES; v++) acc[0][v] = 0;
+          return;
+        }
+      }
+      load_block();
+      for (int i = 0; i < count; i++) multiply_block(i, i + 1 < count);
+      finish<0>();
+      release();
+    };
+    // The outputs of a row that a warp makes are CHUNKS times 16 bytes; it stores LINES rows at a time.
+    constexpr int CHUNKS = 2 * PIECES, LINES = 32 / CHUNKS;
+    const int line = lane / CHUNKS, chunk = lane % CHUNKS;
+    const int part0 = TEAMS == 2 ? team * OWN_PARTS : 0;  // the first 16 rows of the team
+    // What a lane adds to the outputs that it stores of 16 rows; asked for ahead.
+    uint4 added[PIECES];
+    auto load_residual = [&](Tile tile, int j) {
+#pragma unroll
+      for (int p = 0; p < PIECES; p++) {
+        const int at_m = tile.m + 16 * (part0 + j) + LINES * p + line, at_n = tile.n + first_output + chunk * 8;
+        if (at_m < rows && at_n < columns)
+          added[p] = *(const uint4*)((const unsigned short*)residual + (i64)at_m * columns + at_n);
+      }
+    };
+    auto far_at = [&](int position) {
+      return waiting + ((thread / 32) * (WAITING / 4) + (position - KEPT) / 4) * 32;
+    };
+    // Where the outputs of 16 rows, number j, are transposed: in places of their own, or where the sums of the 16 rows
+    // before have waited, those of the last piece.
+    auto turning_at = [&](int j) {
+      if (TURNS == 1 && j > 0) return (unsigned char*)far_at((PIECES - 1) * VALUES + 8 * (j - 1));
+      return turning + (thread / 32) * TURNING + (TURNS == 1 ? 0 : j) * (WARPS * TURNING);
+    };
+    auto store_rows = [&](Tile tile, int j) {
+      const unsigned char* from = turning_at(j);
+      uint4 eight[PIECES];
+#pragma unroll
+      for (int p = 0; p < PIECES; p++)
+        eight[p] = *(const uint4*)(from + turned(LINES * p + line, chunk));
+#pragma unroll
+      for (int p = 0; p < PIECES; p++) {
+        const int at_m = tile.m + 16 * (part0 + j) + LINES * p + line, at_n = tile.n + first_output + chunk * 8;
+        const uint4 own = eight[p], more = added[p];
+        const uint4 all = RESIDUAL ? uint4{sums(own.x, more.x), sums(own.y, more.y),
+                                           sums(own.z, more.z), sums(own.w, more.w)}
+                                   : own;
+        if (at_m < rows && at_n < columns)
+          *(uint4*)((unsigned short*)out + (i64)at_m * columns + at_n) = all;
+      }
+      if (RESIDUAL && j + 1 < OWN_PARTS) load_residual(tile, j + 1);
+    };
+    auto slabs_are_free = [&]() {
+      if (IN_BOXES && lane == 0) stores_have_read();
+      __syncwarp();
+    };
+    // Sums of a team's positions for those of its rows.
+    auto exchanged_by = [&](int warps) { return exchanged + warps * (MINE / 4 * 32) + lane; };
+    const int other_team = (thread / 32 + WARPS / 2) % WARPS;
+    auto exchange = [&]() {
+#pragma unroll
+      for (int v = 0; v < MINE; v += 4) {
+        int four[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const int first = finished(acc[0][v + e]), second = finished(acc[0][v + MINE + e]);
+          four[e] = team ? first : second, mine[v + e] = team ? second : first;
+        }
+        exchanged_by(thread / 32)[v / 4 * 32] = make_int4(four[0], four[1], four[2], four[3]);
+      }
+      workers_meet<32 * WARPS>();
+#pragma unroll
+      for (int v = 0; v < MINE; v += 4) {
+        const int4 four = exchanged_by(other_team)[v / 4 * 32];
+        mine[v] += four.x, mine[v + 1] += four.y, mine[v + 2] += four.z, mine[v + 3] += four.w;
+      }
+    };
+    if (RESIDUAL) wait_for_kernel_in_front();
+    for (int index = first_tile + blockIdx.x; index < last_tile; index += gridDim.x, table_parity ^= 1) {
+      const Tile tile = tile_at(index, tiles_m, tiles_n, height);
+      if (SUMS == 2) {
+        multiply_segment(blocks - base_blocks);
+        slabs_are_free();
+#pragma unroll
+        for (int p = 0; p < PIECES; p++)
+#pragma unroll
+          for (int v = 0; v < VALUES; v += 4) {
+            const int position = p * VALUES + v;
+            int four[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) four[e] = finished(acc[p][v + e]);
+            if (position < KEPT) {
+#pragma unroll
+              for (int e = 0; e < 4; e++) kept[position + e] = four[e];
+            } else {
+              far_at(position)[lane] = make_int4(four[0], four[1], four[2], four[3]);
+            }
+          }
+      }
+      multiply_segment(base_blocks);
+      barrier_wait(table_full, table_parity);
+      if (RESIDUAL && IN_PAIRS) load_residual(tile, 0);
+      if (SUMS == 1) slabs_are_free();
+      if (TEAMS == 2) exchange();  // who waits for the tables knows that all have read what was exchanged before
+      int4 of_column[PIECES][2][SEGMENTS];  // zu and the row sum with the sign that they are added with
+      float add[PIECES][2];
+#pragma unroll
+      for (int p = 0; p < PIECES; p++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          add[p][e] = BIAS ? bias_table[first_output + p * 16 + 8 * e + g] : 0.0f;
+#pragma unroll
+          for (int s = 0; s < SEGMENTS; s++) {
+            const int4 column = column_table[s * BN + first_output + p * 16 + 8 * e + g];
+            of_column[p][e][s] = make_int4(column.x, -column.y, -column.z, 0);
+          }
+        }
+      int4 of_row[SEGMENTS + 1];
+#pragma unroll
+      for (int q = 0; q <= SEGMENTS; q++) of_row[q] = row_table[(8 * part0 + t) * (SEGMENTS + 1) + q];
+#pragma unroll
+      for (int j = 0; j < OWN_PARTS; j++) {
+        unsigned pairs[PIECES][4];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const int m = 16 * (part0 + j) + 8 * i + 2 * t, v = 8 * j + 4 * i;
+          int4 row[SEGMENTS + 1];
+#pragma unroll
+          for (int q = 0; q <= SEGMENTS; q++) row[q] = of_row[q];
+          if (i == 0 || j + 1 < OWN_PARTS)  // the next rows
+#pragma unroll
+            for (int q = 0; q <= SEGMENTS; q++)
+              of_row[q] = row_table[(m / 2 + 4) * (SEGMENTS + 1) + q];
+#pragma unroll
+          for (int p = 0; p < PIECES; p++) {
+            const int position = p * VALUES + v;
+            int other[4] = {0, 0, 0, 0};
+            if (SUMS == 2 && position < KEPT) {
+#pragma unroll
+              for (int e = 0; e < 4; e++) other[e] = kept[position + e];
+            } else if (SUMS == 2) {
+              const int4 four = far_at(position)[lane];
+              other[0] = four.x, other[1] = four.y, other[2] = four.z, other[3] = four.w;
+            }
+            float value[4];
+#pragma unroll
+            for (int s = SUMS - 1; s >= 0; s--)
+#pragma unroll
+              for (int e = 0; e < 4; e++) {
+                const int4 column = of_column[p][e / 2][JOINT ? 0 : s], factors = row[2 * s], counted = row[1];
+                const int of_first = e % 2 ? counted.y : counted.x, of_second = e % 2 ? counted.w : counted.z;
+                const int count = MERGED ? of_first + of_second : s == 0 ? of_first : of_second;
+                int a = s == 1 ? other[e] : TEAMS == 2 ? mine[v + e] : finished(acc[p][v + e]);
+                a += column.y * count;
+#pragma unroll
+                for (int part = s; part <= s + MERGED; part++)
+                  a += (e % 2 ? row[2 * part].w : row[2 * part].z) * of_column[p][e / 2][part].z;
+                if (OUT == INTEGERS) {
+                  const int at_m = tile.m + m + e % 2;
+                  const int at_n = tile.n + first_output + p * 16 + 8 * (e / 2) + g;
+                  if (at_m < rows && at_n < columns)
+                    ((int*)out)[((i64)s * rows + at_m) * columns + at_n] = a;
+                  continue;
+                }
+                const float term = scaled(__int_as_float(e % 2 ? factors.y : factors.x), a, __int_as_float(column.x));
+                value[e] = s == SUMS - 1 ? term : __fadd_rn(term, value[e]);
+              }
+            if (OUT == INTEGERS) continue;
+            if (BIAS)
+#pragma unroll
+              for (int e = 0; e < 4; e++) value[e] = __fadd_rn(value[e], add[p][e / 2]);
+            if (OUT == 0) {
+#pragma unroll
+              for (int e = 0; e < 4; e++) {
+                const int at_m = tile.m + m + e % 2;
+                const int at_n = tile.n + first_output + p * 16 + 8 * (e / 2) + g;
+                const i64 at = (i64)at_m * columns + at_n;
+                if (at_m < rows && at_n < columns)
+                  ((float*)out)[at] = RESIDUAL ? plus(value[e], residual, at) : value[e];
+              }
+            } else {
+              pairs[p][2 * i] = pair(value[0], value[1]);
+              pairs[p][2 * i + 1] = pair(value[2], value[3]);
+            }
+          }
+        }
+        if (!IN_PAIRS) continue;
+        // Transpose 16 outputs x 16 rows a piece: neighbours in memory become neighbours in a warp.
+        if (!IN_BOXES && j > 0) store_rows(tile, j - 1);
+        const int lane_row = lane / 16 * 8 + lane % 8, lane_chunk = lane / 8 % 2;
+#pragma unroll
+        for (int p = 0; p < PIECES; p++)
+          store_transposed(shared_address(turning_at(j) + turned(lane_row, 2 * p + lane_chunk)), pairs[p]);
+        if (IN_BOXES) show_to_stores();
+        __syncwarp();
+        if (IN_BOXES && lane == 0)
+          box_store(&outputs, 2 * (tile.n + first_output), tile.m + 16 * (part0 + j), shared_address(turning_at(j)));
+      }
+      if (IN_PAIRS && !IN_BOXES) store_rows(tile, OWN_PARTS - 1);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(table_empty);
+    }
+    if (IN_BOXES && lane == 0) finish_stores();
+"""

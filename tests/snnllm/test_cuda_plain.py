@@ -1,0 +1,347 @@
+"""The CUDA C++ encoder of rows as they are: on the CPU, with imitated instructions, and its machine code."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from neurons.modes import ValueRange
+from neurons.thresholds import parameters, unit_of
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+from snnllm.kernels.cuda import driver as cuda_driver
+from snnllm.kernels.cuda import encode_plain, encode_source, plain_source
+from snnllm.kernels.cuda.encode_plain import PlainRows, Shape, choose_shape, plain_launch
+from snnllm.kernels.cuda.primitives import PREAMBLE, SHARED
+from tests.snnllm.test_cuda_on_host import COMPILER, FLAGS, launched
+
+on_host = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    cuda_driver.compiler_missing() is not None, reason="NVRTC is not installed"
+)
+PLAIN_ON_HOST = r"""
+template <typename T, int BITS> static unsigned highest(unsigned a, unsigned b, unsigned c) {
+  unsigned out = 0;
+  for (int at = 0; at < 32; at += BITS) {
+    const T x = (T)(a >> at), y = (T)(b >> at), z = (T)(c >> at), most = x > y ? x > z ? x : z : y > z ? y : z;
+    out |= ((unsigned)most & (unsigned)((1ull << BITS) - 1)) << at;
+  }
+  return out;
+}
+static unsigned largest(unsigned a, unsigned b, unsigned c) {
+  return PAIRED ? highest<short, 16>(a, b, c) : highest<int, 32>(a, b, c);
+}
+static unsigned farthest(unsigned a, unsigned b, unsigned c) {
+  return PAIRED ? highest<unsigned short, 16>(a, b, c) : highest<unsigned, 32>(a, b, c);
+}
+static unsigned smaller_halves(unsigned a, unsigned b) {
+  return ~highest<unsigned short, 16>(~a, ~b, 0);
+}
+static unsigned low_halves(float a, float b) {
+  return ((unsigned)__float_as_int(a) & 0xffffu) | (unsigned)__float_as_int(b) << 16;
+}
+static float add_saturated(float a, float b) {
+  const float c = __fadd_rn(a, b);
+  return c > 0.0f ? c < 1.0f ? c : 1.0f : 0.0f;
+}
+static float add_down(float a, float b) {
+  const double sum = (double)a + b;  // exact for numbers in 1/256 and 2^15
+  const float near = (float)sum;
+  return near > sum ? nextafterf(near, -INFINITY) : near;
+}
+static int sum_4(unsigned word, int add) {
+  for (int i = 0; i < 4; i++) add += word >> 8 * i & 255;
+  return add;
+}
+static float high_of(unsigned pair) { return low_of(pair >> 16); }
+"""
+ENTRY = r"""
+extern "C" void launch(int blocks, int threads, void** p, const int* n, const float*) {
+  run(blocks, threads, [&] {
+    encode_plain(p[0], (const float*)p[1], (const float*)p[2], (const float*)p[3], (unsigned char*)p[4], (float*)p[5],
+                 (int*)p[6], (int*)p[7], n[0], n[1]);
+  });
+}
+"""
+HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
+CAPACITIES = (15, 30)
+MODES = list(ValueRange)
+OWN, ONE, GRID = range(3)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, int]], Any]:
+    """Compile the kernel with macros for the CPU."""
+    folder = tmp_path_factory.mktemp("plain")
+    header = Path(__file__).with_name("cuda_on_host.h").read_text()
+
+    def compiled(name: str, macros: dict[str, int]) -> Any:
+        stem = "_".join([name, *(str(value) for value in macros.values())])
+        library = folder / f"{stem}.so"
+        if not library.exists():
+            source = folder / f"{stem}.cpp"
+            source.write_text(
+                "#define __align__(n) __attribute__((aligned(n)))\n"
+                + PREAMBLE
+                + header
+                + SHARED
+                + "#define memory SHARED_MEMORY\n"
+                + encode_source.ENCODING
+                + plain_source.LANES
+                + PLAIN_ON_HOST
+                + plain_source.BODY.replace("extern __shared__", "//")
+                + ENTRY
+            )
+            flags = [f"-D{key}={value}" for key, value in macros.items()]
+            assert COMPILER is not None
+            subprocess.run([COMPILER, *FLAGS, *flags, "-o", str(library), str(source)], check=True)
+        return ctypes.CDLL(str(library)).launch
+
+    return compiled
+
+
+def layout(sizes: tuple[int, ...], front: bool = True) -> list[int]:
+    """Runs of groups whose last one is in front of the others, or behind; segments of whole 128 positions."""
+    runs, start, first = [], 0, sizes[-1] if front and len(sizes) == 2 else 0
+    for size in sizes:
+        stop = start + -(-size // 128) * 128
+        runs += [start, stop, size, first]
+        start, first = stop, 0 if front else first + size
+    return runs
+
+
+def expected(rows: PlainRows) -> tuple[Tensor, ...]:
+    """Counts, thresholds, zero points and sums of the equations in torch, in the layout of the rows."""
+    runs = torch.tensor(rows.runs).view(-1, 4).tolist()
+    y = rows.x.float() if rows.offset is None else rows.x.float() - rows.offset
+    group = torch.zeros(y.shape[1], dtype=torch.int64)
+    for g, (_, _, many, first) in enumerate(runs):
+        group[first : first + many] = g
+    capacities = [int(c) for c in rows.capacities]
+    found = parameters(y, group, capacities, MODES[rows.range_mode], rows.clip)
+    threshold = found.threshold.expand(-1, len(runs))
+    zero = found.zero_point.expand(-1, len(runs))
+    charge = y / threshold[:, group] + (zero[:, group].float() + 0.5)
+    count = torch.minimum(charge.floor().clamp(min=0), rows.capacities[group]).nan_to_num().int()
+    if found.multiple is not None:
+        unit = unit_of(threshold, found.multiple).expand(-1, len(runs))
+        threshold, zero = unit, zero * found.multiple
+        count = count * found.multiple[:, group]
+    out = torch.zeros(len(y), runs[-1][1], dtype=torch.uint8)
+    for start, _, many, first in runs:
+        out[:, start : start + many] = count[:, first : first + many]
+    sums = [out[:, start:stop].sum(1, dtype=torch.int32) for start, stop, _, _ in runs]
+    return out, threshold, zero, torch.stack(sums, 1)
+
+
+def values(many: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """Rows `[M, K]`: random, in halves of thresholds, zeros, positive, negative, in turn."""
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randn(many, channels, generator=generator) * 3
+    x[:, :2] *= 30
+    x[1::5] = torch.randint(-15, 16, x[1::5].shape, generator=generator) * 0.5
+    x[2::5] = 0
+    x[3::5] = x[3::5].abs()
+    x[4::5] = -x[4::5].abs()
+    return x.to(dtype)
+
+
+def encoded(build: Any, rows: PlainRows, shape: Shape | None) -> tuple[Tensor, ...]:
+    many, groups = len(rows.x), len(rows.capacities)
+    sizes = (((rows.runs or ())[-3], torch.uint8), (groups, FLOAT), *((groups, torch.int32),) * 2)
+    outputs = tuple(torch.full((many, size), 77, dtype=dtype) for size, dtype in sizes)
+    launched(build, "plain", plain_launch(rows, outputs, shape))
+    return outputs
+
+
+@on_host
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "shape", "options"),
+    [
+        ((64,), BRAIN, Shape(32, 1, 1), {}),
+        ((64,), HALF, Shape(32, 4, 1), {"many": 6}),  # a block of which half is idle
+        ((4096,), BRAIN, Shape(64, 1, 1), {}),
+        ((512, 64), BRAIN, Shape(32, 1, 1), {"many": 70}),  # padding; more rows than start early
+        ((512, 64), HALF, Shape(64, 1, 1), {"front": False}),
+        ((500, 76), BRAIN, Shape(64, 1, 1), {}),  # in fours
+        ((500, 76), FLOAT, Shape(32, 1, 1), {"offset": True}),
+        ((1536 - 192, 192), FLOAT, Shape(128, 1, 1), {}),
+        ((1536 - 192, 192), HALF, Shape(32, 2, 1), {"offset": True, "clip": 0.7}),
+        ((1536 - 192, 192), BRAIN, Shape(64, 1, 1), {"mode": ONE, "clip": 0.3}),
+        ((1536 - 192, 192), BRAIN, Shape(32, 1, 1), {"mode": GRID}),
+        ((1536 - 192, 192), FLOAT, Shape(64, 1, 1), {"mode": GRID, "offset": True}),
+        ((3584, 512), BRAIN, Shape(64, 1, 1), {"capacities": (127, 255)}),
+        ((3584, 512), BRAIN, Shape(512, 1, 1), {"mode": GRID}),
+        ((9984, 1024), BRAIN, Shape(128, 1, 1), {"many": 5}),
+        ((9984, 1024), HALF, Shape(256, 1, 1), {"many": 5, "clip": 0.9}),
+    ],
+    ids=str,
+)
+def test_rows_are_encoded(
+    build: Any, sizes: tuple[int, ...], dtype: torch.dtype, shape: Shape, options: dict[str, Any]
+) -> None:
+    channels, capacities = sum(sizes), options.get("capacities", CAPACITIES)[: len(sizes)]
+    generator = torch.Generator().manual_seed(channels)
+    offset = torch.randn(channels, generator=generator) / 8 if "offset" in options else None
+    rows = PlainRows(
+        *(values(options.get("many", 10), channels, dtype), offset),
+        *(torch.tensor(capacities).float(), torch.full((len(sizes),), options.get("clip", 1.0))),
+        *(layout(sizes, options.get("front", True)), options.get("mode", OWN)),
+    )
+    for mine, other in zip(encoded(build, rows, shape), expected(rows), strict=True):
+        assert torch.equal(mine, other)
+
+
+@on_host
+@pytest.mark.parametrize("start", [4, 8])
+def test_rows_may_lie_anywhere(build: Any, start: int) -> None:
+    x = values(10, 600, BRAIN)[:, start : start + 576]
+    one = torch.ones(2)
+    rows = PlainRows(x, None, one * 15, one, layout((512, 64)), OWN)
+    assert encode_plain._is_wide(rows) == (start == 8)
+    shape = Shape(64, 1, 1)
+    for mine, other in zip(encoded(build, rows, shape), expected(rows), strict=True):
+        assert torch.equal(mine, other)
+
+
+@on_host
+@pytest.mark.parametrize("mode", [OWN, ONE, GRID])
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF], ids=str)
+def test_rows_out_of_range(build: Any, dtype: torch.dtype, mode: int) -> None:
+    """NaN and infinity make the thresholds of their groups not finite; long ranges are divided as torch does."""
+    x = values(10, 576, dtype)
+    largest = torch.finfo(dtype).max
+    bad = [torch.nan, -torch.nan, torch.inf, -torch.inf]
+    for row, value in enumerate(bad):
+        x[row, 100 * row + 3] = value  # of the first group, but for the first row
+    x[4] *= largest / 1000
+    x[5, 70] = largest / 3
+    x[6, 3] = -largest / 3
+    ones = torch.ones(2)
+    rows = PlainRows(x, None, torch.tensor(CAPACITIES).float(), ones, layout((512, 64)), mode)
+    mine, other = encoded(build, rows, Shape(64, 1, 1)), expected(rows)
+    finite = torch.isfinite(other[1])
+    assert not finite.all(1)[:4].any()
+    assert bool(finite[4:].all())
+    assert torch.equal(torch.isfinite(mine[1]), finite)
+    for first, second in zip(mine[1:], other[1:], strict=True):
+        assert torch.equal(first[finite], second[finite])
+    for g, (start, stop) in enumerate(((0, 512), (512, 640))):
+        seen = finite[:, g]
+        assert torch.equal(mine[0][seen, start:stop], other[0][seen, start:stop])
+
+
+@on_host
+def test_a_rehearsal_reads_and_writes_nothing_of_others(build: Any) -> None:
+    ones = torch.ones(2)
+    rows = PlainRows(torch.zeros(2, 576), torch.zeros(576), ones, ones, layout((512, 64)), OWN)
+    sizes = ((640, torch.uint8), (2, FLOAT), (2, torch.int32), (2, torch.int32))
+    outputs = tuple(torch.full((2, n), 77, dtype=dtype).share_memory_() for n, dtype in sizes)
+    planned = plain_launch(rows, outputs, Shape(64, 1, 1))
+    arguments = (None, *planned.arguments[1:])  # who reads x crashes
+    planned = planned._replace(arguments=arguments, macros={**planned.macros, "REHEARSAL_ONLY": 1})
+    build("plain", planned.macros)
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        launched(build, "plain", planned)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert all(bool((output == 77).all()) for output in outputs)
+
+
+@pytest.mark.parametrize("bits", [8, 11])
+def test_a_short_division_counts_as_the_rounded_one(bits: int) -> None:
+    """For all x of so many bits, at the thresholds around every border of a count.
+
+    A count is n or more where x / s lies above the midpoint of two floats: the first one whose sum with the bias
+    rounds to n, and the one before. Signs of differences of numbers that are near are exact in double precision.
+    """
+    x, double = torch.arange(2 ** (bits - 1), 2**bits, dtype=FLOAT), torch.float64
+    n = torch.arange(1, 256, dtype=double)
+    bias = torch.arange(256, dtype=double)[:, None] + 0.5
+    half_ulp = 2.0 ** (torch.ceil(torch.log2(n)) - 25)  # of the floats below n
+    first = torch.unique((n - bias) - half_ulp)
+    least = first.float()
+    least = torch.where(least.double() < first, least.nextafter(torch.tensor(torch.inf)), least)
+    middle = (least.double() + least.nextafter(torch.tensor(-torch.inf)).double()) / 2
+    for border in middle.split(100):
+        signed = torch.where(border[:, None] > 0, x, -x)
+        threshold = (signed.double() / border[:, None]).float()
+        for step in range(-2, 3):
+            s = (threshold.view(torch.int32) + step).view(FLOAT)
+            inverse = 1 / s
+            error = (1 - s.double() * inverse.double()).float()
+            part = error * inverse
+            rest = (error.double() * part.double() + part.double()).float()
+            near = signed.double() * inverse.double() - border[:, None]
+            above = near + (signed * rest).double()
+            assert torch.equal(above > 0, signed.double() - border[:, None] * s.double() > 0)
+            assert bool((above != 0).all())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("channels", [64, 576, 4096, 11008, 16384])
+@pytest.mark.parametrize("rows", [1, 16, 64, 256, 512, 4096, 16384])
+def test_shapes_fit_the_device(rows: int, channels: int, size: int) -> None:
+    shape = choose_shape(rows, channels, size, 132)
+    assert shape.threads in (32, 64, 128, 256, 512)
+    assert shape.rows == 1
+    assert shape.threads * shape.resident <= 2048
+    assert shape.resident <= 32
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"x": torch.zeros(2, 20480), "runs": [0, 20480, 20480, 0]}, "16384 channels"),
+        ({"runs": None}, "neighbours"),
+        ({"runs": [0, 128, 4, -1, 128, 256, 4, 4]}, "neighbours"),
+        ({"runs": [0, 128, 6, 0, 128, 256, 2, 6]}, "in fours"),
+        ({"x": torch.zeros(2, 9)[:, 1:]}, "in fours"),
+    ],
+    ids=["none", "channels", "unknown", "scattered", "fours", "apart"],
+)
+def test_other_rows_run_on_triton(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], reason: str | None
+) -> None:
+    one = torch.ones(1)
+    rows = PlainRows(torch.zeros(2, 8), None, one, one, [0, 128, 8, 0], OWN)._replace(**change)
+    assert "compute capability" in str(rows.unsuitable())
+    monkeypatch.setattr(encode_plain, "without", lambda _device: None)
+    found = rows.unsuitable()
+    assert found is None if reason is None else reason in str(found)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF], ids=str)
+@pytest.mark.parametrize("many", [1, 256, 4096])
+@pytest.mark.parametrize("sizes", [(3584, 512), (9984, 1024), (500, 76)], ids=str)
+@pytest.mark.parametrize("shifted", [False, True], ids=["plain", "offset"])
+def test_the_kernel_compiles_without_spills(
+    monkeypatch: pytest.MonkeyPatch,
+    shifted: bool,
+    sizes: tuple[int, ...],
+    many: int,
+    dtype: torch.dtype,
+) -> None:
+    options = cuda_driver._options
+    monkeypatch.setattr(
+        cuda_driver, "_options", lambda *given: [*options(*given), "--ptxas-options=-v"]
+    )
+    ones, x = torch.ones(len(sizes)), torch.empty(many, sum(sizes), dtype=dtype)
+    offset = torch.empty(sum(sizes)) if shifted else None
+    rows = PlainRows(x, offset, ones, ones, layout(sizes), GRID)
+    shape = choose_shape(many, sum(sizes), dtype.itemsize, 132)
+    planned = plain_launch(rows, (torch.empty(1, rows.runs[-3] if rows.runs else 0),), shape)
+    code, log = cuda_driver.compiled(planned.source, tuple(planned.macros.items()), "sm_90a")
+    assert code.startswith(b"\x7fELF")
+    assert "0 bytes spill stores" in log
