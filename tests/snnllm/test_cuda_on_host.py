@@ -463,35 +463,37 @@ def test_attention_stores_the_new_token(
         ((1408, 128), torch.bfloat16, {}),  # blocks of 256 and 128
         ((352, 48), torch.float32, {"offset": False}),  # 256 + 64 + 32, 32 + 16
         ((9984, 1024), torch.bfloat16, {"rows": 2}),
-        ((1280, 256), torch.float32, {"shared": True}),
+        ((1280, 256), torch.float32, {"mode": 1}),
+        ((1280, 256), torch.bfloat16, {"mode": 2, "rows": 2}),
         ((352, 48), torch.float16, {}),
     ],
-    ids=["one", "two", "small", "7B", "shared", "half"],
+    ids=["one", "two", "small", "7B", "shared", "commensurate", "half"],
 )
 def test_gated_rows_are_rotated_and_encoded(
     build: Any, sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     """The bits of the kernel in Triton, which has a row in one block of threads."""
-    k, rows, shared = sum(sizes), options.get("rows", 1), options.get("shared", False)
+    k, rows, mode = sum(sizes), options.get("rows", 1), options.get("mode", 0)
     generator = torch.Generator().manual_seed(k)
     both = torch.randn(rows, 2 * k, generator=generator).to(dtype)
     gate, up = both[:, :k], both[:, k:]
     offset = torch.randn(k, generator=generator) / 8 if options.get("offset", True) else None
     capacities = (15, 30)[: len(sizes)]
-    spec = EncoderSpec(torch.arange(k), sizes, capacities, shared, "layer")
+    kind = {"shared": mode == 1, "commensurate": mode == 2}
+    spec = EncoderSpec(torch.arange(k), sizes, capacities, name="layer", **kind)
     plan = (
         TritonBackend()
         .prepare(dataclasses.replace(spec_of(8, sizes, capacities, False), encoder=spec))
         .plan
     )
     expected = silu_mul_encode(
-        *(gate, up, sizes, plan.order, plan.segments, plan.capacities, plan.clip, shared, offset),
+        *(gate, up, sizes, plan.order, plan.segments, plan.capacities, plan.clip, mode, offset),
         runs=plan.runs,
     )
     outputs = tuple(torch.full_like(t, 77) for t in expected)
     assert cuda_encode._aligned(sizes, tuple(plan.runs or ()))
     launch = cuda_encode.gated_launch(
-        gate, up, (offset, plan.capacities, plan.clip), outputs, plan.runs or (), shared
+        gate, up, (offset, plan.capacities, plan.clip), outputs, plan.runs or (), mode
     )
     launched(build, "gated", launch)
     for mine, other in zip(outputs, expected, strict=True):
@@ -504,30 +506,32 @@ def test_gated_rows_are_rotated_and_encoded(
         ((300,), torch.bfloat16, {}),
         ((1920, 168), torch.bfloat16, {"rows": 3}),  # padding, and a part of 1024 channels
         ((4224, 128), torch.float32, {}),  # constants read late
-        ((256, 128), torch.float32, {"shared": True, "bare": True}),
+        ((256, 128), torch.float32, {"mode": 1, "bare": True}),
+        ((384, 128), torch.bfloat16, {"mode": 2, "rows": 2}),
         ((256, 128), torch.float16, {}),
     ],
-    ids=["one", "two", "long", "shared", "half"],
+    ids=["one", "two", "long", "shared", "commensurate", "half"],
 )
 def test_normalised_rows_are_encoded(
     build: Any, sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     """The bits of the norm and of the encoder one after the other."""
-    k, many, shared = sum(sizes), options.get("rows", 1), options.get("shared", False)
+    k, many, mode = sum(sizes), options.get("rows", 1), options.get("mode", 0)
     bare = "bare" in options
     generator = torch.Generator().manual_seed(k)
     x, added = ((torch.randn(many, k, generator=generator) * 3).to(dtype) for _ in range(2))
     gain = torch.rand(k, generator=generator).add(0.5).to(dtype)
     offset = None if bare else torch.randn(k, generator=generator) / 8
-    capacities = (15, 200)[: len(sizes)]
-    spec = EncoderSpec(torch.arange(k), sizes, capacities, shared, "layer")
+    capacities = (15, 30 if mode == 2 else 200)[: len(sizes)]
+    kind = {"shared": mode == 1, "commensurate": mode == 2}
+    spec = EncoderSpec(torch.arange(k), sizes, capacities, name="layer", **kind)
     linear = dataclasses.replace(spec_of(8, sizes, capacities, False), encoder=spec)
     plan = TritonBackend().prepare(linear).plan
     total = x if bare else x + added
     expected = encode_plan(rms_norm(total, None if bare else gain, 1e-5), plan, offset)
     rows = cuda_encode.NormedRows(
         *(x, None if bare else added, None if bare else gain, 1e-5, offset),
-        *(plan.capacities, plan.clip, plan.runs, shared),
+        *(plan.capacities, plan.clip, plan.runs, mode),
     )
     assert "compute capability" in str(rows.unsuitable())
     outputs = (torch.zeros_like(x), *(torch.full_like(t, 77) for t in expected))
@@ -540,7 +544,7 @@ def test_normalised_rows_are_encoded(
 def test_a_rehearsal_reads_and_writes_nothing_of_others(build: Any) -> None:
     x, gain = torch.zeros(2, 300), torch.ones(300)
     groups, offset = torch.ones(1), torch.zeros(300)
-    rows = cuda_encode.NormedRows(x, x, gain, 1e-5, offset, groups, groups, [0, 384, 300, 0], False)
+    rows = cuda_encode.NormedRows(x, x, gain, 1e-5, offset, groups, groups, [0, 384, 300, 0], 0)
     dtypes = (torch.float32, torch.uint8, torch.float32, torch.int32, torch.int32)
     outputs = tuple(torch.full((2, 384), 77, dtype=dtype).share_memory_() for dtype in dtypes)
     planned = cuda_encode.normed_launch(rows, outputs)
@@ -573,7 +577,7 @@ def test_other_norms_run_on_triton(
     monkeypatch.setattr(cuda_encode, "without", lambda _device: None)
     one = torch.ones(1)
     rows = cuda_encode.NormedRows(
-        *(torch.zeros(2, 8), None, torch.ones(8), 1e-5, None, one, one, [0, 128, 8, 0], False)
+        *(torch.zeros(2, 8), None, torch.ones(8), 1e-5, None, one, one, [0, 128, 8, 0], 0)
     )._replace(**change)
     found = rows.unsuitable()
     assert found is None if reason is None else reason in str(found)
@@ -592,7 +596,8 @@ def test_a_residual_is_added_to_rounded_outputs(build: Any, shape: Any, case: An
     name, rows, macros = shape
     sizes, dtype, bias = case
     n = 40 if name == "rows" else 264
-    spec = spec_of(n, sizes, (15, 30)[: len(sizes)], bias)
+    commensurate = macros.get("TEAMS", 1) > 1  # teams share one sum
+    spec = spec_of(n, sizes, (15, 30)[: len(sizes)], bias, commensurate)
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, sum(sizes), generator=generator)
     reference = ReferenceBackend()

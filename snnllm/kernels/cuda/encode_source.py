@@ -44,27 +44,47 @@ INLINE void widen(unsigned (&range)[4], const float (&x)[4], int group) {  // be
   if (RANGE_MODE == 1 || group == 0) range[0] = max(range[0], below), range[1] = max(range[1], above);
   else range[2] = max(range[2], below), range[3] = max(range[3], above);
 }
-// Capacities and clip factors of both groups.
-struct Tops { float most[2], clip[2]; };
-INLINE Tops tops_of(const float* most, const float* clip) {
-  return {{most[0], most[GROUPS - 1]}, {clip[0], clip[GROUPS - 1]}};
+// Correctly rounded by the correctly rounded inverse, as neurons.backends.triton_encode_row.quotient.
+INLINE float quotient(float x, float divisor, float inverse) {
+  float q = __fmul_rn(x, inverse);
+  q = fmaf(fmaf(q, -divisor, x), inverse, q);
+  return fmaf(fmaf(q, -divisor, x), inverse, q);
 }
-// Rounds thresholds up to multiples of one unit (neurons.thresholds); a lane of four tries one multiple of the second.
+// Capacities and clip factors of both groups; what the thresholds are divided by if they are commensurate: the largest
+// multiple of the first group, and the one of the second that this lane tries.
+struct Tops { float most[2], clip[2], multiples[2], divisors[2], inverses[2]; };
+INLINE Tops tops_of(const float* most, const float* clip) {
+  Tops tops = {{most[0], most[GROUPS - 1]}, {clip[0], clip[GROUPS - 1]}};
+#pragma unroll
+  for (int g = 0; g < 2 && RANGE_MODE == 2; g++) {
+    tops.multiples[g] = floorf(__fdiv_rn(255.0f, tops.most[g]));
+    tops.divisors[g] = g ? fmaxf(tops.multiples[1] - (float)(threadIdx.x % 4), 1.0f) : tops.multiples[0];
+    tops.inverses[g] = __fdiv_rn(1.0f, tops.divisors[g]);
+  }
+  return tops;
+}
 INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays
-INLINE void make_commensurate(Spikes (&s)[2], const float (&below)[2]) {
-  const float most0 = floorf(__fdiv_rn(255.0f, s[0].most)), most1 = floorf(__fdiv_rn(255.0f, s[1].most));
-  const int k = threadIdx.x % 4;
-  const float n = fmaxf(most1 - (float)k, 1.0f), s0 = s[0].threshold, s1 = s[1].threshold;
-  // 19 bits of a unit, so that its multiples are exact.
-  const float above = __fmul_rn(larger(__fdiv_rn(s0, most0), __fdiv_rn(s1, n)), 1.000003814697265625f);
-  float unit = __int_as_float(__float_as_int(above) & ~31);
-  float m0 = fminf(ceilf(__fdiv_rn(s0, unit)), most0), m1 = fminf(ceilf(__fdiv_rn(s1, unit)), most1);
-  float cost = larger(__fdiv_rn(__fmul_rn(unit, m0), s0), __fdiv_rn(__fmul_rn(unit, m1), s1));
+// Rounds thresholds up to multiples of one unit (neurons.thresholds.commensurate); four lanes try four units.
+INLINE void make_commensurate(Spikes (&s)[2], const float (&below)[2], const Tops& tops) {
+  const float s0 = s[0].threshold, s1 = s[1].threshold;
+  const bool plain = !(larger(s0, s1) < 1e30f);  // the same for all; `quotient` takes no others
+  auto ratio = [&](float x, float divisor, float inverse) {
+    return plain ? __fdiv_rn(x, divisor) : quotient(x, divisor, inverse);
+  };
+  const float finest0 = ratio(s0, tops.divisors[0], tops.inverses[0]);
+  const float finest = larger(finest0, ratio(s1, tops.divisors[1], tops.inverses[1]));
+  // 19 bits, so that multiples are exact.
+  float unit = __int_as_float(__float_as_int(__fmul_rn(finest, 1.000003814697265625f)) & ~31);
+  const float inverse = __fdiv_rn(1.0f, unit);
+  float m0 = fminf(ceilf(ratio(s0, unit, inverse)), tops.multiples[0]);
+  float m1 = fminf(ceilf(ratio(s1, unit, inverse)), tops.multiples[1]);
+  float cost = larger(ratio(__fmul_rn(unit, m0), s0, __fdiv_rn(1.0f, s0)),
+                      ratio(__fmul_rn(unit, m1), s1, __fdiv_rn(1.0f, s1)));
 #pragma unroll
   for (int step = 1; step < 4; step *= 2) {
     const float cost_ = of_partner(cost, step), unit_ = of_partner(unit, step);
     const float m0_ = of_partner(m0, step), m1_ = of_partner(m1, step);
-    if (cost_ < cost || (cost_ == cost && k & step)) cost = cost_, unit = unit_, m0 = m0_, m1 = m1_;
+    if (cost_ < cost || (cost_ == cost && threadIdx.x & step)) cost = cost_, unit = unit_, m0 = m0_, m1 = m1_;
   }
   const float multiples[2] = {m0, m1};
 #pragma unroll
@@ -87,20 +107,17 @@ INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Top
     if (RANGE_MODE == 2) {
       const float below[2] = {__fmul_rn(__int_as_float(range[0]), tops.clip[0]),
                               __fmul_rn(__int_as_float(range[2]), tops.clip[1])};
-      make_commensurate(spikes, below);
+      make_commensurate(spikes, below, tops);
     }
   } else spikes[1] = spikes[0];
 }
-// Counts of neighbours as bytes of a word, as neurons.backends.triton_encode_row.quotient.
+// Counts of neighbours as bytes of a word.
 INLINE unsigned counts_of(const float (&x)[4], const Spikes& s, float inverse, int& sum) {
   unsigned word = 0;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    float q = __fmul_rn(x[i], inverse);
-    if (s.threshold < 1e30f) {  // the same for all
-      q = fmaf(fmaf(q, -s.threshold, x[i]), inverse, q);
-      q = fmaf(fmaf(q, -s.threshold, x[i]), inverse, q);
-    } else q = __fdiv_rn(x[i], s.threshold);
+    // The same for all.
+    const float q = s.threshold < 1e30f ? quotient(x[i], s.threshold, inverse) : __fdiv_rn(x[i], s.threshold);
     const int count = count_of(q, s) * (GROUPS == 2 && RANGE_MODE == 2 ? (int)s.multiple : 1);
     sum += count;
     word |= (unsigned)count << 8 * i;

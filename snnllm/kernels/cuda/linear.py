@@ -99,7 +99,7 @@ def choose_shape(rows: int, columns: int, processors: int, sums: int) -> Rows | 
         once = -(-rows // 128) * -(-columns // 192)
         if processors // 2 < once <= processors:
             return Tiles(128, 192, 3, 4, 0)
-        return Tiles(64, 128, 2, 6, 32, teams=2) if sums == 1 else Tiles(64, 128, 2, 8, 32)
+        return Tiles(64, 128, 2, 10, 32, teams=2) if sums == 1 else Tiles(64, 128, 2, 8, 32)
     return _LARGE
 
 
