@@ -82,7 +82,6 @@ static void meet(int name, int threads) {
   else wait_until([&] { return m.turn != turn; });
 }
 static void __syncthreads() { meet(-1 - blockIdx.x % cluster, fibers.size() / cluster); }
-template <int MANY> static void workers_meet() { meet(-200 - blockIdx.x % cluster, MANY); }
 static void __syncwarp() { meet(current / 32, 32); }
 static void cluster_meets() { meet(-100, fibers.size()); }
 static void cluster_arrives() { me().phase++, idle = 0; }
@@ -174,11 +173,11 @@ static void box_store(const Map* map, int column, int row, unsigned from) {  // 
       }
   });
 }
-static void finish_stores() {
-  for (auto& store : me().stores) store();
-  me().stores.clear();
+template <int LEFT> static void stores_have_read() {
+  auto& stores = me().stores;
+  for (; stores.size() > LEFT; stores.erase(stores.begin())) stores.front()();
 }
-static void stores_have_read() { finish_stores(); }
+static void finish_stores() { stores_have_read<0>(); }
 static void show_to_stores() {}
 
 static std::map<const unsigned char*, int> fetched;  // of a launch: where each begins, and its bytes

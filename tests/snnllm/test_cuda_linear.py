@@ -39,7 +39,7 @@ needs_compiler = pytest.mark.skipif(
 
 MOST_SHARED = 227 * 1024
 SHAPES = [
-    cuda_linear._HALF,
+    *cuda_linear._HALVES.values(),
     *(
         choose_shape(m, n, 132, sums)
         for m, n, sums in itertools.product(
@@ -124,7 +124,7 @@ def test_shared_memory_of_many_rows_fits(rows: int) -> None:
     for columns, merged in itertools.product((64, 4096, 11008, 28672), (0, 1)):
         shape = choose_shape(rows, columns, 132, 2 - merged)
         assert isinstance(shape, Tiles)
-        for one in (shape, cuda_linear._HALF):
+        for one in {shape, cuda_linear._HALVES.get(shape, shape)}:
             assert one.shared_bytes(2, merged) <= MOST_SHARED
         assert 0 <= shape.kept <= shape.bm * shape.bn // 128 // shape.workers
 
@@ -140,11 +140,12 @@ def test_the_last_tiles_are_halved_where_they_fill_at_most_half_the_device(
     assert 2 * (tiles - whole) <= 132  # the halves are one round
 
 
+@pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize(
     ("rows", "columns"), [(4096, 11008), (1030, 4096), (600, 1032), (520, 264)]
 )
 def test_the_tiles_of_both_launches_cover_the_outputs_once(
-    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, columns: int, segments: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[tuple[Tiles, int, tuple[int, int], bool]] = []
 
@@ -157,19 +158,20 @@ def test_the_tiles_of_both_launches_cover_the_outputs_once(
     monkeypatch.setattr(cuda_linear, "_tiles_kernel", kernel_of)
     monkeypatch.setattr(cuda_linear, "tensor_map", lambda *_: None)
     count, weight = torch.zeros(rows, 128), torch.zeros(columns, 64)
-    parameters = (*(torch.zeros(1, 1) for _ in range(7)), None, None)
+    parameters = (*(torch.zeros(1, segments) for _ in range(7)), None, None)
     out = torch.zeros(1, dtype=torch.bfloat16)
     cuda_linear.launch(count, weight, parameters, out, 1, 1, early=False)
-    covered = torch.zeros(-(-rows // 128), -(-columns // 256), 2, dtype=torch.int32)
-    raster = -(-columns // 256)
+    large = launched[0][0]
+    raster, height = -(-columns // large.bn), 2048 // large.bm
+    covered = torch.zeros(-(-rows // large.bm), raster, 2, dtype=torch.int32)
     for shape, blocks, (first, last), early in launched:
         assert 0 < blocks <= min(20, last - first)
         assert early
         for index in range(
             first, last
-        ):  # as `tile_at` of the kernel does, with rasters of 16 tiles
-            top = index // shape.split // (16 * raster) * 16
-            tall, inside = min(len(covered) - top, 16), index // shape.split % (16 * raster)
+        ):  # as `tile_at` of the kernel does, with rasters of 2048 rows
+            top = index // shape.split // (height * raster) * height
+            tall, inside = min(len(covered) - top, height), index // shape.split % (height * raster)
             halves = slice(None) if shape.split == 1 else index % 2
             covered[top + inside % tall, inside // tall, halves] += 1
     assert bool((covered == 1).all())
@@ -187,8 +189,6 @@ def test_every_shape_compiles_without_serialised_products(
     shape: Rows | Tiles, segments: int, merged: int, out: int, residual: int
 ) -> None:
     source = cuda_rows_source.SOURCE if isinstance(shape, Rows) else cuda_tiles_source.SOURCE
-    if isinstance(shape, Tiles) and shape.teams > 1 and segments - merged > 1:
-        pytest.skip("teams share one sum")
     for rows8 in (1, 2, 4) if isinstance(shape, Rows) else (0,):
         names = {**macros(shape, rows8, segments, merged), "RESIDUAL": residual, "OUT": out}
         code, log = cuda_driver.compiled(source, tuple(names.items()), "sm_90a")

@@ -218,7 +218,7 @@ def run(
         # More tiles than blocks.
         blocks, threads = (
             1 if shape["BN"] == 256 else 2,
-            128 + 128 * shape["WORKERS"] * shape["TEAMS"],
+            128 + 128 * shape["WORKERS"],
         )
     build(name, macros)(blocks, threads, pointers, numbers)
     return out
@@ -239,15 +239,26 @@ ROWS = [
     (32, {"ROWS8": 4, "STRIPS": 1, "STAGES": 2, "RESIDENT": 1}),
 ]
 TILES = [
-    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32, "SPLIT": 2, "TEAMS": 1}),
-    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 4, "KEPT": 32, "SPLIT": 1, "TEAMS": 2}),
-    (130, {"BM": 128, "BN": 192, "WORKERS": 3, "STAGES": 2, "KEPT": 0, "SPLIT": 1, "TEAMS": 1}),
-    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 4, "KEPT": 52, "SPLIT": 1, "TEAMS": 1}),
+    (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32, "SPLIT": 2}),
+    (130, {"BM": 128, "BN": 192, "WORKERS": 3, "STAGES": 2, "KEPT": 0, "SPLIT": 1}),
+    (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 4, "KEPT": 52, "SPLIT": 1}),
+    (140, {"BM": 128, "BN": 64, "WORKERS": 1, "STAGES": 3, "KEPT": 64, "SPLIT": 1}),
+    (150, {"BM": 256, "BN": 128, "WORKERS": 2, "STAGES": 2, "KEPT": 0, "SPLIT": 1}),
 ]
 
 
 SHAPES = [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TILES)]
-SHAPE_NAMES = ["rows1", "wide1", "rows13", "rows32", "tiles64", "teams64", "tiles192", "tiles256"]
+SHAPE_NAMES = [
+    "rows1",
+    "wide1",
+    "rows13",
+    "rows32",
+    "tiles64",
+    "tiles192",
+    "tiles256",
+    "narrow",
+    "tall",
+]
 
 
 def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:
@@ -261,7 +272,7 @@ def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:
                 case,
                 id=f"{where}-{name}",
                 marks=[pytest.mark.slow]
-                * (where in ("tiles64", "teams64", "tiles192") and name != quick),
+                * (where in ("tiles64", "tiles192", "narrow", "tall") and name != quick),
             )
             for (where, shape), (name, case) in pairs
         ],
@@ -278,9 +289,6 @@ def test_kernels_have_the_integers_and_outputs_of_the_reference(
     sizes, capacities, dtype, commensurate = case
     n = 40 if name == "rows" else 264
     spec = spec_of(n, sizes, capacities, dtype != torch.bfloat16, commensurate)
-    sums = 1 if spec.merged and dtype != torch.int32 else len(sizes)
-    if macros.get("TEAMS", 1) > 1 and sums > 1:
-        pytest.skip("teams share one sum")
     x = torch.randn(rows, sum(sizes), generator=torch.Generator().manual_seed(rows)) * 3
     x[:, :2] *= 30
     reference = ReferenceBackend()
@@ -596,8 +604,7 @@ def test_a_residual_is_added_to_rounded_outputs(build: Any, shape: Any, case: An
     name, rows, macros = shape
     sizes, dtype, bias = case
     n = 40 if name == "rows" else 264
-    commensurate = macros.get("TEAMS", 1) > 1  # teams share one sum
-    spec = spec_of(n, sizes, (15, 30)[: len(sizes)], bias, commensurate)
+    spec = spec_of(n, sizes, (15, 30)[: len(sizes)], bias)
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, sum(sizes), generator=generator)
     reference = ReferenceBackend()

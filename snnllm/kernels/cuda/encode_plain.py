@@ -100,7 +100,8 @@ def choose_shape(rows: int, channels: int, size: int, multiprocessors: int) -> S
     device = multiprocessors * _AT_A_TIME
     while threads < min(vectors, _FEW_THREADS) and 2 * rows * threads <= device:
         threads *= 2
-    registers = max(_LEAST, -(-(-(-vectors // threads) * words + _OTHERS) // 8) * 8)
+    others = _OTHERS + 4 * size  # an offset comes in floats
+    registers = max(_LEAST, -(-(-(-vectors // threads) * words + others) // 8) * 8)
     resident = min(32, _RESIDENT // threads, max(1, _REGISTERS // (registers * threads)))
     return Shape(threads, 1, resident)
 

@@ -50,48 +50,43 @@ INLINE float quotient(float x, float divisor, float inverse) {
   q = fmaf(fmaf(q, -divisor, x), inverse, q);
   return fmaf(fmaf(q, -divisor, x), inverse, q);
 }
-// Capacities and clip factors of both groups; what the thresholds are divided by if they are commensurate: the largest
-// multiple of the first group, and the one of the second that this lane tries.
-struct Tops { float most[2], clip[2], multiples[2], divisors[2], inverses[2]; };
+// A lane has a group, of which it makes the parameters for all: divisions are long, and so is code that is not near.
+INLINE int group_of_lane() { return GROUPS == 2 ? threadIdx.x / 4 % 2 : 0; }
+// Capacities of both groups. Of the lane's group capacity and clip factor; its largest multiple, if thresholds are
+// commensurate, and what the threshold is divided by: the largest multiple of the first group, and the one of the
+// second that this lane of four tries.
+struct Tops { float most[2], own, clip, multiple, divisor, inverse; };
 INLINE Tops tops_of(const float* most, const float* clip) {
-  Tops tops = {{most[0], most[GROUPS - 1]}, {clip[0], clip[GROUPS - 1]}};
-#pragma unroll
-  for (int g = 0; g < 2 && RANGE_MODE == 2; g++) {
-    tops.multiples[g] = floorf(__fdiv_rn(255.0f, tops.most[g]));
-    tops.divisors[g] = g ? fmaxf(tops.multiples[1] - (float)(threadIdx.x % 4), 1.0f) : tops.multiples[0];
-    tops.inverses[g] = __fdiv_rn(1.0f, tops.divisors[g]);
+  const int g = group_of_lane();
+  Tops tops = {{most[0], most[GROUPS - 1]}, most[g], clip[g]};
+  if (RANGE_MODE == 2) {
+    tops.multiple = floorf(__fdiv_rn(255.0f, tops.own));
+    tops.divisor = fmaxf(tops.multiple - (g ? (float)(threadIdx.x % 4) : 0.0f), 1.0f);
+    tops.inverse = __fdiv_rn(1.0f, tops.divisor);
   }
   return tops;
 }
 INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays
-// Rounds thresholds up to multiples of one unit (neurons.thresholds.commensurate); four lanes try four units.
-INLINE void make_commensurate(Spikes (&s)[2], const float (&below)[2], const Tops& tops) {
-  const float s0 = s[0].threshold, s1 = s[1].threshold;
-  const bool plain = !(larger(s0, s1) < 1e30f);  // the same for all; `quotient` takes no others
+// Rounds the thresholds of both groups up to multiples of one unit (neurons.thresholds.commensurate).
+INLINE Spikes commensurate(const Spikes& s, float below, const Tops& tops) {
+  const bool plain = !(larger(s.threshold, of_partner(s.threshold, 4)) < 1e30f);  // `quotient` takes no others
   auto ratio = [&](float x, float divisor, float inverse) {
     return plain ? __fdiv_rn(x, divisor) : quotient(x, divisor, inverse);
   };
-  const float finest0 = ratio(s0, tops.divisors[0], tops.inverses[0]);
-  const float finest = larger(finest0, ratio(s1, tops.divisors[1], tops.inverses[1]));
+  const float finest = ratio(s.threshold, tops.divisor, tops.inverse);
   // 19 bits, so that multiples are exact.
-  float unit = __int_as_float(__float_as_int(__fmul_rn(finest, 1.000003814697265625f)) & ~31);
-  const float inverse = __fdiv_rn(1.0f, unit);
-  float m0 = fminf(ceilf(ratio(s0, unit, inverse)), tops.multiples[0]);
-  float m1 = fminf(ceilf(ratio(s1, unit, inverse)), tops.multiples[1]);
-  float cost = larger(ratio(__fmul_rn(unit, m0), s0, __fdiv_rn(1.0f, s0)),
-                      ratio(__fmul_rn(unit, m1), s1, __fdiv_rn(1.0f, s1)));
+  const float above = __fmul_rn(larger(finest, of_partner(finest, 4)), 1.000003814697265625f);
+  float unit = __int_as_float(__float_as_int(above) & ~31);
+  float multiple = fminf(ceilf(ratio(s.threshold, unit, __fdiv_rn(1.0f, unit))), tops.multiple);
+  float cost = ratio(__fmul_rn(unit, multiple), s.threshold, s.inverse);
+  cost = larger(cost, of_partner(cost, 4));
 #pragma unroll
   for (int step = 1; step < 4; step *= 2) {
-    const float cost_ = of_partner(cost, step), unit_ = of_partner(unit, step);
-    const float m0_ = of_partner(m0, step), m1_ = of_partner(m1, step);
-    if (cost_ < cost || (cost_ == cost && threadIdx.x & step)) cost = cost_, unit = unit_, m0 = m0_, m1 = m1_;
+    const float cost_ = of_partner(cost, step), unit_ = of_partner(unit, step), multiple_ = of_partner(multiple, step);
+    if (cost_ < cost || (cost_ == cost && threadIdx.x & step)) cost = cost_, unit = unit_, multiple = multiple_;
   }
-  const float multiples[2] = {m0, m1};
-#pragma unroll
-  for (int g = 0; g < 2; g++) {
-    const float threshold = __fmul_rn(unit, multiples[g]);
-    s[g] = {threshold, zero_of(below[g], threshold, s[g].most), s[g].most, multiples[g], unit};
-  }
+  const float threshold = __fmul_rn(unit, multiple);
+  return {threshold, zero_of(below, threshold, s.most), s.most, multiple, unit, __fdiv_rn(1.0f, threshold)};
 }
 // The parameters of both groups from the ranges of WARPS warps (or blocks), a power of two.
 template <int WARPS>
@@ -100,24 +95,30 @@ INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Top
 #pragma unroll
   for (int i = 0; i < 4; i++)
     if (i < 2 || (GROUPS == 2 && RANGE_MODE != 1)) range[i] = maximum_of_warp(ranges[threadIdx.x % WARPS * 4 + i]);
-  spikes[0] = spikes_of(range[0], range[1], tops.most[0], tops.clip[0]);
-  if (GROUPS == 2) {
-    constexpr int of = RANGE_MODE == 1 ? 0 : 2;
-    spikes[1] = spikes_of(range[of], range[of + 1], tops.most[1], tops.clip[1]);
-    if (RANGE_MODE == 2) {
-      const float below[2] = {__fmul_rn(__int_as_float(range[0]), tops.clip[0]),
-                              __fmul_rn(__int_as_float(range[2]), tops.clip[1])};
-      make_commensurate(spikes, below, tops);
-    }
-  } else spikes[1] = spikes[0];
+  const bool second = RANGE_MODE != 1 && group_of_lane();
+  const unsigned below = second ? range[2] : range[0], above = second ? range[3] : range[1];
+  Spikes own = spikes_of(below, above, tops.own, tops.clip);
+  if (GROUPS == 2 && RANGE_MODE == 2) own = commensurate(own, __fmul_rn(__int_as_float(below), tops.clip), tops);
+#pragma unroll
+  for (int g = 0; g < 2; g++) {
+    const int from = 4 * g * (GROUPS - 1);
+    spikes[g] = {of_lane(own.threshold, from), of_lane(own.zero, from), tops.most[g], of_lane(own.multiple, from),
+                 of_lane(own.unit, from), of_lane(own.inverse, from)};
+  }
+}
+// By value: an index that is not known would put both in memory.
+INLINE Spikes of_group(const Spikes (&s)[2], bool second) {
+  return {second ? s[1].threshold : s[0].threshold, second ? s[1].zero : s[0].zero, second ? s[1].most : s[0].most,
+          second ? s[1].multiple : s[0].multiple, second ? s[1].unit : s[0].unit,
+          second ? s[1].inverse : s[0].inverse};
 }
 // Counts of neighbours as bytes of a word.
-INLINE unsigned counts_of(const float (&x)[4], const Spikes& s, float inverse, int& sum) {
+INLINE unsigned counts_of(const float (&x)[4], const Spikes& s, int& sum) {
   unsigned word = 0;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     // The same for all.
-    const float q = s.threshold < 1e30f ? quotient(x[i], s.threshold, inverse) : __fdiv_rn(x[i], s.threshold);
+    const float q = s.threshold < 1e30f ? quotient(x[i], s.threshold, s.inverse) : __fdiv_rn(x[i], s.threshold);
     const int count = count_of(q, s) * (GROUPS == 2 && RANGE_MODE == 2 ? (int)s.multiple : 1);
     sum += count;
     word |= (unsigned)count << 8 * i;

@@ -131,14 +131,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   else __syncthreads();
   Spikes spikes[2];
   spikes_of_all<CLUSTER>(spikes, of_blocks, tops);
-  const Spikes mine = group ? spikes[1] : spikes[0];
-  const float inverse = __fdiv_rn(1.0f, mine.threshold);
+  const Spikes mine = of_group(spikes, group);
   int sum[2] = {0, 0}, total = 0;
   uint4 words;
-  words.x = counts_of(parts[0], mine, inverse, total);
-  words.y = counts_of(parts[1], mine, inverse, total);
-  words.z = counts_of(parts[2], mine, inverse, total);
-  words.w = counts_of(parts[3], mine, inverse, total);
+  words.x = counts_of(parts[0], mine, total);
+  words.y = counts_of(parts[1], mine, total);
+  words.z = counts_of(parts[2], mine, total);
+  words.w = counts_of(parts[3], mine, total);
   if (inside) {
     *(uint4*)(count + row * positions + run.start + c - run.first) = words;
     sum[group] = total;
@@ -148,7 +147,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       for (int i = runs[g].start + runs[g].many + threadIdx.x; i < runs[g].stop; i += THREADS)
         count[row * positions + i] = 0;
     if (threadIdx.x < GROUPS) {
-      const Spikes of = threadIdx.x ? spikes[1] : spikes[0];
+      const Spikes of = of_group(spikes, threadIdx.x);
       threshold[row * GROUPS + threadIdx.x] = of.unit;
       zero_point[row * GROUPS + threadIdx.x] = (int)(of.zero * of.multiple);
     }

@@ -44,7 +44,6 @@ class Tiles(NamedTuple):
         stages: of the ring.
         kept: sums of the second segment that a thread keeps in registers.
         split: tiles of this shape that are one of the raster.
-        teams: of so many warpgroups each, which share the positions of a tile.
     """
 
     bm: int
@@ -53,17 +52,17 @@ class Tiles(NamedTuple):
     stages: int
     kept: int
     split: int = 1
-    teams: int = 1
 
     def shared_bytes(self, segments: int, merged: int) -> int:
         """Shared memory of a block of threads."""
-        own = (self.bm, self.bn, self.workers, self.teams, self.stages, self.kept)
+        own = (self.bm, self.bn, self.workers, self.stages, self.kept)
         return cuda_tiles_source.shared_bytes(*own, segments, merged)
 
 
 _LARGE = Tiles(128, 256, 2, 4, 52)
-_HALF = Tiles(128, 128, 2, 6, 64, split=2)
-"""Half a large tile, for the last ones where they fill at most half the device."""
+_TALL = Tiles(256, 128, 2, 4, 0)
+_HALVES = {_LARGE: Tiles(128, 128, 2, 6, 64, split=2), _TALL: Tiles(256, 64, 1, 5, 0, split=2)}
+"""Halves of large tiles, for the last ones where they fill at most half the device."""
 
 
 def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> str | None:
@@ -99,8 +98,8 @@ def choose_shape(rows: int, columns: int, processors: int, sums: int) -> Rows | 
         once = -(-rows // 128) * -(-columns // 192)
         if processors // 2 < once <= processors:
             return Tiles(128, 192, 3, 4, 0)
-        return Tiles(64, 128, 2, 10, 32, teams=2) if sums == 1 else Tiles(64, 128, 2, 8, 32)
-    return _LARGE
+        return Tiles(64, 128, 2, 8, 32)
+    return _TALL if sums == 1 else _LARGE
 
 
 def launch(
@@ -154,11 +153,11 @@ def launch(
     macros["JOINT"] = int(weight_groups == 1)
     operands, sizes = (count, weight), (out, *sizes)
     tiles = -(-rows // shape.bm) * -(-columns // shape.bn)
-    divisible = (shape.bm, shape.bn) == (_HALF.bm, _HALF.split * _HALF.bn)
-    whole = whole_tiles(tiles, multiprocessors) if divisible else tiles
+    half = _HALVES.get(shape)
+    whole = whole_tiles(tiles, multiprocessors) if half else tiles
     _launch_tiles(shape, macros, operands, parameters, sizes, (0, whole))
-    if whole < tiles:
-        _launch_tiles(_HALF, macros, operands, parameters, sizes, (whole, tiles))
+    if half and whole < tiles:
+        _launch_tiles(half, macros, operands, parameters, sizes, (whole, tiles))
 
 
 def whole_tiles(tiles: int, processors: int) -> int:
@@ -218,5 +217,5 @@ def _tiles_kernel(
     shared = shape.shared_bytes(known["SEGMENTS"], known["MERGED"])
     return load(
         *(cuda_tiles_source.SOURCE, macros + _macros(shape), "linear_tiles"),
-        *(128 + 128 * shape.workers * shape.teams, shared, device),
+        *(128 + 128 * shape.workers, shared, device),
     )

@@ -107,7 +107,6 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
     __syncthreads();
     Spikes spikes[2];
     spikes_of_all<8>(spikes, ranges, tops);
-    const float inverses[2] = {__fdiv_rn(1.0f, spikes[0].threshold), __fdiv_rn(1.0f, spikes[1].threshold)};
     int sum[2] = {0, 0};
 #pragma unroll
     for (int v = 0; v < CHUNKS; v++) {
@@ -115,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
       const int g = group_of(channel(v));
       const Run run = g ? runs[1] : runs[0];
       int total = 0;
-      const unsigned word = counts_of(own[v], g ? spikes[1] : spikes[0], g ? inverses[1] : inverses[0], total);
+      const unsigned word = counts_of(own[v], of_group(spikes, g), total);
       if (real) *(unsigned*)(count + run.start + channel(v) - run.first) = word;
       if (g) sum[1] += total;
       else sum[0] += total;
@@ -127,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
     if (lane < 2) sums[2 * warp + lane] = lane ? sum[1] : sum[0];
     __syncthreads();
     if (threadIdx.x < GROUPS && real) {
-      const Spikes of = threadIdx.x ? spikes[1] : spikes[0];
+      const Spikes of = of_group(spikes, threadIdx.x);
       int together = 0;
 #pragma unroll
       for (int w = 0; w < 8; w++) together += sums[2 * w + threadIdx.x];

@@ -247,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS * ROWS, RESIDENT) encod
 #pragma unroll 1
       for (int c = 4 * thread; c < CHANNELS; c += 4 * ROW_THREADS) {
         const bool second = in_second(c);
-        const Spikes s = second ? spikes[1] : spikes[0];
+        const Spikes s = of_group(spikes, second);
         float y[4], off[4];
         load_four(y, x, at + c);
         if (OFFSET) {
@@ -256,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS * ROWS, RESIDENT) encod
           for (int i = 0; i < 4; i++) y[i] = __fadd_rn(y[i], -off[i]);
         }
         int total = 0;
-        *(unsigned*)place_of(second, c) = counts_of(y, s, __fdiv_rn(1.0f, s.threshold), total);
+        *(unsigned*)place_of(second, c) = counts_of(y, s, total);
         if (second) sum[1] += total;
         else sum[0] += total;
       }
@@ -276,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS * ROWS, RESIDENT) encod
       row_meets();
     }
     if (thread < GROUPS && real) {
-      const Spikes of = thread ? spikes[1] : spikes[0];
+      const Spikes of = of_group(spikes, thread);
       int together = thread ? sum[1] : sum[0];
       if (WARPS > 1) {
         together = 0;

@@ -49,8 +49,6 @@ template <int REGISTERS> INLINE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-template <int MANY> INLINE void workers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(MANY) : "memory"); }
-
 INLINE void barrier_init(unsigned at, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals));
 }
@@ -89,7 +87,9 @@ INLINE void box_store(const Map* map, int column, int row, unsigned from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
                "cp.async.bulk.commit_group;" ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory");
 }
-INLINE void stores_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+template <int LEFT> INLINE void stores_have_read() {  // but the last ones
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
+}
 INLINE void finish_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 INLINE void show_to_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -196,6 +196,7 @@ INLINE float low_of(unsigned pair) {
 """
     + _product(64)
     + _product(128)
+    + _product(256)
 )
 
 SHARED = r"""
@@ -203,8 +204,8 @@ INLINE unsigned bits_above(float x) {  // of x where it is positive or NaN, as `
   return x > 0.0f || x != x ? (unsigned)__float_as_int(x) & 0x7fffffffu : 0u;
 }
 // Threshold and zero point of a range, and what a count needs, as neurons.thresholds.encode_parameters.
-// `unit` and `multiple` of it: the threshold, where those of all groups lie on one grid.
-struct Spikes { float threshold, zero, most, multiple, unit; };
+// `unit` and `multiple` of it: the threshold, where those of all groups lie on one grid. `inverse` of the threshold.
+struct Spikes { float threshold, zero, most, multiple, unit, inverse; };
 INLINE float zero_of(float below, float threshold, float most) {
   // Adding 3 * 2^22 rounds half to even.
   const float zero = __fadd_rn(__fadd_rn(__fdiv_rn(below, threshold), 12582912.0f), -12582912.0f);
@@ -214,7 +215,7 @@ INLINE Spikes spikes_of(unsigned below, unsigned above, float most, float clip) 
   const float low = __fmul_rn(-__int_as_float(below), clip), high = __fmul_rn(__int_as_float(above), clip);
   const float step = __fdiv_rn(__fadd_rn(high, -low), most);
   const float threshold = step < 1e-5f ? 1e-5f : step;  // NaN stays
-  return {threshold, zero_of(-low, threshold, most), most, 1.0f, threshold};
+  return {threshold, zero_of(-low, threshold, most), most, 1.0f, threshold, __fdiv_rn(1.0f, threshold)};
 }
 INLINE int count_of(float quotient, const Spikes& s) {  // of x / threshold
   return (int)fminf(fmaxf(__fadd_rn(quotient, __fadd_rn(s.zero, 0.5f)), 0.0f), s.most);

@@ -13,11 +13,8 @@ Where the thresholds of both are equal (MERGED), they have one sum.
 A residual goes to the L2 cache while the tile is multiplied, one of 16 bits from there to registers, 16 rows at a time.
 The tiles from `first_tile` up to `last_tile` are made: the last ones may be split for another launch (SPLIT = 2).
 
-With few tiles and one sum two TEAMS of warpgroups multiply every other block of positions each, so that one unpacks
-while the other's products run; then they exchange sums, and each makes the outputs of half of the rows.
-
-Macros: BM, BN, WORKERS (of a team), TEAMS (1 or 2), STAGES, KEPT, SPLIT, SEGMENTS (1 or 2), MERGED (then JOINT, too),
-BIAS, RESIDUAL, JOINT (one scale and zero point of weights for all segments), OUT (`primitives.OUTPUTS`).
+Macros: BM, BN, WORKERS, STAGES, KEPT, SPLIT, SEGMENTS (1 or 2), MERGED (then JOINT, too), BIAS, RESIDUAL, JOINT (one
+scale and zero point of weights for all segments), OUT (`primitives.OUTPUTS`).
 """
 
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
@@ -27,7 +24,7 @@ __all__ = ["BODY", "SOURCE", "shared_bytes"]
 
 
 def shared_bytes(
-    bm: int, bn: int, workers: int, teams: int, stages: int, kept: int, segments: int, merged: int
+    bm: int, bn: int, workers: int, stages: int, kept: int, segments: int, merged: int
 ) -> int:
     """Shared memory of a block: ring, waiting sums, tables, transposition, barriers, alignment."""
     values = bm * bn // 128 - workers * kept  # that wait here, a thread's of every warpgroup
@@ -35,23 +32,20 @@ def shared_bytes(
     waiting = values * 512 if sums == 2 else 0
     tables = 8 * bm * (segments + 1) + 16 * bn * segments + 4 * bn
     elsewhere = sums == 2 and kept <= bm * (bn // workers - 64) // 128  # all but the first 16 rows
-    turning = bn * 32 * (1 if elsewhere else bm // 16)
-    exchanged = (teams - 1) * bm * bn * 4
-    return stages * (bm * 128 + bn * 64) + waiting + tables + turning + exchanged + 256 + 1024
+    turning = bn * 32 * (1 if elsewhere else min(bm // 16, 8))
+    return stages * (bm * 128 + bn * 64) + waiting + tables + turning + 256 + 1024
 
 
 COPIES = r"""
 constexpr int OWN = BN / WORKERS, PIECES = OWN / 64, VALUES = BM / 2, WAITING = PIECES * VALUES - KEPT;
-constexpr int COUNT_BYTES = BM * 128, STAGE_BYTES = COUNT_BYTES + BN * 64, WARPS = 4 * WORKERS * TEAMS;
+constexpr int COUNT_BYTES = BM * 128, STAGE_BYTES = COUNT_BYTES + BN * 64, WARPS = 4 * WORKERS;
 constexpr int GROUPS = 2 * PIECES, PARTS = BM / 16, TURNING = PIECES * 512;
 constexpr int SUMS = SEGMENTS - MERGED;
-constexpr int TURNS = SUMS == 2 && KEPT <= (PIECES - 1) * VALUES ? 1 : PARTS / TEAMS;
+constexpr int TURNS = SUMS == 2 && KEPT <= (PIECES - 1) * VALUES ? 1 : PARTS < 8 ? PARTS : 8;
 static_assert(PIECES == 1 || PIECES == 2, "a piece is 64 outputs, of which a warp handles 16");
 static_assert(KEPT % 4 == 0 && KEPT <= PIECES * VALUES, "sums wait in fours");
-constexpr int MINE = VALUES / TEAMS, OWN_PARTS = PARTS / TEAMS;  // of a team in the outputs
-static_assert(TEAMS == 1 || (PIECES == 1 && STAGES % TEAMS == 0 && SUMS == 1), "teams");
 // Registers of a thread that copies, and of one that multiplies; who waits for more than the block has waits for ever.
-constexpr int LESS = WARPS == 8 ? 40 : 32, MORE = WARPS == 8 ? 232 : WARPS == 12 ? 160 : 112;
+constexpr int LESS = WARPS == 12 ? 32 : 40, MORE = WARPS == 12 ? 160 : 232;
 constexpr int THREADS = 128 + 32 * WARPS;
 static_assert(128 * LESS + 32 * WARPS * MORE <= 65536 / THREADS / 8 * 8 * THREADS, "registers");
 static_assert(STAGES >= 2 && 16 * STAGES + 16 <= 256 && STAGE_BYTES % 1024 == 0, "the ring");
@@ -90,9 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_tiles(
   float* bias_table = (float*)(column_table + SEGMENTS * BN);
   unsigned char* turning = (unsigned char*)(bias_table + BN);     // TURNS times, of every warp, TURNING bytes
   const unsigned base = shared_address(memory);
-  int4* exchanged = (int4*)(turning + WARPS * TURNS * TURNING);  // [WARPS][MINE / 4][32]
-  const unsigned full = shared_address(exchanged + (TEAMS - 1) * MINE / 4 * 32 * WARPS);
-  const unsigned empty = full + 8 * STAGES;
+  const unsigned full = shared_address(turning + WARPS * TURNS * TURNING), empty = full + 8 * STAGES;
   const unsigned table_full = empty + 8 * STAGES, table_empty = table_full + 8;
   const int group_of_warps = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int tiles_m = (rows + BM - 1) / BM, tiles_n = (columns + BN * SPLIT - 1) / (BN * SPLIT);
@@ -100,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_tiles(
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, 4 * WORKERS);
+      barrier_init(empty + 8 * s, WARPS);
     }
     barrier_init(table_full, 32);
     barrier_init(table_empty, WARPS);

@@ -4,8 +4,7 @@ __all__ = ["WORKERS"]
 
 WORKERS = r"""
     take_registers<MORE>();
-    const int team = (group_of_warps - 1) / WORKERS, worker = (group_of_warps - 1) % WORKERS;
-    const int thread = threadIdx.x - 128;
+    const int worker = group_of_warps - 1, thread = threadIdx.x - 128;
     const int g = lane / 4, t = lane % 4;
     const int first_output = worker * OWN + warp * 16 * PIECES;  // of the warp in its tile
     // ldmatrix: lanes 0-7 give the rows of the first matrix, and so on; chunks of 16 bytes, swizzled.
@@ -17,11 +16,11 @@ WORKERS = r"""
     // A descriptor: address / 16, 1024 bytes between groups of 8 rows, swizzle of 128 bytes.
     const u64 descriptor = 1ull << 62 | (u64)(1024 / 16) << 32 | 1ull << 16 | (base >> 4);
     int acc[PIECES][VALUES];
-    int kept[SUMS == 2 && KEPT > 0 ? KEPT : 1], mine[TEAMS == 2 ? MINE : 1];
+    int kept[SUMS == 2 && KEPT > 0 ? KEPT : 1];
     unsigned operand[2][8];
-    int stage = team, parity = 0, table_parity = 0;  // of the next block of the team
+    int stage = 0, parity = 0, table_parity = 0;
     auto release = [&]() {  // the stage before the current one
-      if (lane == 0) barrier_arrive(empty + 8 * (stage < TEAMS ? STAGES + stage - TEAMS : stage - TEAMS));
+      if (lane == 0) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1));
     };
     unsigned packed[GROUPS][4];
     auto load_block = [&]() {
@@ -49,20 +48,10 @@ WORKERS = r"""
         multiply(acc[j / 2], a + 4, counts_here + 2 * (j % 2) + 4, 1);
         commit();
       }
-      if ((stage += TEAMS) >= STAGES) stage -= STAGES, parity ^= 1;
+      if (++stage == STAGES) stage = 0, parity ^= 1;
       if (more) load_block();  // while the products run
     };
-    int behind = team;  // blocks until the next one of the team
     auto multiply_segment = [&](int count) {
-      if (TEAMS == 2) {
-        const int own = (count - behind + 1) / 2;
-        behind = behind + 2 * own - count, count = own;
-        if (own == 0) {
-#pragma unroll
-          for (int v = 0; v < VALUES; v++) acc[0][v] = 0;
-          return;
-        }
-      }
       load_block();
       for (int i = 0; i < count; i++) multiply_block(i, i + 1 < count);
       finish<0>();
@@ -71,13 +60,12 @@ WORKERS = r"""
     // The outputs of a row that a warp makes are CHUNKS times 16 bytes; it stores LINES rows at a time.
     constexpr int CHUNKS = 2 * PIECES, LINES = 32 / CHUNKS;
     const int line = lane / CHUNKS, chunk = lane % CHUNKS;
-    const int part0 = TEAMS == 2 ? team * OWN_PARTS : 0;  // the first 16 rows of the team
     // What a lane adds to the outputs that it stores of 16 rows; asked for ahead.
     uint4 added[PIECES];
     auto load_residual = [&](Tile tile, int j) {
 #pragma unroll
       for (int p = 0; p < PIECES; p++) {
-        const int at_m = tile.m + 16 * (part0 + j) + LINES * p + line, at_n = tile.n + first_output + chunk * 8;
+        const int at_m = tile.m + 16 * j + LINES * p + line, at_n = tile.n + first_output + chunk * 8;
         if (at_m < rows && at_n < columns)
           added[p] = *(const uint4*)((const unsigned short*)residual + (i64)at_m * columns + at_n);
       }
@@ -85,11 +73,11 @@ WORKERS = r"""
     auto far_at = [&](int position) {
       return waiting + ((thread / 32) * (WAITING / 4) + (position - KEPT) / 4) * 32;
     };
-    // Where the outputs of 16 rows, number j, are transposed: in places of their own, or where the sums of the 16 rows
+    // Where the outputs of 16 rows, number j, are transposed: in turn in some places, or where the sums of the 16 rows
     // before have waited, those of the last piece.
     auto turning_at = [&](int j) {
       if (TURNS == 1 && j > 0) return (unsigned char*)far_at((PIECES - 1) * VALUES + 8 * (j - 1));
-      return turning + (thread / 32) * TURNING + (TURNS == 1 ? 0 : j) * (WARPS * TURNING);
+      return turning + (thread / 32) * TURNING + (TURNS == 1 ? 0 : j % TURNS) * (WARPS * TURNING);
     };
     auto store_rows = [&](Tile tile, int j) {
       const unsigned char* from = turning_at(j);
@@ -99,7 +87,7 @@ WORKERS = r"""
         eight[p] = *(const uint4*)(from + turned(LINES * p + line, chunk));
 #pragma unroll
       for (int p = 0; p < PIECES; p++) {
-        const int at_m = tile.m + 16 * (part0 + j) + LINES * p + line, at_n = tile.n + first_output + chunk * 8;
+        const int at_m = tile.m + 16 * j + LINES * p + line, at_n = tile.n + first_output + chunk * 8;
         const uint4 own = eight[p], more = added[p];
         const uint4 all = RESIDUAL ? uint4{sums(own.x, more.x), sums(own.y, more.y),
                                            sums(own.z, more.z), sums(own.w, more.w)}
@@ -107,32 +95,11 @@ WORKERS = r"""
         if (at_m < rows && at_n < columns)
           *(uint4*)((unsigned short*)out + (i64)at_m * columns + at_n) = all;
       }
-      if (RESIDUAL && j + 1 < OWN_PARTS) load_residual(tile, j + 1);
+      if (RESIDUAL && j + 1 < PARTS) load_residual(tile, j + 1);
     };
     auto slabs_are_free = [&]() {
-      if (IN_BOXES && lane == 0) stores_have_read();
+      if (IN_BOXES && lane == 0) stores_have_read<0>();
       __syncwarp();
-    };
-    // Sums of a team's positions for those of its rows.
-    auto exchanged_by = [&](int warps) { return exchanged + warps * (MINE / 4 * 32) + lane; };
-    const int other_team = (thread / 32 + WARPS / 2) % WARPS;
-    auto exchange = [&]() {
-#pragma unroll
-      for (int v = 0; v < MINE; v += 4) {
-        int four[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int first = finished(acc[0][v + e]), second = finished(acc[0][v + MINE + e]);
-          four[e] = team ? first : second, mine[v + e] = team ? second : first;
-        }
-        exchanged_by(thread / 32)[v / 4 * 32] = make_int4(four[0], four[1], four[2], four[3]);
-      }
-      workers_meet<32 * WARPS>();
-#pragma unroll
-      for (int v = 0; v < MINE; v += 4) {
-        const int4 four = exchanged_by(other_team)[v / 4 * 32];
-        mine[v] += four.x, mine[v + 1] += four.y, mine[v + 2] += four.z, mine[v + 3] += four.w;
-      }
     };
     if (RESIDUAL) wait_for_kernel_in_front();
     for (int index = first_tile + blockIdx.x; index < last_tile; index += gridDim.x, table_parity ^= 1) {
@@ -160,7 +127,6 @@ WORKERS = r"""
       barrier_wait(table_full, table_parity);
       if (RESIDUAL && IN_PAIRS) load_residual(tile, 0);
       if (SUMS == 1) slabs_are_free();
-      if (TEAMS == 2) exchange();  // who waits for the tables knows that all have read what was exchanged before
       int4 of_column[PIECES][2][SEGMENTS];  // zu and the row sum with the sign that they are added with
       float add[PIECES][2];
 #pragma unroll
@@ -176,17 +142,17 @@ WORKERS = r"""
         }
       int4 of_row[SEGMENTS + 1];
 #pragma unroll
-      for (int q = 0; q <= SEGMENTS; q++) of_row[q] = row_table[(8 * part0 + t) * (SEGMENTS + 1) + q];
+      for (int q = 0; q <= SEGMENTS; q++) of_row[q] = row_table[t * (SEGMENTS + 1) + q];
 #pragma unroll
-      for (int j = 0; j < OWN_PARTS; j++) {
+      for (int j = 0; j < PARTS; j++) {
         unsigned pairs[PIECES][4];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          const int m = 16 * (part0 + j) + 8 * i + 2 * t, v = 8 * j + 4 * i;
+          const int m = 16 * j + 8 * i + 2 * t, v = 8 * j + 4 * i;
           int4 row[SEGMENTS + 1];
 #pragma unroll
           for (int q = 0; q <= SEGMENTS; q++) row[q] = of_row[q];
-          if (i == 0 || j + 1 < OWN_PARTS)  // the next rows
+          if (i == 0 || j + 1 < PARTS)  // the next rows
 #pragma unroll
             for (int q = 0; q <= SEGMENTS; q++)
               of_row[q] = row_table[(m / 2 + 4) * (SEGMENTS + 1) + q];
@@ -209,7 +175,7 @@ WORKERS = r"""
                 const int4 column = of_column[p][e / 2][JOINT ? 0 : s], factors = row[2 * s], counted = row[1];
                 const int of_first = e % 2 ? counted.y : counted.x, of_second = e % 2 ? counted.w : counted.z;
                 const int count = MERGED ? of_first + of_second : s == 0 ? of_first : of_second;
-                int a = s == 1 ? other[e] : TEAMS == 2 ? mine[v + e] : finished(acc[p][v + e]);
+                int a = s == 1 ? other[e] : finished(acc[p][v + e]);
                 a += column.y * count;
 #pragma unroll
                 for (int part = s; part <= s + MERGED; part++)
@@ -246,6 +212,10 @@ WORKERS = r"""
         if (!IN_PAIRS) continue;
         // Transpose 16 outputs x 16 rows a piece: neighbours in memory become neighbours in a warp.
         if (!IN_BOXES && j > 0) store_rows(tile, j - 1);
+        if (IN_BOXES && TURNS > 1 && j >= TURNS) {  // the place of one that is stored
+          if (lane == 0) stores_have_read<TURNS - 1>();
+          __syncwarp();
+        }
         const int lane_row = lane / 16 * 8 + lane % 8, lane_chunk = lane / 8 % 2;
 #pragma unroll
         for (int p = 0; p < PIECES; p++)
@@ -253,9 +223,9 @@ WORKERS = r"""
         if (IN_BOXES) show_to_stores();
         __syncwarp();
         if (IN_BOXES && lane == 0)
-          box_store(&outputs, 2 * (tile.n + first_output), tile.m + 16 * (part0 + j), shared_address(turning_at(j)));
+          box_store(&outputs, 2 * (tile.n + first_output), tile.m + 16 * j, shared_address(turning_at(j)));
       }
-      if (IN_PAIRS && !IN_BOXES) store_rows(tile, OWN_PARTS - 1);
+      if (IN_PAIRS && !IN_BOXES) store_rows(tile, PARTS - 1);
       __syncwarp();
       if (lane == 0) barrier_arrive(table_empty);
     }
