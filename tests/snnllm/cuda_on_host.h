@@ -173,11 +173,11 @@ static void box_store(const Map* map, int column, int row, unsigned from) {  // 
       }
   });
 }
-template <int LEFT> static void stores_have_read() {
-  auto& stores = me().stores;
-  for (; stores.size() > LEFT; stores.erase(stores.begin())) stores.front()();
+static void finish_stores() {
+  for (auto& store : me().stores) store();
+  me().stores.clear();
 }
-static void finish_stores() { stores_have_read<0>(); }
+static void stores_have_read() { finish_stores(); }
 static void show_to_stores() {}
 
 static std::map<const unsigned char*, int> fetched;  // of a launch: where each begins, and its bytes

@@ -39,11 +39,11 @@ needs_compiler = pytest.mark.skipif(
 
 MOST_SHARED = 227 * 1024
 SHAPES = [
-    *cuda_linear._HALVES.values(),
+    cuda_linear._HALF,
     *(
-        choose_shape(m, n, 132, sums)
-        for m, n, sums in itertools.product(
-            (1, 8, 16, 17, 32, 33, 64, 256, 512, 513, 4096), (512, 4096, 11008), (1, 2)
+        choose_shape(m, n, 132)
+        for m, n in itertools.product(
+            (1, 8, 16, 17, 32, 33, 64, 256, 512, 513, 4096), (512, 4096, 11008)
         )
     ),
 ]
@@ -111,7 +111,7 @@ def test_handles_of_kernels_are_passed_whole(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("rows", range(1, 33))
 def test_shared_memory_of_few_rows_fits(rows: int) -> None:
     for columns in (64, 4096, 11008, 28672):
-        shape = choose_shape(rows, columns, 132, 2)
+        shape = choose_shape(rows, columns, 132)
         assert isinstance(shape, Rows)
         rows8 = 1 << (-(-rows // 8) - 1).bit_length()
         shared = cuda_rows_source.shared_bytes(rows8, shape.strips, shape.stages, 2, 0, residual=4)
@@ -122,9 +122,9 @@ def test_shared_memory_of_few_rows_fits(rows: int) -> None:
 @pytest.mark.parametrize("rows", [33, 64, 128, 256, 512, 2048, 16384])
 def test_shared_memory_of_many_rows_fits(rows: int) -> None:
     for columns, merged in itertools.product((64, 4096, 11008, 28672), (0, 1)):
-        shape = choose_shape(rows, columns, 132, 2 - merged)
+        shape = choose_shape(rows, columns, 132)
         assert isinstance(shape, Tiles)
-        for one in {shape, cuda_linear._HALVES.get(shape, shape)}:
+        for one in (shape, cuda_linear._HALF):
             assert one.shared_bytes(2, merged) <= MOST_SHARED
         assert 0 <= shape.kept <= shape.bm * shape.bn // 128 // shape.workers
 

@@ -243,22 +243,11 @@ TILES = [
     (130, {"BM": 128, "BN": 192, "WORKERS": 3, "STAGES": 2, "KEPT": 0, "SPLIT": 1}),
     (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 4, "KEPT": 52, "SPLIT": 1}),
     (140, {"BM": 128, "BN": 64, "WORKERS": 1, "STAGES": 3, "KEPT": 64, "SPLIT": 1}),
-    (150, {"BM": 256, "BN": 128, "WORKERS": 2, "STAGES": 2, "KEPT": 0, "SPLIT": 1}),
 ]
 
 
 SHAPES = [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TILES)]
-SHAPE_NAMES = [
-    "rows1",
-    "wide1",
-    "rows13",
-    "rows32",
-    "tiles64",
-    "tiles192",
-    "tiles256",
-    "narrow",
-    "tall",
-]
+SHAPE_NAMES = ["rows1", "wide1", "rows13", "rows32", "tiles64", "tiles192", "tiles256", "narrow"]
 
 
 def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:
@@ -272,7 +261,7 @@ def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:
                 case,
                 id=f"{where}-{name}",
                 marks=[pytest.mark.slow]
-                * (where in ("tiles64", "tiles192", "narrow", "tall") and name != quick),
+                * (where in ("tiles64", "tiles192", "narrow") and name != quick),
             )
             for (where, shape), (name, case) in pairs
         ],

@@ -60,9 +60,8 @@ class Tiles(NamedTuple):
 
 
 _LARGE = Tiles(128, 256, 2, 4, 52)
-_TALL = Tiles(256, 128, 2, 4, 0)
-_HALVES = {_LARGE: Tiles(128, 128, 2, 6, 64, split=2), _TALL: Tiles(256, 64, 1, 5, 0, split=2)}
-"""Halves of large tiles, for the last ones where they fill at most half the device."""
+_HALF = Tiles(128, 128, 2, 6, 64, split=2)
+"""Half a large tile, for the last ones where they fill at most half the device."""
 
 
 def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> str | None:
@@ -82,10 +81,10 @@ def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> 
     return without(device)
 
 
-def choose_shape(rows: int, columns: int, processors: int, sums: int) -> Rows | Tiles:
-    """Kernel and tile sizes for M rows and N columns on so many multiprocessors; sums of an output: 1 or 2.
+def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
+    """Kernel and tile sizes for M rows and N columns on so many multiprocessors.
 
-    Measured on an H100; for one row on an H200.
+    Measured on an H100; for one row, and for 64 and 256 rows, on an H200.
     """
     if rows <= _FEW_ROWS:
         if columns <= 32 * processors:  # a block of threads has a multiprocessor of its own
@@ -94,12 +93,19 @@ def choose_shape(rows: int, columns: int, processors: int, sums: int) -> Rows | 
             return Rows(4, 2, 2)
         return Rows(2, 3, 2) if rows <= 8 else Rows(2, 2, 3 if rows <= 16 else 2)
     if rows <= 512:
-        # Few tiles: small ones, or what fills the multiprocessors once.
-        once = -(-rows // 128) * -(-columns // 192)
-        if processors // 2 < once <= processors:
+
+        def tiles(bm: int, bn: int) -> int:
+            return -(-rows // bm) * -(-columns // bn)
+
+        # Few tiles: the smallest that fill the multiprocessors once, of one warpgroup, or three.
+        if tiles(64, 64) <= processors:
+            return Tiles(64, 64, 1, 8, 32)
+        if tiles(128, 64) <= processors:
+            return Tiles(128, 64, 1, 8, 64)
+        if processors // 2 < tiles(128, 192) <= processors:
             return Tiles(128, 192, 3, 4, 0)
         return Tiles(64, 128, 2, 8, 32)
-    return _TALL if sums == 1 else _LARGE
+    return _LARGE
 
 
 def launch(
@@ -135,7 +141,7 @@ def launch(
     segments = row_sum.shape[1]
     multiprocessors = processors(count.device)
     merged = merged and segments == 2 and out.dtype != torch.int32
-    shape = choose_shape(rows, columns, multiprocessors, segments - merged)
+    shape = choose_shape(rows, columns, multiprocessors)
     macros = {
         "SEGMENTS": segments,
         "MERGED": int(merged),
@@ -153,11 +159,10 @@ def launch(
     macros["JOINT"] = int(weight_groups == 1)
     operands, sizes = (count, weight), (out, *sizes)
     tiles = -(-rows // shape.bm) * -(-columns // shape.bn)
-    half = _HALVES.get(shape)
-    whole = whole_tiles(tiles, multiprocessors) if half else tiles
+    whole = whole_tiles(tiles, multiprocessors) if shape == _LARGE else tiles
     _launch_tiles(shape, macros, operands, parameters, sizes, (0, whole))
-    if half and whole < tiles:
-        _launch_tiles(half, macros, operands, parameters, sizes, (whole, tiles))
+    if whole < tiles:
+        _launch_tiles(_HALF, macros, operands, parameters, sizes, (whole, tiles))
 
 
 def whole_tiles(tiles: int, processors: int) -> int:

@@ -87,9 +87,7 @@ INLINE void box_store(const Map* map, int column, int row, unsigned from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
                "cp.async.bulk.commit_group;" ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory");
 }
-template <int LEFT> INLINE void stores_have_read() {  // but the last ones
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
-}
+INLINE void stores_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 INLINE void finish_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 INLINE void show_to_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -196,7 +194,6 @@ INLINE float low_of(unsigned pair) {
 """
     + _product(64)
     + _product(128)
-    + _product(256)
 )
 
 SHARED = r"""

@@ -32,7 +32,7 @@ def shared_bytes(
     waiting = values * 512 if sums == 2 else 0
     tables = 8 * bm * (segments + 1) + 16 * bn * segments + 4 * bn
     elsewhere = sums == 2 and kept <= bm * (bn // workers - 64) // 128  # all but the first 16 rows
-    turning = bn * 32 * (1 if elsewhere else min(bm // 16, 8))
+    turning = bn * 32 * (1 if elsewhere else bm // 16)
     return stages * (bm * 128 + bn * 64) + waiting + tables + turning + 256 + 1024
 
 
@@ -41,7 +41,7 @@ constexpr int OWN = BN / WORKERS, PIECES = OWN / 64, VALUES = BM / 2, WAITING = 
 constexpr int COUNT_BYTES = BM * 128, STAGE_BYTES = COUNT_BYTES + BN * 64, WARPS = 4 * WORKERS;
 constexpr int GROUPS = 2 * PIECES, PARTS = BM / 16, TURNING = PIECES * 512;
 constexpr int SUMS = SEGMENTS - MERGED;
-constexpr int TURNS = SUMS == 2 && KEPT <= (PIECES - 1) * VALUES ? 1 : PARTS < 8 ? PARTS : 8;
+constexpr int TURNS = SUMS == 2 && KEPT <= (PIECES - 1) * VALUES ? 1 : PARTS;
 static_assert(PIECES == 1 || PIECES == 2, "a piece is 64 outputs, of which a warp handles 16");
 static_assert(KEPT % 4 == 0 && KEPT <= PIECES * VALUES, "sums wait in fours");
 // Registers of a thread that copies, and of one that multiplies; who waits for more than the block has waits for ever.

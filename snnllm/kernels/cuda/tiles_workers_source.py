@@ -73,11 +73,11 @@ WORKERS = r"""
     auto far_at = [&](int position) {
       return waiting + ((thread / 32) * (WAITING / 4) + (position - KEPT) / 4) * 32;
     };
-    // Where the outputs of 16 rows, number j, are transposed: in turn in some places, or where the sums of the 16 rows
+    // Where the outputs of 16 rows, number j, are transposed: in places of their own, or where the sums of the 16 rows
     // before have waited, those of the last piece.
     auto turning_at = [&](int j) {
       if (TURNS == 1 && j > 0) return (unsigned char*)far_at((PIECES - 1) * VALUES + 8 * (j - 1));
-      return turning + (thread / 32) * TURNING + (TURNS == 1 ? 0 : j % TURNS) * (WARPS * TURNING);
+      return turning + (thread / 32) * TURNING + (TURNS == 1 ? 0 : j) * (WARPS * TURNING);
     };
     auto store_rows = [&](Tile tile, int j) {
       const unsigned char* from = turning_at(j);
@@ -98,7 +98,7 @@ WORKERS = r"""
       if (RESIDUAL && j + 1 < PARTS) load_residual(tile, j + 1);
     };
     auto slabs_are_free = [&]() {
-      if (IN_BOXES && lane == 0) stores_have_read<0>();
+      if (IN_BOXES && lane == 0) stores_have_read();
       __syncwarp();
     };
     if (RESIDUAL) wait_for_kernel_in_front();
@@ -212,10 +212,6 @@ WORKERS = r"""
         if (!IN_PAIRS) continue;
         // Transpose 16 outputs x 16 rows a piece: neighbours in memory become neighbours in a warp.
         if (!IN_BOXES && j > 0) store_rows(tile, j - 1);
-        if (IN_BOXES && TURNS > 1 && j >= TURNS) {  // the place of one that is stored
-          if (lane == 0) stores_have_read<TURNS - 1>();
-          __syncwarp();
-        }
         const int lane_row = lane / 16 * 8 + lane % 8, lane_chunk = lane / 8 % 2;
 #pragma unroll
         for (int p = 0; p < PIECES; p++)
