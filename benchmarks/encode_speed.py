@@ -73,7 +73,7 @@ class Layer:
         """Arguments of the encoding kernels behind the inputs."""
         order = self.order if gather else None
         taken = self.offset if offset else None
-        return order, self.segments, self.capacities, self.encoder.clip, False, taken
+        return order, self.segments, self.capacities, self.encoder.clip, 0, taken
 
     def expected(self, row: Tensor, offset: bool = False) -> tuple[Tensor, ...]:
         """Counts in encoded order, thresholds and bias charges by torch."""

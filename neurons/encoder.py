@@ -8,11 +8,10 @@ For one token (row) and one channel group g of capacity ``qmax = T_g * (L-1)``::
     q  = clip(floor(x / s + (z + 1/2)), 0, qmax)      spike count
     x_hat = s * (q - z)
 
-Commensurate thresholds are rounded up to multiples of one unit per token between the first and the
-second line (:func:`neurons.thresholds.commensurate`). All of it
-
-in float32 with IEEE division and without fused multiply-add, so that every execution of this
-expression (the closed form here, the neuron step by step, a kernel) gives the same integers.
+Commensurate thresholds are these s, rounded up to multiples of one unit per token before z and q
+(:func:`neurons.thresholds.commensurate`). All of it is in float32 with IEEE division and without
+fused multiply-add, so that every execution of this expression (the closed form here, the neuron
+step by step, a kernel) gives the same integers.
 
 Source: SpikeLLM (arXiv 2407.04752), saliency-based spiking of LLM activations.
 """
@@ -105,7 +104,8 @@ class SpikeEncoder(ChannelGroups):
             range.
         backend: what runs :meth:`encode`: "torch", "triton" (one kernel, without gradients), or
             "auto" for Triton on CUDA tensors where it is installed, no gradient is recorded and
-            there are at most 16 groups, and torch otherwise. The integers are the same.
+            there are at most 16 groups, and torch otherwise. The integers are the same. Commensurate
+            thresholds and their counts are always made by torch.
 
     Attributes:
         channel_group: the groups, a persistent uint8 buffer.

@@ -127,7 +127,8 @@ def commensurate(threshold: Tensor, capacities: Sequence[int]) -> tuple[Tensor, 
         cost = max_g (u_n * m_g) / s_g
 
     of which the least cost is taken, of equal ones the largest n. The charge ``m_g * q`` of a spike
-    count is at most 255. One group keeps its threshold. NaN and infinity give NaN or infinity.
+    count is at most 255. One group keeps its threshold. NaN and infinity give NaN or infinity,
+    by which multiple is undefined.
 
     Args:
         threshold: s, thresholds of split ranges, float32 ``[.., G]``, positive.
@@ -162,7 +163,7 @@ def unit_of(threshold: Tensor, multiple: Tensor) -> Tensor:
     """The unit ``[.., 1]`` of commensurate thresholds and multiples, both ``[.., G]``; exact."""
     if threshold.shape[-1] == 1:
         return threshold
-    # The quotient is within 2**-24 of a number of 19 bits, the nearest one.
+    # The quotient is within 2**-23 of a number of 19 bits, the nearest one.
     quotient = threshold[..., :1] / multiple[..., :1]
     return ((quotient.view(torch.int32) + 16) & _UNIT_BITS).view(torch.float32)
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from neurons import Encoding, SpikeEncoder
+from neurons.modes import ValueRange
 
 _ROW_ALIGNMENT = 16
 _LOW_CAPACITY = 15
@@ -131,9 +132,21 @@ class RowLayout:
 
 
 class RowEncoder(SpikeEncoder):
-    """A `SpikeEncoder` of attention operands that knows how their rows are stored."""
+    """A `SpikeEncoder` of attention operands that knows how their rows are stored.
+
+    Raises:
+        ValueError: The range is commensurate.
+    """
 
     _layout: tuple[Tensor, int, RowLayout] | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.value_range == ValueRange.COMMENSURATE:
+            raise ValueError(
+                f"{self.name or 'encoder'}: operands of attention have split or shared ranges; their "
+                "kernels and their cache know no commensurate thresholds"
+            )
 
     @property
     def layout(self) -> RowLayout:

@@ -113,7 +113,7 @@ class OperationRow:
         ace: Arithmetic computation effort of the spiking matmul.
         weights: Number of weights, 0 in attention.
         weight_bytes: Bytes of the stored weight with its scales.
-        scale_operations: Float multiplications of encoders, scales and zero points.
+        scale_operations: Multiplications of encoders, scales, zero points and multiples of commensurate thresholds.
     """
 
     name: str

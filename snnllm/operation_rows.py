@@ -63,13 +63,17 @@ def _count_bits(encoder: SpikeEncoder) -> float:
 def _scales(module: SpikingLinear) -> int:
     """Multiplications per token: a division per neuron, two scales and a zero point a sum.
 
-    Merged sums have an integer multiple and a zero point each, and two scales together.
+    With commensurate thresholds a sum has an integer multiple, too; merged ones have two scales together.
     """
     encoded = module.layout.activation_bits != FLOAT_BITS
     integer = encoded and module.layout.weight_bits != FLOAT_BITS
     sums = len(module.spec().segments) if integer else 0
-    a_sum = 2 * (sums + 1) if integer and module.spec().merged else 3 * sums
-    return (module.in_features if encoded else 0) + module.out_features * a_sum
+    of_outputs = 0
+    if integer:
+        spec = module.spec()
+        multiples = sums if spec.encoder.commensurate and len(spec.encoder.sizes) > 1 else 0
+        of_outputs = 2 * (1 if spec.merged else sums) + sums + multiples
+    return (module.in_features if encoded else 0) + module.out_features * of_outputs
 
 
 def _weight_bytes(module: SpikingLinear) -> int:

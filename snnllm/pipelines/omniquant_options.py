@@ -64,7 +64,7 @@ class OmniQuantOptions:
         clip_rate: Learning rate of weight clipping (LWC), and of activation clipping.
         clip_activations: Learn clip factors of the ranges of activations per channel group.
         offset: Take a learned offset (the shift of LET) off every input of a linear.
-        segment_scales: Weight scales per saliency group of the input.
+        segment_scales: Weight scales per saliency group of the input; not with commensurate thresholds.
         query_groups: Q has the channel groups and steps of K.
         key_offset: Take the mean of the keys before training off, in front of their encoder.
         rotate: Start from the rotated basis of the `rotated` pipeline instead of the channels; float

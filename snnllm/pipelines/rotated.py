@@ -69,7 +69,8 @@ class RotatedOptions:
         offset: Take the mean off every input. (The fit has an output offset in any case.)
         key_offset: Take the mean off the keys.
         clip: Search the clip ratio of each input and group.
-        segment_scales: Weight scales per saliency group of the input instead of per output channel.
+        segment_scales: Weight scales per saliency group of the input instead of per output channel; not with
+            commensurate thresholds, whose one sum has one scale.
         query_groups: Q has the channel groups and steps of K.
         compensate: Fit outputs to the float model; without it GPTQ rounds the original weights.
         ridge: Weight of the original weights in the fit, in units of the mean input variance.

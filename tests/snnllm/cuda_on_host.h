@@ -51,6 +51,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> copies;  // groups; the last one is open
   std::vector<std::vector<Product>> products;
   std::vector<std::function<void()>> stores;  // of boxes
+  bool shown = false;                         // what it wrote is, to a store
   unsigned exchange[8];
   unsigned address;
 };
@@ -163,6 +164,10 @@ static void box_copy(unsigned to, const Map* map, int column, int row, unsigned 
 static void box_store(const Map* map, int column, int row, unsigned from) {  // read as late as its wait allows
   const HostMap m = *(const HostMap*)map;
   if (from % (m.box_columns * 8)) { fprintf(stderr, "a box is not where its swizzle begins\n"); exit(6); }
+  for (int lane = 0; lane < 32; lane++) {
+    if (!lane_of_warp(lane).shown) { fprintf(stderr, "stored before it is shown\n"); exit(6); }
+    lane_of_warp(lane).shown = false;
+  }
   me().stores.push_back([=] {
     for (i64 r = 0; r < m.box_rows; r++)
       for (i64 c = 0; c < m.box_columns; c++) {
@@ -178,7 +183,7 @@ static void finish_stores() {
   me().stores.clear();
 }
 static void stores_have_read() { finish_stores(); }
-static void show_to_stores() {}
+static void show_to_stores() { me().shown = true; }
 
 static std::map<const unsigned char*, int> fetched;  // of a launch: where each begins, and its bytes
 static void fetch(const void* from, int bytes) {

@@ -489,3 +489,8 @@ def test_one_graph_for_the_compiler(model, token_ids, static):
     torch.testing.assert_close(logits, expected)
     assert len(graphs) == 1
     assert graphs[0].count("snnllm.attend") == graphs[0].count("snnllm.encode_key_value") == 2
+
+
+def test_operands_have_no_commensurate_thresholds() -> None:
+    with pytest.raises(ValueError, match="operands of attention"):
+        RowEncoder(torch.zeros(2, 4, dtype=torch.uint8), (1, 2), 4, value_range="commensurate")

@@ -581,19 +581,19 @@ def test_other_norms_run_on_triton(
 
 
 RESIDUALS = {
-    f"{name}-{kind}{'-bias' * bias}": (sizes, dtype, bias)
+    f"{name}-{kind}{'-bias' * bias}": (sizes, dtype, bias, False)
     for name, sizes in (("one", (300,)), ("two", (130, 33)))
     for kind, dtype in (("half", torch.bfloat16), ("float", torch.float32))
     for bias in (False, True)
-}
+} | {"commensurate": ((130, 33), torch.bfloat16, True, True)}
 
 
-@everywhere(list(RESIDUALS.values()), list(RESIDUALS), quick="two-half")
+@everywhere(list(RESIDUALS.values()), list(RESIDUALS), quick="commensurate")
 def test_a_residual_is_added_to_rounded_outputs(build: Any, shape: Any, case: Any) -> None:
     name, rows, macros = shape
-    sizes, dtype, bias = case
+    sizes, dtype, bias, commensurate = case
     n = 40 if name == "rows" else 264
-    spec = spec_of(n, sizes, (15, 30)[: len(sizes)], bias)
+    spec = spec_of(n, sizes, (15, 30)[: len(sizes)], bias, commensurate)
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, sum(sizes), generator=generator)
     reference = ReferenceBackend()

@@ -17,10 +17,13 @@ from neurons.modes import ValueRange
 from neurons.thresholds import parameters, unit_of
 
 pytest.importorskip("triton", reason="the package triton is not installed")
+from neurons.backends.triton_encode import encode_rows
 from snnllm.kernels.cuda import driver as cuda_driver
 from snnllm.kernels.cuda import encode_plain, encode_source, plain_source
+from snnllm.kernels.cuda.driver import without
 from snnllm.kernels.cuda.encode_plain import PlainRows, Shape, choose_shape, plain_launch
 from snnllm.kernels.cuda.primitives import PREAMBLE, SHARED
+from snnllm.kernels.triton.plain import encode_plain_rows
 from tests.snnllm.test_cuda_on_host import COMPILER, FLAGS, launched
 
 on_host = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -67,7 +70,7 @@ ENTRY = r"""
 extern "C" void launch(int blocks, int threads, void** p, const int* n, const float*) {
   run(blocks, threads, [&] {
     encode_plain(p[0], (const float*)p[1], (const float*)p[2], (const float*)p[3], (unsigned char*)p[4], (float*)p[5],
-                 (int*)p[6], (int*)p[7], n[0], n[1]);
+                 (int*)p[6], (int*)p[7], n[0]);
   });
 }
 """
@@ -75,6 +78,7 @@ HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 CAPACITIES = (15, 30)
 MODES = list(ValueRange)
 OWN, ONE, GRID = range(3)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -166,22 +170,22 @@ def encoded(build: Any, rows: PlainRows, shape: Shape | None) -> tuple[Tensor, .
 @pytest.mark.parametrize(
     ("sizes", "dtype", "shape", "options"),
     [
-        ((64,), BRAIN, Shape(32, 1, 1), {}),
-        ((64,), HALF, Shape(32, 4, 1), {"many": 6}),  # a block of which half is idle
-        ((4096,), BRAIN, Shape(64, 1, 1), {}),
-        ((512, 64), BRAIN, Shape(32, 1, 1), {"many": 70}),  # padding; more rows than start early
-        ((512, 64), HALF, Shape(64, 1, 1), {"front": False}),
-        ((500, 76), BRAIN, Shape(64, 1, 1), {}),  # in fours
-        ((500, 76), FLOAT, Shape(32, 1, 1), {"offset": True}),
-        ((1536 - 192, 192), FLOAT, Shape(128, 1, 1), {}),
-        ((1536 - 192, 192), HALF, Shape(32, 2, 1), {"offset": True, "clip": 0.7}),
-        ((1536 - 192, 192), BRAIN, Shape(64, 1, 1), {"mode": ONE, "clip": 0.3}),
-        ((1536 - 192, 192), BRAIN, Shape(32, 1, 1), {"mode": GRID}),
-        ((1536 - 192, 192), FLOAT, Shape(64, 1, 1), {"mode": GRID, "offset": True}),
-        ((3584, 512), BRAIN, Shape(64, 1, 1), {"capacities": (127, 255)}),
-        ((3584, 512), BRAIN, Shape(512, 1, 1), {"mode": GRID}),
-        ((9984, 1024), BRAIN, Shape(128, 1, 1), {"many": 5}),
-        ((9984, 1024), HALF, Shape(256, 1, 1), {"many": 5, "clip": 0.9}),
+        ((64,), BRAIN, Shape(32, 1), {}),
+        ((64,), HALF, Shape(32, 1), {"many": 6}),
+        ((4096,), BRAIN, Shape(64, 1), {}),
+        ((512, 64), BRAIN, Shape(32, 1), {"many": 70}),  # padding; more rows than start early
+        ((512, 64), HALF, Shape(64, 1), {"front": False}),
+        ((500, 76), BRAIN, Shape(64, 1), {}),  # in fours
+        ((500, 76), FLOAT, Shape(32, 1), {"offset": True}),
+        ((1536 - 192, 192), FLOAT, Shape(128, 1), {}),
+        ((1536 - 192, 192), HALF, Shape(32, 1), {"offset": True, "clip": 0.7}),
+        ((1536 - 192, 192), BRAIN, Shape(64, 1), {"mode": ONE, "clip": 0.3}),
+        ((1536 - 192, 192), BRAIN, Shape(32, 1), {"mode": GRID}),
+        ((1536 - 192, 192), FLOAT, Shape(64, 1), {"mode": GRID, "offset": True}),
+        ((3584, 512), BRAIN, Shape(64, 1), {"capacities": (127, 255)}),
+        ((3584, 512), BRAIN, Shape(512, 1), {"mode": GRID}),
+        ((9984, 1024), BRAIN, Shape(128, 1), {"many": 5}),
+        ((9984, 1024), HALF, Shape(256, 1), {"many": 5, "clip": 0.9}),
     ],
     ids=str,
 )
@@ -207,7 +211,7 @@ def test_rows_may_lie_anywhere(build: Any, start: int) -> None:
     one = torch.ones(2)
     rows = PlainRows(x, None, one * 15, one, layout((512, 64)), OWN)
     assert encode_plain._is_wide(rows) == (start == 8)
-    shape = Shape(64, 1, 1)
+    shape = Shape(64, 1)
     for mine, other in zip(encoded(build, rows, shape), expected(rows), strict=True):
         assert torch.equal(mine, other)
 
@@ -227,7 +231,7 @@ def test_rows_out_of_range(build: Any, dtype: torch.dtype, mode: int) -> None:
     x[6, 3] = -largest / 3
     ones = torch.ones(2)
     rows = PlainRows(x, None, torch.tensor(CAPACITIES).float(), ones, layout((512, 64)), mode)
-    mine, other = encoded(build, rows, Shape(64, 1, 1)), expected(rows)
+    mine, other = encoded(build, rows, Shape(64, 1)), expected(rows)
     finite = torch.isfinite(other[1])
     assert not finite.all(1)[:4].any()
     assert bool(finite[4:].all())
@@ -245,7 +249,7 @@ def test_a_rehearsal_reads_and_writes_nothing_of_others(build: Any) -> None:
     rows = PlainRows(torch.zeros(2, 576), torch.zeros(576), ones, ones, layout((512, 64)), OWN)
     sizes = ((640, torch.uint8), (2, FLOAT), (2, torch.int32), (2, torch.int32))
     outputs = tuple(torch.full((2, n), 77, dtype=dtype).share_memory_() for n, dtype in sizes)
-    planned = plain_launch(rows, outputs, Shape(64, 1, 1))
+    planned = plain_launch(rows, outputs, Shape(64, 1))
     arguments = (None, *planned.arguments[1:])  # who reads x crashes
     planned = planned._replace(arguments=arguments, macros={**planned.macros, "REHEARSAL_ONLY": 1})
     build("plain", planned.macros)
@@ -293,7 +297,6 @@ def test_a_short_division_counts_as_the_rounded_one(bits: int) -> None:
 def test_shapes_fit_the_device(rows: int, channels: int, size: int) -> None:
     shape = choose_shape(rows, channels, size, 132)
     assert shape.threads in (32, 64, 128, 256, 512)
-    assert shape.rows == 1
     assert shape.threads * shape.resident <= 2048
     assert shape.resident <= 32
 
@@ -345,3 +348,53 @@ def test_the_kernel_compiles_without_spills(
     code, log = cuda_driver.compiled(planned.source, tuple(planned.macros.items()), "sm_90a")
     assert code.startswith(b"\x7fELF")
     assert "0 bytes spill stores" in log
+
+
+def operands(rows: PlainRows) -> tuple[Any, ...]:
+    """Arguments of `encode_plain_rows`, and of `encode_rows`: x, layout, mode, offset, runs."""
+    runs = torch.tensor(rows.runs).view(-1, 4).tolist()
+    order = torch.full((runs[-1][1],), -1, dtype=torch.int32)
+    for start, _, many, first in runs:
+        order[start : start + many] = torch.arange(first, first + many, dtype=torch.int32)
+    table = [[start, stop, g] for g, (start, stop, _, _) in enumerate(runs)]
+    layout = (order, torch.tensor(table, dtype=torch.int32), rows.capacities, rows.clip)
+    moved = (None if t is None else t.to(DEVICE) for t in (rows.x, *layout, rows.offset))
+    x, *on_device, offset = moved
+    return (x, *on_device, rows.range_mode, offset, rows.runs)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [(OWN, BRAIN), (GRID, FLOAT)])
+def test_the_operator_is_one_of_torch(mode: int, dtype: torch.dtype) -> None:
+    sizes, offset = (28, 4), torch.randn(32) if mode == OWN else None
+    tops, ones = torch.tensor(CAPACITIES).float(), torch.ones(2)
+    rows = PlainRows(values(3, 32, dtype), offset, tops, ones, layout(sizes), mode)
+    arguments = operands(rows)
+    torch.library.opcheck(torch.ops.snnllm.encode_plain_rows.default, arguments)
+    for mine, other in zip(encode_plain_rows(*arguments), expected(rows), strict=True):
+        assert torch.equal(mine.cpu(), other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(4096,), (3584, 512), (9984, 1024), (500, 76)], ids=str)
+@pytest.mark.parametrize("many", [1, 64, 65, 4096])
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF], ids=str)
+def test_on_a_device_it_makes_what_triton_makes(
+    dtype: torch.dtype, many: int, sizes: tuple[int, ...]
+) -> None:
+    reason = without(torch.device("cuda", torch.cuda.current_device()))
+    if reason is not None:
+        pytest.skip(f"CUDA C++ kernels: {reason}")
+    x, groups = values(many, sum(sizes), dtype), len(sizes)
+    if many > 1:
+        x[-1, 1], x[-2, 2] = torch.inf, torch.nan
+    for mode in (OWN, ONE, GRID):
+        offset = torch.randn(sum(sizes)) if mode != ONE else None
+        clip = torch.full((groups,), 0.9 if mode == ONE else 1.0)
+        tops = torch.tensor(CAPACITIES[:groups]).float()
+        rows = PlainRows(x, offset, tops, clip, layout(sizes), mode)
+        arguments = operands(rows)
+        mine, theirs = encode_plain_rows(*arguments), encode_rows(*arguments)
+        finite = torch.isfinite(theirs[1]).all(1)
+        assert torch.equal(torch.isfinite(mine[1]).all(1), finite)
+        for a, b in zip(mine, theirs, strict=True):
+            assert torch.equal(a[finite], b[finite])

@@ -34,13 +34,11 @@ class Shape(NamedTuple):
     """Shape of the kernel.
 
     Attributes:
-        threads: Of a row, a power of two from 32 on.
-        rows: Of a block; 1 unless a row has 32 threads.
+        threads: Of a block, which has a row; a power of two from 32 on.
         resident: Blocks of a multiprocessor for which registers suffice, at least.
     """
 
     threads: int
-    rows: int
     resident: int
 
 
@@ -103,7 +101,7 @@ def choose_shape(rows: int, channels: int, size: int, multiprocessors: int) -> S
     others = _OTHERS + 4 * size  # an offset comes in floats
     registers = max(_LEAST, -(-(-(-vectors // threads) * words + others) // 8) * 8)
     resident = min(32, _RESIDENT // threads, max(1, _REGISTERS // (registers * threads)))
-    return Shape(threads, 1, resident)
+    return Shape(threads, resident)
 
 
 def plain_launch(
@@ -125,17 +123,15 @@ def plain_launch(
         "POSITIONS": outputs[0].shape[1],
         **dict(zip(_LAYOUT, _both(runs), strict=True)),
         "ROW_THREADS": shape.threads,
-        "ROWS": shape.rows,
         "RESIDENT": shape.resident,
         "VECTOR": _WIDE if _is_wide(rows) else _VECTOR,
         "EARLY": int(many <= EARLY_ROWS),
     }
     operands = (rows.x, rows.offset, rows.capacities, rows.clip)
-    blocks, threads = -(-many // shape.rows), shape.threads * shape.rows
     return Launch(
-        *(plain_source.SOURCE, "encode_plain", macros, blocks, threads),
+        *(plain_source.SOURCE, "encode_plain", macros, many, shape.threads),
         plain_source.shared_bytes(shape.threads),
-        (*operands, *outputs, rows.x.stride(0), many),
+        (*operands, *outputs, rows.x.stride(0)),
     )
 
 

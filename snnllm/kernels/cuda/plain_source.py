@@ -1,15 +1,14 @@
 """CUDA C++ that encodes rows as they are, few or many.
 
-A row has ROW_THREADS threads, a block ROWS rows (more than one only where a warp is enough for a row, so that nobody
-waits for other warps). A thread has VECTOR neighbouring channels of every ROW_THREADS * VECTOR, and holds them as they
-come. The layout is part of the compiled kernel: the group of most vectors is known then.
+A row has a block of ROW_THREADS threads. A thread has VECTOR neighbouring channels of every ROW_THREADS * VECTOR, and
+holds them as they come. The layout is part of the compiled kernel: the group of most vectors is known then.
 
 A quotient costs two instructions where x has at most 11 bits: an inverse of two floats, `inverse + rest`, makes it
 right to 2^-47. It decides every count as the rounded quotient does, which was tried for all x, zero points and counts
 at the thresholds next to each border (`tests/snnllm/test_cuda_plain.py`). Other x take a Newton step more, from a
 faithful quotient (Markstein 1990). Counts are in 1/256, so that the instruction that adds the bias also clips.
 
-Macros besides those of `encode_source.ENCODING`: CHANNELS, POSITIONS, START0 .. FIRST1 (`Run`), ROW_THREADS, ROWS,
+Macros besides those of `encode_source.ENCODING`: CHANNELS, POSITIONS, START0 .. FIRST1 (`Run`), ROW_THREADS,
 RESIDENT (blocks on a multiprocessor, at least), VECTOR (4 or 8), EARLY (goes through its work twice).
 """
 
@@ -145,16 +144,15 @@ INLINE void row_meets() {
   else __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(ROW_THREADS * ROWS, RESIDENT) encode_plain(
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain(
     const void* x, const float* offset, const float* capacity, const float* clip, unsigned char* count,
-    float* threshold, int* zero_point, int* count_sum, int x_stride, int rows) {
+    float* threshold, int* zero_point, int* count_sum, int x_stride) {
   extern __shared__ __align__(128) unsigned char memory[];
   unsigned* ranges = (unsigned*)memory;      // [WARPS][4], unless a warp has a row
   int* sums = (int*)(ranges + 4 * WARPS);    // [WARPS][2]
   launch_dependents();
-  const int thread = threadIdx.x % ROW_THREADS, warp = thread / 32, lane = threadIdx.x % 32;
-  const i64 row = (i64)blockIdx.x * ROWS + threadIdx.x / ROW_THREADS;
-  if (ROWS > 1 && row >= rows) return;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const i64 row = blockIdx.x;
   const char* from = (const char*)x + (row * x_stride + VECTOR * thread) * (OUT == 0 ? 4 : 2);
   count += row * POSITIONS;
   auto inside = [&](int v) { return ROW_THREADS * (v + 1) <= VECTORS || ROW_THREADS * v + thread < VECTORS; };
