@@ -86,20 +86,32 @@ class NormedRows(NamedTuple):
         rows, channels = self.x.shape
         if channels > _MOST_CHANNELS or rows > EARLY_ROWS:
             return f"up to {_MOST_CHANNELS} channels and {EARLY_ROWS} rows only"
-        runs = self.runs
-        if (
-            runs is None
-            or len(runs) not in (4, 8)
-            or min(runs[3::4]) < 0
-            or sum(runs[2::4]) != channels
-        ):
-            return "one or two groups of neighbours only"
         operands = (self.x, self.added, self.gain, self.offset)
         if any(t is not None and t.dtype != self.x.dtype for t in operands[:3]):
             return "one dtype only"
-        if any(size % _VECTOR for size in runs) or not _in_vectors(*operands):
-            return "groups and rows in fours only"
-        return None
+        return groups_unsuitable(self.runs, channels, *operands)
+
+
+def groups_unsuitable(
+    runs: Sequence[int] | None, channels: int, *operands: Tensor | None
+) -> str | None:
+    """Return None where rows hold one or two groups of neighbours in fours, else the reason why not.
+
+    Args:
+        runs: Layout of the groups (`neurons.backends.triton_encode_tiles.runs_of`).
+        channels: K.
+        operands: Rows `[M, K]`, or `[K]`.
+    """
+    if (
+        runs is None
+        or len(runs) not in (4, 8)
+        or min(runs[3::4]) < 0
+        or sum(runs[2::4]) != channels
+    ):
+        return "one or two groups of neighbours only"
+    if any(size % _VECTOR for size in runs) or not _in_vectors(*operands):
+        return "groups and rows in fours only"
+    return None
 
 
 def _in_vectors(*operands: Tensor | None) -> bool:
@@ -147,8 +159,12 @@ def gated_launch(
     warps = -(-channels // (RADIX * _WARP))
     cluster = min(_MOST_CLUSTER, 1 << (warps - 1).bit_length())
     threads = _WARP * -(-warps // cluster)
-    macros = {**_macros(gate, layout[0], runs, range_mode), "CLUSTER": cluster, "THREADS": threads}
-    numbers = (gate.stride(0), up.stride(0), channels, outputs[0].shape[1], *_both(runs))
+    macros = {
+        **layout_macros(gate, layout[0], runs, range_mode),
+        "CLUSTER": cluster,
+        "THREADS": threads,
+    }
+    numbers = (gate.stride(0), up.stride(0), channels, outputs[0].shape[1], *both_runs(runs))
     return Launch(
         *(gated_source.SOURCE, "encode_gated", macros, rows * cluster, threads),
         gated_source.shared_bytes(threads),
@@ -165,14 +181,14 @@ def normed_launch(rows: NormedRows, outputs: tuple[Tensor, ...]) -> Launch:
     """
     (many, channels), runs = rows.x.shape, rows.runs or ()
     macros = {
-        **_macros(rows.x, rows.offset, runs, rows.range_mode),
+        **layout_macros(rows.x, rows.offset, runs, rows.range_mode),
         "CHUNKS": -(-channels // LANES),
         "ADDED": int(rows.added is not None),
         "GAIN": int(rows.gain is not None),
     }
     operands = (rows.x, rows.added, rows.gain, rows.offset, rows.capacities, rows.clip)
     strides = (rows.x.stride(0), 0 if rows.added is None else rows.added.stride(0))
-    numbers = (float(rows.eps), *strides, channels, outputs[1].shape[1], *_both(runs))
+    numbers = (float(rows.eps), *strides, channels, outputs[1].shape[1], *both_runs(runs))
     return Launch(
         *(normed_source.SOURCE, "encode_normed", macros, many, normed_source.THREADS),
         normed_source.SHARED_BYTES,
@@ -180,9 +196,10 @@ def normed_launch(rows: NormedRows, outputs: tuple[Tensor, ...]) -> Launch:
     )
 
 
-def _macros(
+def layout_macros(
     x: Tensor, offset: Tensor | None, runs: Sequence[int], range_mode: int
 ) -> dict[str, int]:
+    """Macros of `encode_source.ENCODING`."""
     return {
         "GROUPS": len(runs) // 4,
         "RANGE_MODE": range_mode,
@@ -191,6 +208,6 @@ def _macros(
     }
 
 
-def _both(runs: Sequence[int]) -> tuple[int, ...]:
+def both_runs(runs: Sequence[int]) -> tuple[int, ...]:
     """The layout of two groups, the second one empty if there is one."""
     return (*runs, *(0,) * (8 - len(runs)))

@@ -13,7 +13,7 @@ from torch import Tensor
 from neurons.backends.device import EARLY_ROWS
 from snnllm.kernels.cuda import plain_source
 from snnllm.kernels.cuda.driver import Launch, processors, without
-from snnllm.kernels.cuda.encode import _both, _in_vectors, _macros
+from snnllm.kernels.cuda.encode import both_runs, groups_unsuitable, layout_macros
 
 _MOST_CHANNELS = 16384
 _WARP = 32
@@ -66,19 +66,10 @@ class PlainRows(NamedTuple):
         reason = without(self.x.device)
         if reason is not None:
             return reason
-        channels, runs = self.x.shape[1], self.runs
+        channels = self.x.shape[1]
         if channels > _MOST_CHANNELS:
             return f"up to {_MOST_CHANNELS} channels only"
-        if (
-            runs is None
-            or len(runs) not in (4, 8)
-            or min(runs[3::4]) < 0
-            or sum(runs[2::4]) != channels
-        ):
-            return "one or two groups of neighbours only"
-        if any(size % _VECTOR for size in runs) or not _in_vectors(self.x, self.offset):
-            return "groups and rows in fours only"
-        return None
+        return groups_unsuitable(self.runs, channels, self.x, self.offset)
 
 
 def choose_shape(rows: int, channels: int, size: int, multiprocessors: int) -> Shape:
@@ -118,10 +109,10 @@ def plain_launch(
     if shape is None:
         shape = choose_shape(many, channels, rows.x.element_size(), processors(rows.x.device))
     macros = {
-        **_macros(rows.x, rows.offset, runs, rows.range_mode),
+        **layout_macros(rows.x, rows.offset, runs, rows.range_mode),
         "CHANNELS": channels,
         "POSITIONS": outputs[0].shape[1],
-        **dict(zip(_LAYOUT, _both(runs), strict=True)),
+        **dict(zip(_LAYOUT, both_runs(runs), strict=True)),
         "ROW_THREADS": shape.threads,
         "RESIDENT": shape.resident,
         "VECTOR": _WIDE if _is_wide(rows) else _VECTOR,
