@@ -112,10 +112,10 @@ BODIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, int]], Any]:
-    """Compile a kernel with macros for the CPU."""
-    folder = tmp_path_factory.mktemp("cuda")
+def compiler_for(
+    folder: Path, bodies: dict[str, str], entries: dict[str, str]
+) -> Callable[[str, dict[str, int]], Any]:
+    """What compiles a kernel with macros for the CPU, once for all that ask, and returns its entry."""
     header = Path(__file__).with_name("cuda_on_host.h").read_text()
 
     def compiled(name: str, macros: dict[str, int]) -> Any:
@@ -129,18 +129,21 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, 
                 + header
                 + SHARED
                 + f"#define {'unaligned' if name == 'tiles' else 'memory'} SHARED_MEMORY\n"
-                + BODIES[name].replace("extern __shared__", "//")
-                + ENTRY[name]
+                + bodies[name].replace("extern __shared__", "//")
+                + entries[name]
             )
             flags = [f"-D{key}={value}" for key, value in macros.items()]
             assert COMPILER is not None
-            subprocess.run(
-                [COMPILER, *FLAGS, *flags, "-o", str(library), str(source)],
-                check=True,
-            )
+            subprocess.run([COMPILER, *FLAGS, *flags, "-o", str(library), str(source)], check=True)
         return ctypes.CDLL(str(library)).launch
 
     return compiled
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, int]], Any]:
+    """Compile a kernel with macros for the CPU."""
+    return compiler_for(tmp_path_factory.mktemp("cuda"), BODIES, ENTRY)
 
 
 def launched(build: Any, name: str, planned: Launch) -> None:

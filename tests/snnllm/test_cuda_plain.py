@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +19,8 @@ from snnllm.kernels.cuda import driver as cuda_driver
 from snnllm.kernels.cuda import encode_plain, encode_source, plain_source
 from snnllm.kernels.cuda.driver import without
 from snnllm.kernels.cuda.encode_plain import PlainRows, Shape, choose_shape, plain_launch
-from snnllm.kernels.cuda.primitives import PREAMBLE, SHARED
 from snnllm.kernels.triton.plain import encode_plain_rows
-from tests.snnllm.test_cuda_on_host import COMPILER, FLAGS, launched
+from tests.snnllm.test_cuda_on_host import COMPILER, compiler_for, launched
 
 on_host = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 needs_compiler = pytest.mark.skipif(
@@ -81,35 +77,13 @@ OWN, ONE, GRID = range(3)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+BODY = encode_source.ENCODING + plain_source.LANES + PLAIN_ON_HOST + plain_source.BODY
+
+
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, int]], Any]:
     """Compile the kernel with macros for the CPU."""
-    folder = tmp_path_factory.mktemp("plain")
-    header = Path(__file__).with_name("cuda_on_host.h").read_text()
-
-    def compiled(name: str, macros: dict[str, int]) -> Any:
-        stem = "_".join([name, *(str(value) for value in macros.values())])
-        library = folder / f"{stem}.so"
-        if not library.exists():
-            source = folder / f"{stem}.cpp"
-            source.write_text(
-                "#define __align__(n) __attribute__((aligned(n)))\n"
-                + PREAMBLE
-                + header
-                + SHARED
-                + "#define memory SHARED_MEMORY\n"
-                + encode_source.ENCODING
-                + plain_source.LANES
-                + PLAIN_ON_HOST
-                + plain_source.BODY.replace("extern __shared__", "//")
-                + ENTRY
-            )
-            flags = [f"-D{key}={value}" for key, value in macros.items()]
-            assert COMPILER is not None
-            subprocess.run([COMPILER, *FLAGS, *flags, "-o", str(library), str(source)], check=True)
-        return ctypes.CDLL(str(library)).launch
-
-    return compiled
+    return compiler_for(tmp_path_factory.mktemp("plain"), {"plain": BODY}, {"plain": ENTRY})
 
 
 def layout(sizes: tuple[int, ...], front: bool = True) -> list[int]:

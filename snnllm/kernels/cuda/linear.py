@@ -55,8 +55,7 @@ class Tiles(NamedTuple):
 
     def shared_bytes(self, segments: int, merged: int) -> int:
         """Shared memory of a block of threads."""
-        own = (self.bm, self.bn, self.workers, self.stages, self.kept)
-        return cuda_tiles_source.shared_bytes(*own, segments, merged)
+        return cuda_tiles_source.shared_bytes(*self[:5], segments, merged)
 
 
 _LARGE = Tiles(128, 256, 2, 4, 52)
