@@ -59,7 +59,7 @@ _FEW = [
 _MANY = [
     *(Tiles(64, 128, 2, stages, 32) for stages in (6, 8)),
     *(Tiles(*c) for c in ((128, 128, 2, 6, 64), (128, 192, 3, 4, 0), (64, 192, 3, 8, 0))),
-    *(Tiles(*c) for c in ((128, 64, 1, 8, 64), (64, 64, 1, 8, 32))),
+    *(Tiles(*c) for c in ((128, 64, 1, 8, 32), (64, 64, 1, 10, 32))),
 ]
 CUDA_CANDIDATES: dict[int, list[Rows] | list[Tiles]] = {
     1: _FEW,

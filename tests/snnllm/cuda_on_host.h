@@ -17,9 +17,11 @@
 #define __shared__
 #define __grid_constant__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 
+struct int2 { int x, y; };
 struct int4 { int x, y, z, w; };
 struct __align__(16) uint4 { unsigned x, y, z, w; };
 struct __align__(16) float4 { float x, y, z, w; };
@@ -33,6 +35,7 @@ static float __int2float_rn(int i) { return (float)i; }
 static float __fmul_rn(float a, float b) { volatile float c = a * b; return c; }
 static float __fadd_rn(float a, float b) { volatile float c = a + b; return c; }
 static float __fdiv_rn(float a, float b) { volatile float c = a / b; return c; }
+static float inverse_of(float a) { return __fdiv_rn(1.0f, a); }
 static float __fsqrt_rn(float a) { return sqrtf(a); }
 
 struct Index { int x; };
@@ -100,6 +103,7 @@ static unsigned char* shared_at(unsigned at) { return SHARED_MEMORY + at; }
 static unsigned shared_address(const void* p) { return (unsigned)((const unsigned char*)p - SHARED_MEMORY); }
 static void wait_for_kernel_in_front() {}
 static void launch_dependents() {}
+static unsigned of_rehearsal() { return 0; }
 #ifdef REHEARSAL_ONLY
 #define REHEARSED for (unsigned real = 0, first = 1; first; first = 0)
 #else
@@ -231,6 +235,11 @@ template <typename T, typename Join> static T of_warp(T x, Join join) {
 }
 static bool any_of_warp(bool x) { return of_warp((int)x, [](int a, int b) { return a | b; }); }
 static unsigned maximum_of_warp(unsigned x) { return of_warp(x, max); }
+static int multiply_add(int a, int b, int c) { return a * b + c; }
+static int first_of_warp(bool x) {
+  const int first = of_warp(x ? (int)threadIdx.x % 32 : 32, min);
+  return first < 32 ? first : -1;
+}
 static int sum_of_warp(int x) { return of_warp(x, [](int a, int b) { return a + b; }); }
 static float of_block(const float* mine, int rank) {
   const unsigned at = shared_address(mine);

@@ -245,7 +245,7 @@ TILES = [
     (70, {"BM": 64, "BN": 128, "WORKERS": 2, "STAGES": 3, "KEPT": 32, "SPLIT": 2}),
     (130, {"BM": 128, "BN": 192, "WORKERS": 3, "STAGES": 2, "KEPT": 0, "SPLIT": 1}),
     (20, {"BM": 128, "BN": 256, "WORKERS": 2, "STAGES": 4, "KEPT": 52, "SPLIT": 1}),
-    (140, {"BM": 128, "BN": 64, "WORKERS": 1, "STAGES": 3, "KEPT": 64, "SPLIT": 1}),
+    (140, {"BM": 128, "BN": 64, "WORKERS": 1, "STAGES": 3, "KEPT": 32, "SPLIT": 1}),
 ]
 
 

@@ -19,6 +19,7 @@ from snnllm.kernels.cuda import driver as cuda_driver
 from snnllm.kernels.cuda import encode_plain, encode_source, plain_source
 from snnllm.kernels.cuda.driver import without
 from snnllm.kernels.cuda.encode_plain import PlainRows, Shape, choose_shape, plain_launch
+from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES
 from snnllm.kernels.triton.plain import encode_plain_rows
 from tests.snnllm.test_cuda_on_host import COMPILER, compiler_for, launched
 
@@ -68,6 +69,12 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n, const fl
     encode_plain(p[0], (const float*)p[1], (const float*)p[2], (const float*)p[3], (unsigned char*)p[4], (float*)p[5],
                  (int*)p[6], (int*)p[7], n[0]);
   });
+}
+"""
+INVERSES = r"""
+extern "C" __global__ void inverses(const float* x, float* out) {
+  const int i = 256 * blockIdx.x + threadIdx.x;
+  out[i] = inverse_of(x[i]);
 }
 """
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -158,6 +165,9 @@ def encoded(build: Any, rows: PlainRows, shape: Shape | None) -> tuple[Tensor, .
         ((1536 - 192, 192), FLOAT, Shape(64, 1), {"mode": GRID, "offset": True}),
         ((3584, 512), BRAIN, Shape(64, 1), {"capacities": (127, 255)}),
         ((3584, 512), BRAIN, Shape(512, 1), {"mode": GRID}),
+        # One warp makes the parameters.
+        ((3584, 512), HALF, Shape(256, 1), {"mode": GRID, "many": 65}),
+        ((500, 76), FLOAT, Shape(256, 1), {"offset": True, "many": 65}),
         ((9984, 1024), BRAIN, Shape(128, 1), {"many": 5}),
         ((9984, 1024), HALF, Shape(256, 1), {"many": 5, "clip": 0.9}),
     ],
@@ -346,6 +356,22 @@ def test_the_operator_is_one_of_torch(mode: int, dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.snnllm.encode_plain_rows.default, arguments)
     for mine, other in zip(encode_plain_rows(*arguments), expected(rows), strict=True):
         assert torch.equal(mine.cpu(), other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exponent", [-98, -17, -1, 0, 7, 98])
+def test_inverses_are_rounded_correctly(exponent: int) -> None:
+    """Of all numbers of a binade: the instruction is an approximation, and one Newton step is to be enough."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = without(device)
+    if reason is not None:
+        pytest.skip(f"CUDA C++ kernels: {reason}")
+    source = PREAMBLE + PRIMITIVES + INVERSES
+    kernel = cuda_driver.load(source, (("OUT", 0),), "inverses", 256, 0, device)
+    x = (torch.arange(2**23, dtype=torch.int32, device=device) | (127 + exponent) << 23).view(FLOAT)
+    mine = torch.empty_like(x)
+    kernel(len(x) // 256, (x, mine))
+    assert torch.equal(mine, (1 / x.double()).float())
 
 
 @pytest.mark.gpu

@@ -178,7 +178,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
       const Spikes own = own_slot_of[i] >= 0 ? spikes[1] : spikes[0];
-      count[i] = count_of(__fdiv_rn(x[i], own.threshold), own);
+      count[i] = count_of(in_thresholds(x[i], own), own);
     }
     if (STORED && !is_query) {
       unsigned char* payload = is_key ? new_key : new_value;

@@ -101,7 +101,9 @@ INLINE void find_spikes(Spikes (&spikes)[2], const float (&x)[PER_LANE], const i
         below = max(below, bits_above(-x[i]));
         above = max(above, bits_above(x[i]));
       }
-    spikes[g] = spikes_of(maximum_of_warp(below), maximum_of_warp(above), tops[g], clips[g]);
+    const float low = __fmul_rn(__int_as_float(maximum_of_warp(below)), clips[g]);
+    const float high = __fmul_rn(__int_as_float(maximum_of_warp(above)), clips[g]);
+    spikes[g] = spikes_of(low, threshold_of(low, high, tops[g], inverse_of(tops[g])), tops[g]);
   }
   if (G == 1) spikes[1] = spikes[0];
 }

@@ -22,7 +22,7 @@ _WIDE = 8
 _ALIGNMENT = 16  # bytes of a load of a wide vector
 _LAYOUT = ("START0", "STOP0", "MANY0", "FIRST0", "START1", "STOP1", "MANY1", "FIRST1")
 _HELD = 48  # words of a row in a thread, at most, where rows are many
-_OTHERS = 32  # registers of a thread besides
+_OTHERS = 40  # registers of a thread besides
 _LEAST = 56  # registers of a thread
 _REGISTERS = 65536  # of a multiprocessor
 _RESIDENT = 2048  # threads of a multiprocessor
@@ -85,9 +85,9 @@ def choose_shape(rows: int, channels: int, size: int, multiprocessors: int) -> S
     threads = _WARP
     while -(-vectors // threads) * words > _HELD:
         threads *= 2
-    # Few rows: as many threads for each as fill the device, or as it has vectors.
+    # Few rows: as many threads for each as fill the device, of two vectors at least.
     device = multiprocessors * _AT_A_TIME
-    while threads < min(vectors, _FEW_THREADS) and 2 * rows * threads <= device:
+    while threads < min(vectors // 2, _FEW_THREADS) and 2 * rows * threads <= device:
         threads *= 2
     others = _OTHERS + 4 * size  # an offset comes in floats
     registers = max(_LEAST, -(-(-(-vectors // threads) * words + others) // 8) * 8)

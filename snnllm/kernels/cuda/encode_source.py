@@ -44,49 +44,45 @@ INLINE void widen(unsigned (&range)[4], const float (&x)[4], int group) {  // be
   if (RANGE_MODE == 1 || group == 0) range[0] = max(range[0], below), range[1] = max(range[1], above);
   else range[2] = max(range[2], below), range[3] = max(range[3], above);
 }
-// Correctly rounded by the correctly rounded inverse, as neurons.backends.triton_encode_row.quotient.
-INLINE float quotient(float x, float divisor, float inverse) {
-  float q = __fmul_rn(x, inverse);
-  q = fmaf(fmaf(q, -divisor, x), inverse, q);
-  return fmaf(fmaf(q, -divisor, x), inverse, q);
-}
-// A lane has a group, of which it makes the parameters for all: divisions are long, and so is code that is not near.
-INLINE int group_of_lane() { return GROUPS == 2 ? threadIdx.x / 4 % 2 : 0; }
-// Capacities of both groups. Of the lane's group capacity and clip factor; its largest multiple, if thresholds are
-// commensurate, and what the threshold is divided by: the largest multiple of the first group, and the one of the
-// second that this lane of four tries.
-struct Tops { float most[2], own, clip, multiple, divisor, inverse; };
+// Of both groups: capacities, their inverses, clip factors. If thresholds are commensurate: the largest multiples,
+// those tried (of the second group one in each lane of four), and the inverses of these.
+struct Tops { float most[2], inverse[2], clip[2], multiple[2], tried[2], share[2]; };
 INLINE Tops tops_of(const float* most, const float* clip) {
-  const int g = group_of_lane();
-  Tops tops = {{most[0], most[GROUPS - 1]}, most[g], clip[g]};
-  if (RANGE_MODE == 2) {
-    tops.multiple = floorf(__fdiv_rn(255.0f, tops.own));
-    tops.divisor = fmaxf(tops.multiple - (g ? (float)(threadIdx.x % 4) : 0.0f), 1.0f);
-    tops.inverse = __fdiv_rn(1.0f, tops.divisor);
+  Tops tops;
+#pragma unroll
+  for (int g = 0; g < GROUPS; g++) {
+    tops.most[g] = most[g], tops.inverse[g] = inverse_of(most[g]), tops.clip[g] = clip[g];
+    if (GROUPS == 1 || RANGE_MODE != 2) continue;
+    tops.multiple[g] = floorf(quotient(255.0f, most[g], tops.inverse[g]));
+    tops.tried[g] = fmaxf(tops.multiple[g] - (g ? (float)(threadIdx.x % 4) : 0.0f), 1.0f);
+    tops.share[g] = inverse_of(tops.tried[g]);
   }
   return tops;
 }
 INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays
-// Rounds the thresholds of both groups up to multiples of one unit (neurons.thresholds.commensurate).
-INLINE Spikes commensurate(const Spikes& s, float below, const Tops& tops) {
-  const bool plain = !(larger(s.threshold, of_partner(s.threshold, 4)) < 1e30f);  // `quotient` takes no others
-  auto ratio = [&](float x, float divisor, float inverse) {
-    return plain ? __fdiv_rn(x, divisor) : quotient(x, divisor, inverse);
-  };
-  const float finest = ratio(s.threshold, tops.divisor, tops.inverse);
-  // 19 bits, so that multiples are exact.
-  const float above = __fmul_rn(larger(finest, of_partner(finest, 4)), 1.000003814697265625f);
-  float unit = __int_as_float(__float_as_int(above) & ~31);
-  float multiple = fminf(ceilf(ratio(s.threshold, unit, __fdiv_rn(1.0f, unit))), tops.multiple);
-  float cost = ratio(__fmul_rn(unit, multiple), s.threshold, s.inverse);
-  cost = larger(cost, of_partner(cost, 4));
+// The unit and its multiples to which the thresholds of both groups are rounded up (neurons.thresholds.commensurate).
+struct Grid { float unit, multiple[2]; };
+INLINE Grid grid_of(const float (&threshold)[2], const Tops& tops) {
+  const float scale = scale_of(larger(threshold[0], threshold[1]));
+  float scaled[2], finest[2], cost[2], multiple[2];
 #pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const float cost_ = of_partner(cost, step), unit_ = of_partner(unit, step), multiple_ = of_partner(multiple, step);
-    if (cost_ < cost || (cost_ == cost && threadIdx.x & step)) cost = cost_, unit = unit_, multiple = multiple_;
+  for (int g = 0; g < 2; g++) {
+    scaled[g] = __fmul_rn(threshold[g], scale);
+    finest[g] = quotient(scaled[g], tops.tried[g], tops.share[g]);
   }
-  const float threshold = __fmul_rn(unit, multiple);
-  return {threshold, zero_of(below, threshold, s.most), s.most, multiple, unit, __fdiv_rn(1.0f, threshold)};
+  // 19 bits, so that multiples are exact.
+  const float above = __fmul_rn(larger(finest[0], finest[1]), 1.000003814697265625f);
+  const float unit = __int_as_float(__float_as_int(above) & ~31), inverse = inverse_of(unit);
+#pragma unroll
+  for (int g = 0; g < 2; g++) {
+    multiple[g] = fminf(ceilf(quotient(scaled[g], unit, inverse)), tops.multiple[g]);
+    cost[g] = quotient(__fmul_rn(unit, multiple[g]), scaled[g], inverse_of(scaled[g]));
+  }
+  // Positive floats are ordered as their bits are; of equal ones the first lane has the largest multiple.
+  const unsigned bits = (unsigned)__float_as_int(larger(cost[0], cost[1]));
+  const int best = first_of_warp(bits == ~maximum_of_warp(~bits));
+  return {of_lane(scale == 1.0f ? unit : __fmul_rn(unit, 18446744073709551616.0f), best),
+          {of_lane(multiple[0], best), of_lane(multiple[1], best)}};
 }
 // The parameters of both groups from the ranges of WARPS warps (or blocks), a power of two.
 template <int WARPS>
@@ -95,31 +91,39 @@ INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Top
 #pragma unroll
   for (int i = 0; i < 4; i++)
     if (i < 2 || (GROUPS == 2 && RANGE_MODE != 1)) range[i] = maximum_of_warp(ranges[threadIdx.x % WARPS * 4 + i]);
-  const bool second = RANGE_MODE != 1 && group_of_lane();
-  const unsigned below = second ? range[2] : range[0], above = second ? range[3] : range[1];
-  Spikes own = spikes_of(below, above, tops.own, tops.clip);
-  if (GROUPS == 2 && RANGE_MODE == 2) own = commensurate(own, __fmul_rn(__int_as_float(below), tops.clip), tops);
+  float below[2], threshold[2];
 #pragma unroll
-  for (int g = 0; g < 2; g++) {
-    const int from = 4 * g * (GROUPS - 1);
-    spikes[g] = {of_lane(own.threshold, from), of_lane(own.zero, from), tops.most[g], of_lane(own.multiple, from),
-                 of_lane(own.unit, from), of_lane(own.inverse, from)};
+  for (int g = 0; g < GROUPS; g++) {
+    const int of = RANGE_MODE == 1 ? 0 : 2 * g;
+    below[g] = __fmul_rn(__int_as_float(range[of]), tops.clip[g]);
+    const float above = __fmul_rn(__int_as_float(range[of + 1]), tops.clip[g]);
+    threshold[g] = threshold_of(below[g], above, tops.most[g], tops.inverse[g]);
   }
+  Grid grid;
+  if (GROUPS == 2 && RANGE_MODE == 2) {
+    grid = grid_of(threshold, tops);
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) threshold[g] = __fmul_rn(grid.unit, grid.multiple[g]);
+  }
+#pragma unroll
+  for (int g = 0; g < GROUPS; g++) {
+    spikes[g] = spikes_of(below[g], threshold[g], tops.most[g]);
+    if (GROUPS == 2 && RANGE_MODE == 2) spikes[g].unit = grid.unit, spikes[g].multiple = grid.multiple[g];
+  }
+  if (GROUPS == 1) spikes[1] = spikes[0];
 }
 // By value: an index that is not known would put both in memory.
 INLINE Spikes of_group(const Spikes (&s)[2], bool second) {
   return {second ? s[1].threshold : s[0].threshold, second ? s[1].zero : s[0].zero, second ? s[1].most : s[0].most,
           second ? s[1].multiple : s[0].multiple, second ? s[1].unit : s[0].unit,
-          second ? s[1].inverse : s[0].inverse};
+          second ? s[1].inverse : s[0].inverse, second ? s[1].scale : s[0].scale};
 }
 // Counts of neighbours as bytes of a word.
 INLINE unsigned counts_of(const float (&x)[4], const Spikes& s, int& sum) {
   unsigned word = 0;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    // The same for all.
-    const float q = s.threshold < 1e30f ? quotient(x[i], s.threshold, s.inverse) : __fdiv_rn(x[i], s.threshold);
-    const int count = count_of(q, s) * (GROUPS == 2 && RANGE_MODE == 2 ? (int)s.multiple : 1);
+    const int count = count_of(in_thresholds(x[i], s), s) * (GROUPS == 2 && RANGE_MODE == 2 ? (int)s.multiple : 1);
     sum += count;
     word |= (unsigned)count << 8 * i;
   }

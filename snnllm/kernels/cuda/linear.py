@@ -96,11 +96,12 @@ def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
         def tiles(bm: int, bn: int) -> int:
             return -(-rows // bm) * -(-columns // bn)
 
-        # Few tiles: the smallest that fill the multiprocessors once, of one warpgroup, or three.
+        # Few tiles: the smallest that fill the multiprocessors once, of one warpgroup, or three. Rings of the smallest
+        # are so long that a multiprocessor has one block: the next linear's is to wait elsewhere than in its way.
         if tiles(64, 64) <= processors:
-            return Tiles(64, 64, 1, 8, 32)
+            return Tiles(64, 64, 1, 10, 32)
         if tiles(128, 64) <= processors:
-            return Tiles(128, 64, 1, 8, 64)
+            return Tiles(128, 64, 1, 8, 32)
         if processors // 2 < tiles(128, 192) <= processors:
             return Tiles(128, 192, 3, 4, 0)
         return Tiles(64, 128, 2, 8, 32)

@@ -19,8 +19,8 @@ __all__ = ["BODY", "INSTRUCTIONS", "LANES", "SOURCE", "shared_bytes"]
 
 
 def shared_bytes(threads: int) -> int:
-    """Shared memory of a block whose rows have so many threads: ranges and sums of its warps."""
-    return threads // 32 * (4 + 2) * 4
+    """Shared memory of a block whose rows have so many threads: ranges and sums of its warps, parameters of a row."""
+    return threads // 32 * (4 + 2) * 4 + 2 * 7 * 4
 
 
 LANES = r"""
@@ -60,6 +60,7 @@ INLINE float high_of(unsigned pair) {
 BODY = r"""
 constexpr int WORDS = OUT == 0 ? VECTOR : VECTOR / 2, VECTORS = CHANNELS / VECTOR, WARPS = ROW_THREADS / 32;
 constexpr int CHUNKS = (VECTORS + ROW_THREADS - 1) / ROW_THREADS;
+constexpr bool BY_ONE = WARPS > 4 && !EARLY;  // as measured
 constexpr bool OWN_RANGES = GROUPS == 2 && RANGE_MODE != 1, GRID = GROUPS == 2 && RANGE_MODE == 2;
 
 INLINE void load_words(unsigned (&w)[WORDS], const void* from) {
@@ -120,7 +121,7 @@ INLINE unsigned magnitude_below(unsigned bits) {
 // What a count needs of a group: 256 thresholds, the two parts of their inverse, bias in 256 charges, most twice.
 struct Divider { float minus, inverse, rest, bias; unsigned most, multiple; };
 INLINE Divider divider_of(const Spikes& s) {
-  const float divisor = __fmul_rn(s.threshold, 256.0f), inverse = __fdiv_rn(1.0f, divisor);
+  const float divisor = __fmul_rn(s.threshold, 256.0f), inverse = __fmul_rn(s.inverse, 0.00390625f);
   const float error = fmaf(-divisor, inverse, 1.0f), first = __fmul_rn(error, inverse);
   return {-divisor, inverse, fmaf(error, first, first), __fmul_rn(__fadd_rn(s.zero, 0.5f), 0.00390625f),
           (unsigned)s.most * 0x10001u, (unsigned)s.multiple};
@@ -144,19 +145,47 @@ INLINE void row_meets() {
   else __syncthreads();
 }
 
+INLINE bool in_second(int c) { return GROUPS == 2 && c >= FIRST1 && c < FIRST1 + MANY1; }
+INLINE unsigned char* place_of(unsigned char* count, int g, int c) {
+  return count + c + (g ? START1 - FIRST1 : START0 - FIRST0);
+}
+// The counts of a row by divisions for all ranges, and their sums in a thread. Not inlined: instructions that are not
+// run are not to lie between those that are.
+__noinline__ __device__ int2 encode_far(const void* x, i64 at, const float* offset, unsigned char* count, Spikes first,
+                                        Spikes second) {
+  const Spikes spikes[2] = {first, second};
+  int sum[2] = {0, 0};
+#pragma unroll 1
+  for (int c = 4 * threadIdx.x; c < CHANNELS; c += 4 * ROW_THREADS) {
+    const bool g = in_second(c);
+    float y[4], off[4];
+    load_four(y, x, at + c);
+    if (OFFSET) {
+      load_floats(off, offset + c);
+#pragma unroll
+      for (int i = 0; i < 4; i++) y[i] = __fadd_rn(y[i], -off[i]);
+    }
+    int total = 0;
+    *(unsigned*)place_of(count, g, c) = counts_of(y, of_group(spikes, g), total);
+    if (g) sum[1] += total;
+    else sum[0] += total;
+  }
+  return {sum[0], sum[1]};
+}
+
 extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain(
     const void* x, const float* offset, const float* capacity, const float* clip, unsigned char* count,
     float* threshold, int* zero_point, int* count_sum, int x_stride) {
   extern __shared__ __align__(128) unsigned char memory[];
-  unsigned* ranges = (unsigned*)memory;      // [WARPS][4], unless a warp has a row
-  int* sums = (int*)(ranges + 4 * WARPS);    // [WARPS][2]
+  unsigned* ranges = (unsigned*)memory;         // [WARPS][4], unless a warp has a row
+  int* sums = (int*)(ranges + 4 * WARPS);       // [WARPS][2]
+  Spikes* found = (Spikes*)(sums + 2 * WARPS);  // [2]
   launch_dependents();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const i64 row = blockIdx.x;
   const char* from = (const char*)x + (row * x_stride + VECTOR * thread) * (OUT == 0 ? 4 : 2);
   count += row * POSITIONS;
   auto inside = [&](int v) { return ROW_THREADS * (v + 1) <= VECTORS || ROW_THREADS * v + thread < VECTORS; };
-  auto in_second = [&](int c) { return GROUPS == 2 && c >= FIRST1 && c < FIRST1 + MANY1; };
   auto group_of = [&](int v) {  // known to the compiler unless both groups meet there
     const int low = ROW_THREADS * VECTOR * v, high = min(low + ROW_THREADS * VECTOR, CHANNELS);
     if (GROUPS == 1 || high <= FIRST1 || low >= FIRST1 + MANY1) return 0;
@@ -183,43 +212,53 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
       floats_of(y, own[v]);
       if (OFFSET) take_offset(y, offset + VECTOR * (ROW_THREADS * v + thread));
     };
-    Ends ends[2] = {{0, 0}, {0, 0}};
+    unsigned range[4];
+    auto find_ranges = [&]() {  // those of a warp; of more, all of them in `ranges`
+      Ends ends[2] = {{0, 0}, {0, 0}};
 #pragma unroll
-    for (int v = 0; v < CHUNKS; v++) {
-      const bool second = OWN_RANGES && group_of(v);
-      Ends e = second ? ends[1] : ends[0];
-      if (OFFSET) {
-        if (!inside(v)) continue;
-        float y[VECTOR];
-        values(y, v);
-        unsigned bits[VECTOR];
+      for (int v = 0; v < CHUNKS; v++) {
+        const bool second = OWN_RANGES && group_of(v);
+        Ends e = second ? ends[1] : ends[0];
+        if (OFFSET) {
+          if (!inside(v)) continue;
+          float y[VECTOR];
+          values(y, v);
+          unsigned bits[VECTOR];
 #pragma unroll
-        for (int i = 0; i < VECTOR; i++) bits[i] = (unsigned)__float_as_int(y[i]);
-        widen_ends(e, bits);
-      } else widen_ends(e, own[v]);
-      if (second) ends[1] = e;
-      else ends[0] = e;
-    }
-    unsigned range[4] = {magnitude_below(ends[0].below), magnitude_above(ends[0].above),
-                         magnitude_below(ends[1].below), magnitude_above(ends[1].above)};
-    Spikes spikes[2];
-    if (WARPS == 1) {
+          for (int i = 0; i < VECTOR; i++) bits[i] = (unsigned)__float_as_int(y[i]);
+          widen_ends(e, bits);
+        } else widen_ends(e, own[v]);
+        if (second) ends[1] = e;
+        else ends[0] = e;
+      }
 #pragma unroll
-      for (int i = 0; i < 4; i++) range[i] = i < 2 || OWN_RANGES ? range[i] : 0;
-      spikes_of_all<1>(spikes, range, tops);
-    } else {
+      for (int g = 0; g < (OWN_RANGES ? 2 : 1); g++)
+        range[2 * g] = magnitude_below(ends[g].below), range[2 * g + 1] = magnitude_above(ends[g].above);
+      if (WARPS == 1) return;
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (i < 2 || OWN_RANGES) {
-          range[i] = maximum_of_warp(range[i]);
-          if (lane == 0) ranges[4 * warp + i] = range[i];
-        }
+      for (int i = 0; i < (OWN_RANGES ? 4 : 2); i++) {
+        const unsigned most = maximum_of_warp(range[i]);
+        if (lane == 0) ranges[4 * warp + i] = most;
+      }
       row_meets();
-      spikes_of_all<WARPS>(spikes, ranges, tops);
+    };
+    Spikes spikes[2];
+    if constexpr (BY_ONE) {  // one warp makes the parameters for all, and rehearses that while the row comes
+#pragma unroll 1
+      for (unsigned here = warp == 0 ? of_rehearsal() : 1u;; here = 1) {
+        if (here) find_ranges();
+        if (warp == 0) spikes_of_all<WARPS>(spikes, ranges, tops);
+        if (here) break;
+      }
+      if (thread == 0) found[0] = spikes[0], found[1] = spikes[1];
+      row_meets();
+      spikes[0] = found[0], spikes[1] = found[1];
+    } else {
+      find_ranges();
+      spikes_of_all<WARPS>(spikes, WARPS == 1 ? range : ranges, tops);
     }
     int sum[2] = {0, 0};
-    auto place_of = [&](int g, int c) { return count + c + (g ? START1 - FIRST1 : START0 - FIRST0); };
-    // The same for the whole row: a range near the end of float32, infinite or NaN takes the plain division.
+    // The same for the whole row: a range near the end of float32, infinite or NaN takes the longer division.
     if (spikes[0].threshold < 1e20f && spikes[1].threshold < 1e20f) {
       const Divider dividers[2] = {divider_of(spikes[0]), divider_of(spikes[1])};
 #pragma unroll
@@ -236,28 +275,13 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
         int total = g ? sum[1] : sum[0];
 #pragma unroll
         for (int i = 0; i < VECTOR / 4; i++) words[i] = counts_by(y + 4 * i, d), total = sum_4(words[i], total);
-        if (real) store_words(place_of(g, VECTOR * (ROW_THREADS * v + thread)), words);
+        if (real) store_words(place_of(count, g, VECTOR * (ROW_THREADS * v + thread)), words);
         if (g) sum[1] = total;
         else sum[0] = total;
       }
     } else if (real) {
-      const i64 at = row * x_stride;
-#pragma unroll 1
-      for (int c = 4 * thread; c < CHANNELS; c += 4 * ROW_THREADS) {
-        const bool second = in_second(c);
-        const Spikes s = of_group(spikes, second);
-        float y[4], off[4];
-        load_four(y, x, at + c);
-        if (OFFSET) {
-          load_floats(off, offset + c);
-#pragma unroll
-          for (int i = 0; i < 4; i++) y[i] = __fadd_rn(y[i], -off[i]);
-        }
-        int total = 0;
-        *(unsigned*)place_of(second, c) = counts_of(y, s, total);
-        if (second) sum[1] += total;
-        else sum[0] += total;
-      }
+      const int2 sums_here = encode_far(x, row * x_stride, offset, count, spikes[0], spikes[1]);
+      sum[0] = sums_here.x, sum[1] = sums_here.y;
     }
     const unsigned nothing[VECTOR / 4] = {};
     auto pad = [&](int i, int stop) {

@@ -16,6 +16,7 @@ typedef long long i64;
 typedef unsigned long long u64;
 #define INTEGERS 3
 #define NIBBLES 0x0F0F0F0Fu
+#define INFINITE __int_as_float(0x7f800000)
 #define INLINE __device__ __forceinline__
 struct __align__(64) Map { char raw[128]; };
 """
@@ -142,6 +143,12 @@ template <typename T> INLINE T of_partner(T x, int step) { return __shfl_xor_syn
 INLINE bool any_of_warp(bool x) { return __any_sync(EVERY_LANE, x); }
 INLINE unsigned maximum_of_warp(unsigned x) { return __reduce_max_sync(EVERY_LANE, x); }
 INLINE int sum_of_warp(int x) { return __reduce_add_sync(EVERY_LANE, x); }
+INLINE int first_of_warp(bool x) { return __ffs(__ballot_sync(EVERY_LANE, x)) - 1; }  // -1 where no lane has it
+INLINE int multiply_add(int a, int b, int c) {  // one instruction: the compiler would make two sums of a chain of them
+  int v;
+  asm("mad.lo.s32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+  return v;
+}
 INLINE int dot_4(unsigned a, unsigned b, int add) { return __dp4a((int)a, (int)b, add); }  // signed bytes
 INLINE float half_to_float(unsigned short bits) {
   float v;
@@ -165,6 +172,11 @@ INLINE void to_block(int* mine, int rank, int value) {  // into the same place o
   unsigned at;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(mine)), "r"(rank));
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
+}
+INLINE float inverse_of(float x) {  // correctly rounded, of 1e-30 .. 1e30
+  float v;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(x));
+  return fmaf(fmaf(-x, v, 1.0f), v, v);
 }
 INLINE float sigmoid(float x) {  // as `gated` of neurons.backends.triton_encode_row
   float v;
@@ -200,19 +212,33 @@ SHARED = r"""
 INLINE unsigned bits_above(float x) {  // of x where it is positive or NaN, as `range_bits`
   return x > 0.0f || x != x ? (unsigned)__float_as_int(x) & 0x7fffffffu : 0u;
 }
-// Threshold and zero point of a range, and what a count needs, as neurons.thresholds.encode_parameters.
-// `unit` and `multiple` of it: the threshold, where those of all groups lie on one grid. `inverse` of the threshold.
-struct Spikes { float threshold, zero, most, multiple, unit, inverse; };
-INLINE float zero_of(float below, float threshold, float most) {
-  // Adding 3 * 2^22 rounds half to even.
-  const float zero = __fadd_rn(__fadd_rn(__fdiv_rn(below, threshold), 12582912.0f), -12582912.0f);
-  return fminf(fmaxf(zero, 0.0f), most);
+// Correctly rounded by the correctly rounded inverse, as neurons.backends.triton_encode_row.quotient.
+INLINE float quotient(float x, float divisor, float inverse) {
+  float q = __fmul_rn(x, inverse);
+  q = fmaf(fmaf(q, -divisor, x), inverse, q);
+  return fmaf(fmaf(q, -divisor, x), inverse, q);
 }
-INLINE Spikes spikes_of(unsigned below, unsigned above, float most, float clip) {
-  const float low = __fmul_rn(-__int_as_float(below), clip), high = __fmul_rn(__int_as_float(above), clip);
-  const float step = __fdiv_rn(__fadd_rn(high, -low), most);
-  const float threshold = step < 1e-5f ? 1e-5f : step;  // NaN stays
-  return {threshold, zero_of(-low, threshold, most), most, 1.0f, threshold, __fdiv_rn(1.0f, threshold)};
+// Threshold and zero point of a range, and what a count needs, as neurons.thresholds.encode_parameters.
+// `unit` and `multiple` of it: the threshold, where those of all groups lie on one grid. `inverse` of the threshold
+// times `scale`, as `in_thresholds` needs it.
+struct Spikes { float threshold, zero, most, multiple, unit, inverse, scale; };
+// A power of two, by which `quotient` takes divisors of any size, and what is divided by them.
+INLINE float scale_of(float divisor) { return divisor < 1e30f ? 1.0f : 5.421010862427522e-20f; }
+INLINE float in_thresholds(float x, const Spikes& s) {
+  return quotient(__fmul_rn(x, s.scale), __fmul_rn(s.threshold, s.scale), s.inverse);
+}
+INLINE float threshold_of(float below, float above, float most, float inverse_of_most) {
+  const float range = __fadd_rn(above, below);
+  const float step = range < INFINITE ? quotient(range, most, inverse_of_most) : range;
+  return step < 1e-5f ? 1e-5f : step;  // NaN stays
+}
+INLINE Spikes spikes_of(float below, float threshold, float most) {
+  const float scale = scale_of(threshold);
+  Spikes s = {threshold, 0.0f, most, 1.0f, threshold, inverse_of(__fmul_rn(threshold, scale)), scale};
+  // Adding 3 * 2^22 rounds half to even.
+  const float rounded = __fadd_rn(__fadd_rn(in_thresholds(below, s), 12582912.0f), -12582912.0f);
+  s.zero = fminf(fmaxf(rounded, 0.0f), most);
+  return s;
 }
 INLINE int count_of(float quotient, const Spikes& s) {  // of x / threshold
   return (int)fminf(fmaxf(__fadd_rn(quotient, __fadd_rn(s.zero, 0.5f)), 0.0f), s.most);

@@ -28,9 +28,9 @@ def shared_bytes(
 ) -> int:
     """Shared memory of a block: ring, waiting sums, tables, transposition, barriers, alignment."""
     values = bm * bn // 128 - workers * kept  # that wait here, a thread's of every warpgroup
-    sums = segments - merged
+    sums = segments - merged  # of an output
     waiting = values * 512 if sums == 2 else 0
-    tables = 8 * bm * (segments + 1) + 16 * bn * segments + 4 * bn
+    tables = 8 * bm * (sums + 1) + 16 * bn * sums + 4 * bn
     elsewhere = sums == 2 and kept <= bm * (bn // workers - 64) // 128  # all but the first 16 rows
     turning = bn * 32 * (1 if elsewhere else bm // 16)
     return stages * (bm * 128 + bn * 64) + waiting + tables + turning + 256 + 1024
@@ -45,9 +45,10 @@ constexpr int TURNS = SUMS == 2 && KEPT <= (PIECES - 1) * VALUES ? 1 : PARTS;
 static_assert(PIECES == 1 || PIECES == 2, "a piece is 64 outputs, of which a warp handles 16");
 static_assert(KEPT % 4 == 0 && KEPT <= PIECES * VALUES, "sums wait in fours");
 // Registers of a thread that copies, and of one that multiplies; who waits for more than the block has waits for ever.
-constexpr int LESS = WARPS == 12 ? 32 : 40, MORE = WARPS == 12 ? 160 : 232;
-constexpr int THREADS = 128 + 32 * WARPS;
-static_assert(128 * LESS + 32 * WARPS * MORE <= 65536 / THREADS / 8 * 8 * THREADS, "registers");
+// One warpgroup leaves half of the multiprocessor's to the kernel behind, which starts early where it has room.
+constexpr int THREADS = 128 + 32 * WARPS, SHARES = WARPS == 4 ? 2 : 1;
+constexpr int LESS = WARPS == 12 ? 32 : 40, MORE = WARPS == 12 ? 160 : WARPS == 4 ? 216 : 232;
+static_assert(128 * LESS + 32 * WARPS * MORE <= 65536 / SHARES / THREADS / 8 * 8 * THREADS, "registers");
 static_assert(STAGES >= 2 && 16 * STAGES + 16 <= 256 && STAGE_BYTES % 1024 == 0, "the ring");
 constexpr bool IN_PAIRS = OUT != 0 && OUT != INTEGERS;  // outputs of 16 bits
 constexpr bool IN_BOXES = IN_PAIRS && !RESIDUAL;        // the copy engine stores them
@@ -67,7 +68,7 @@ INLINE int turned(int row, int chunk) {
   return row * 32 * PIECES + (chunk ^ row * PIECES / 4 % (2 * PIECES)) * 16;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_tiles(
+extern "C" __global__ void __launch_bounds__(THREADS, SHARES) linear_tiles(
     const __grid_constant__ Map counts, const __grid_constant__ Map weights, const __grid_constant__ Map outputs,
     const float* threshold, const int* zero_point, const int* count_sum, const int* segments, const float* scale,
     const int* weight_zero, const int* row_sum, const float* bias,
@@ -79,9 +80,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_tiles(
   int4* waiting = (int4*)after_ring;
   unsigned char* after_waiting = after_ring + (SUMS == 2 ? WAITING * 128 * WARPS : 0);
   // Of two rows: s, s, z, z; sums of counts of the first segment, of the second; s, s, z, z of the second.
-  int4* row_table = (int4*)after_waiting;                         // [BM / 2][SEGMENTS + 1]
-  int4* column_table = row_table + BM / 2 * (SEGMENTS + 1);       // [SEGMENTS][BN]: sw, zu, row sum
-  float* bias_table = (float*)(column_table + SEGMENTS * BN);
+  // Of one sum for both segments: s, s, z, z; sums of all counts, z, z of the second.
+  int4* row_table = (int4*)after_waiting;                         // [BM / 2][SUMS + 1]
+  int4* column_table = row_table + BM / 2 * (SUMS + 1);           // [SUMS][BN]: sw, zu, row sum, the other if there is
+  float* bias_table = (float*)(column_table + SUMS * BN);
   unsigned char* turning = (unsigned char*)(bias_table + BN);     // TURNS times, of every warp, TURNING bytes
   const unsigned base = shared_address(memory);
   const unsigned full = shared_address(turning + WARPS * TURNS * TURNING), empty = full + 8 * STAGES;
@@ -140,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_tiles(
       for (int index = first_tile + blockIdx.x; index < last_tile; index += gridDim.x, parity ^= 1) {
         const Tile tile = tile_at(index, tiles_m, tiles_n, height);
         barrier_wait(table_empty, parity);
-        for (int s = 0; s < SEGMENTS; s++) {
+        for (int s = 0; s < SUMS; s++) {
           const int weight_group = segments[4 * s + 3];
           for (int i = lane; i < BN; i += 32) {
             const int n = min(tile.n + i, columns - 1), of = n * weight_groups + weight_group;
@@ -148,6 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_tiles(
             copy_4(to, scale + of);
             copy_4(to + 4, weight_zero + of);
             copy_4(to + 8, row_sum + n * SEGMENTS + s);
+            if (MERGED) copy_4(to + 12, row_sum + n * SEGMENTS + 1);
             if (BIAS && s == 0) copy_4(shared_address(bias_table + i), bias + n);
           }
         }
@@ -156,10 +159,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear_tiles(
           const int group = segments[4 * s + 2];
           for (int i = lane; i < BM; i += 32) {
             const int m = min(tile.m + i, rows - 1), of = m * groups + group;
-            const unsigned to = shared_address(row_table + i / 2 * (SEGMENTS + 1)) + i % 2 * 4;
-            copy_4(to + s * 32, threshold + of);
-            copy_4(to + s * 32 + 8, zero_point + of);
-            copy_4(to + 16 + s * 8, count_sum + m * SEGMENTS + s);
+            const int* sum = count_sum + m * SEGMENTS;
+            int4* entry = row_table + i / 2 * (SUMS + 1);
+            const unsigned to = shared_address(entry) + i % 2 * 4;
+            if (MERGED && s == 0) ((int*)(entry + 1))[i % 2] = sum[0] + sum[1];
+            if (!MERGED) copy_4(to + 16 + s * 8, sum + s);
+            if (s < SUMS) copy_4(to + s * 32, threshold + of);
+            copy_4(to + (MERGED ? 16 : 32) * s + 8, zero_point + of);
           }
         }
         commit_copies();

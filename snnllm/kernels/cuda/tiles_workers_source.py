@@ -127,7 +127,7 @@ WORKERS = r"""
       barrier_wait(table_full, table_parity);
       if (RESIDUAL && IN_PAIRS) load_residual(tile, 0);
       if (SUMS == 1) slabs_are_free();
-      int4 of_column[PIECES][2][SEGMENTS];  // zu and the row sum with the sign that they are added with
+      int4 of_column[PIECES][2][SUMS];  // zu and row sums with the sign that they are added with
       float add[PIECES][2];
 #pragma unroll
       for (int p = 0; p < PIECES; p++)
@@ -135,27 +135,26 @@ WORKERS = r"""
         for (int e = 0; e < 2; e++) {
           add[p][e] = BIAS ? bias_table[first_output + p * 16 + 8 * e + g] : 0.0f;
 #pragma unroll
-          for (int s = 0; s < SEGMENTS; s++) {
+          for (int s = 0; s < SUMS; s++) {
             const int4 column = column_table[s * BN + first_output + p * 16 + 8 * e + g];
-            of_column[p][e][s] = make_int4(column.x, -column.y, -column.z, 0);
+            of_column[p][e][s] = make_int4(column.x, -column.y, -column.z, -column.w);
           }
         }
-      int4 of_row[SEGMENTS + 1];
+      int4 of_row[SUMS + 1];
 #pragma unroll
-      for (int q = 0; q <= SEGMENTS; q++) of_row[q] = row_table[t * (SEGMENTS + 1) + q];
+      for (int q = 0; q <= SUMS; q++) of_row[q] = row_table[t * (SUMS + 1) + q];
 #pragma unroll
       for (int j = 0; j < PARTS; j++) {
         unsigned pairs[PIECES][4];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           const int m = 16 * j + 8 * i + 2 * t, v = 8 * j + 4 * i;
-          int4 row[SEGMENTS + 1];
+          int4 row[SUMS + 1];
 #pragma unroll
-          for (int q = 0; q <= SEGMENTS; q++) row[q] = of_row[q];
+          for (int q = 0; q <= SUMS; q++) row[q] = of_row[q];
           if (i == 0 || j + 1 < PARTS)  // the next rows
 #pragma unroll
-            for (int q = 0; q <= SEGMENTS; q++)
-              of_row[q] = row_table[(m / 2 + 4) * (SEGMENTS + 1) + q];
+            for (int q = 0; q <= SUMS; q++) of_row[q] = row_table[(m / 2 + 4) * (SUMS + 1) + q];
 #pragma unroll
           for (int p = 0; p < PIECES; p++) {
             const int position = p * VALUES + v;
@@ -173,13 +172,11 @@ WORKERS = r"""
 #pragma unroll
               for (int e = 0; e < 4; e++) {
                 const int4 column = of_column[p][e / 2][JOINT ? 0 : s], factors = row[2 * s], counted = row[1];
-                const int of_first = e % 2 ? counted.y : counted.x, of_second = e % 2 ? counted.w : counted.z;
-                const int count = MERGED ? of_first + of_second : s == 0 ? of_first : of_second;
+                const int first = e % 2 ? counted.y : counted.x, second = e % 2 ? counted.w : counted.z;
                 int a = s == 1 ? other[e] : finished(acc[p][v + e]);
-                a += column.y * count;
-#pragma unroll
-                for (int part = s; part <= s + MERGED; part++)
-                  a += (e % 2 ? row[2 * part].w : row[2 * part].z) * of_column[p][e / 2][part].z;
+                a = multiply_add(column.y, s == 0 ? first : second, a);
+                a = multiply_add(e % 2 ? factors.w : factors.z, of_column[p][e / 2][s].z, a);
+                if (MERGED) a = multiply_add(second, column.w, a);
                 if (OUT == INTEGERS) {
                   const int at_m = tile.m + m + e % 2;
                   const int at_n = tile.n + first_output + p * 16 + 8 * (e / 2) + g;
