@@ -179,6 +179,16 @@ def test_the_tiles_of_both_launches_cover_the_outputs_once(
     assert len(launched) == (2 if 0 < rest <= 10 and len(covered) * raster > 20 else 1)
 
 
+@pytest.mark.parametrize("shape", sorted({s for s in SHAPES if isinstance(s, Tiles)}), ids=str)
+@pytest.mark.parametrize(("segments", "merged"), [(1, 0), (2, 0), (2, 1)])
+def test_a_multiprocessor_has_shared_memory_for_one_block(
+    shape: Tiles, segments: int, merged: int
+) -> None:
+    """Tiles of one warpgroup leave registers for a second one, which would be in the way."""
+    shared = shape.shared_bytes(segments, merged)
+    assert MOST_SHARED // 2 < shared <= MOST_SHARED
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     ("out", "residual"), [*((out, 0) for out in OUTPUTS.values()), (0, 1), (1, 1), (2, 1)]
