@@ -35,7 +35,7 @@ static float __int2float_rn(int i) { return (float)i; }
 static float __fmul_rn(float a, float b) { volatile float c = a * b; return c; }
 static float __fadd_rn(float a, float b) { volatile float c = a + b; return c; }
 static float __fdiv_rn(float a, float b) { volatile float c = a / b; return c; }
-static float inverse_of(float a) { return __fdiv_rn(1.0f, a); }
+static float inverse_of(float a) { return a > 8.5e37f ? 0.0f : __fdiv_rn(1.0f, a); }  // the device has no subnormal ones
 static float __fsqrt_rn(float a) { return sqrtf(a); }
 
 struct Index { int x; };
@@ -237,8 +237,7 @@ static bool any_of_warp(bool x) { return of_warp((int)x, [](int a, int b) { retu
 static unsigned maximum_of_warp(unsigned x) { return of_warp(x, max); }
 static int multiply_add(int a, int b, int c) { return a * b + c; }
 static int first_of_warp(bool x) {
-  const int first = of_warp(x ? (int)threadIdx.x % 32 : 32, min);
-  return first < 32 ? first : -1;
+  return of_warp(x ? (int)threadIdx.x % 32 : 32, min);
 }
 static int sum_of_warp(int x) { return of_warp(x, [](int a, int b) { return a + b; }); }
 static float of_block(const float* mine, int rank) {

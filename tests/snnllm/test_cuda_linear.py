@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +205,25 @@ def test_every_shape_compiles_without_serialised_products(
         code, log = cuda_driver.compiled(source, tuple(names.items()), "sm_90a")
         assert code.startswith(b"\x7fELF")
         assert "serialized" not in log
+
+
+@needs_compiler
+@pytest.mark.parametrize(("segments", "merged"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("shape", sorted({s for s in SHAPES if isinstance(s, Tiles)}), ids=str)
+def test_blocks_have_the_registers_that_their_warps_share(
+    shape: Tiles, segments: int, merged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warps that multiply take what the others give; they would wait for ever for what the block has not."""
+    options = cuda_driver._options
+    monkeypatch.setattr(
+        cuda_driver, "_options", lambda *given: [*options(*given), "--ptxas-options=-v"]
+    )
+    names = {**macros(shape, 1, segments, merged), "OUT": 1}
+    _, log = cuda_driver.compiled(cuda_tiles_source.SOURCE, tuple(names.items()), "sm_90a")
+    used = int(re.findall(r"Used (\d+) registers", log)[0])
+    less, more = {1: (40, 216), 2: (40, 232), 3: (32, 160)}[shape.workers]
+    assert less + shape.workers * more <= (1 + shape.workers) * used
+    assert "setmaxnreg ignored" not in log
 
 
 @needs_compiler

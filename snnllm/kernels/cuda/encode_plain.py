@@ -85,9 +85,9 @@ def choose_shape(rows: int, channels: int, size: int, multiprocessors: int) -> S
     threads = _WARP
     while -(-vectors // threads) * words > _HELD:
         threads *= 2
-    # Few rows: as many threads for each as fill the device, of two vectors at least.
+    # Few rows: as many threads for each as fill the device, with two vectors or more each.
     device = multiprocessors * _AT_A_TIME
-    while threads < min(vectors // 2, _FEW_THREADS) and 2 * rows * threads <= device:
+    while 2 * threads <= min(vectors // 2, _FEW_THREADS) and 2 * rows * threads <= device:
         threads *= 2
     others = _OTHERS + 4 * size  # an offset comes in floats
     registers = max(_LEAST, -(-(-(-vectors // threads) * words + others) // 8) * 8)

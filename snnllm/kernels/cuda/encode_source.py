@@ -1,8 +1,9 @@
-"""CUDA C++ of the steps of an encoder of few rows, for the kernels of `normed_source` and `gated_source`.
+"""CUDA C++ of the steps of an encoder, for the kernels of `plain_source`, and of `normed_source` and `gated_source`.
 
-The integers are those of `neurons.backends.triton_encode`, operation by operation. A row has one or two groups of
-neighbouring channels (`neurons.backends.triton_encode_tiles.runs_of`). Macros: GROUPS (1 or 2), RANGE_MODE (of two
-groups: 0 own ranges, 1 one for both, 2 own ones with commensurate thresholds), OFFSET, OUT (dtype of the row).
+The integers are those of `neurons.backends.triton_encode`; quotients are made of correctly rounded inverses. A row
+has one or two groups of neighbouring channels (`neurons.backends.triton_encode_tiles.runs_of`). Macros: GROUPS (1 or
+2), RANGE_MODE (of two groups: 0 own ranges, 1 one for both, 2 own ones with commensurate thresholds), OFFSET, OUT
+(dtype of the row).
 """
 
 __all__ = ["ENCODING"]
@@ -63,26 +64,27 @@ INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }  // Na
 // The unit and its multiples to which the thresholds of both groups are rounded up (neurons.thresholds.commensurate).
 struct Grid { float unit, multiple[2]; };
 INLINE Grid grid_of(const float (&threshold)[2], const Tops& tops) {
-  const float scale = scale_of(larger(threshold[0], threshold[1]));
-  float scaled[2], finest[2], cost[2], multiple[2];
+  const float scale = scale_of(larger(threshold[0], threshold[1])), back = scale == 1.0f ? 1.0f : LARGER_AGAIN;
+  float s[2], finest[2], cost[2], multiple[2];
 #pragma unroll
   for (int g = 0; g < 2; g++) {
-    scaled[g] = __fmul_rn(threshold[g], scale);
-    finest[g] = quotient(scaled[g], tops.tried[g], tops.share[g]);
+    s[g] = __fmul_rn(threshold[g], scale);
+    finest[g] = quotient(s[g], tops.tried[g], tops.share[g]);
   }
   // 19 bits, so that multiples are exact.
   const float above = __fmul_rn(larger(finest[0], finest[1]), 1.000003814697265625f);
   const float unit = __int_as_float(__float_as_int(above) & ~31), inverse = inverse_of(unit);
 #pragma unroll
   for (int g = 0; g < 2; g++) {
-    multiple[g] = fminf(ceilf(quotient(scaled[g], unit, inverse)), tops.multiple[g]);
-    cost[g] = quotient(__fmul_rn(unit, multiple[g]), scaled[g], inverse_of(scaled[g]));
+    multiple[g] = fminf(ceilf(quotient(s[g], unit, inverse)), tops.multiple[g]);
+    const float raised = __fmul_rn(unit, multiple[g]);  // beyond float32 it costs infinitely much
+    cost[g] = __fmul_rn(raised, back) < INFINITE ? quotient(raised, s[g], inverse_of(s[g])) : INFINITE;
   }
-  // Positive floats are ordered as their bits are; of equal ones the first lane has the largest multiple.
-  const unsigned bits = (unsigned)__float_as_int(larger(cost[0], cost[1]));
+  // A quotient too large for float32 is NaN: infinite, too. Positive floats are ordered as their bits are; of equal
+  // ones the first lane has the largest multiple.
+  const unsigned bits = (unsigned)__float_as_int(fminf(larger(cost[0], cost[1]), INFINITE));
   const int best = first_of_warp(bits == ~maximum_of_warp(~bits));
-  return {of_lane(scale == 1.0f ? unit : __fmul_rn(unit, 18446744073709551616.0f), best),
-          {of_lane(multiple[0], best), of_lane(multiple[1], best)}};
+  return {of_lane(__fmul_rn(unit, back), best), {of_lane(multiple[0], best), of_lane(multiple[1], best)}};
 }
 // The parameters of both groups from the ranges of WARPS warps (or blocks), a power of two.
 template <int WARPS>

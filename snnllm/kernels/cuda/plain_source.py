@@ -3,6 +3,9 @@
 A row has a block of ROW_THREADS threads. A thread has VECTOR neighbouring channels of every ROW_THREADS * VECTOR, and
 holds them as they come. The layout is part of the compiled kernel: the group of most vectors is known then.
 
+Where rows are not few, instructions are waited for: one warp makes the parameters for all, and rehearses that while
+the row comes; what rows of extreme ranges need is a function of its own (`encode_far`), out of the way.
+
 A quotient costs two instructions where x has at most 11 bits: an inverse of two floats, `inverse + rest`, makes it
 right to 2^-47. It decides every count as the rounded quotient does, which was tried for all x, zero points and counts
 at the thresholds next to each border (`tests/snnllm/test_cuda_plain.py`). Other x take a Newton step more, from a
@@ -17,10 +20,12 @@ from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
 
 __all__ = ["BODY", "INSTRUCTIONS", "LANES", "SOURCE", "shared_bytes"]
 
+_SPIKES = 28  # bytes of the parameters of a group
+
 
 def shared_bytes(threads: int) -> int:
     """Shared memory of a block whose rows have so many threads: ranges and sums of its warps, parameters of a row."""
-    return threads // 32 * (4 + 2) * 4 + 2 * 7 * 4
+    return threads // 32 * (4 + 2) * 4 + 2 * _SPIKES
 
 
 LANES = r"""
@@ -60,7 +65,8 @@ INLINE float high_of(unsigned pair) {
 BODY = r"""
 constexpr int WORDS = OUT == 0 ? VECTOR : VECTOR / 2, VECTORS = CHANNELS / VECTOR, WARPS = ROW_THREADS / 32;
 constexpr int CHUNKS = (VECTORS + ROW_THREADS - 1) / ROW_THREADS;
-constexpr bool BY_ONE = WARPS > 4 && !EARLY;  // as measured
+constexpr bool BY_ONE = WARPS > 4 && !EARLY;  // elsewhere it is slower
+static_assert(sizeof(Spikes) == 28, "shared_bytes");
 constexpr bool OWN_RANGES = GROUPS == 2 && RANGE_MODE != 1, GRID = GROUPS == 2 && RANGE_MODE == 2;
 
 INLINE void load_words(unsigned (&w)[WORDS], const void* from) {
@@ -243,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
       row_meets();
     };
     Spikes spikes[2];
-    if constexpr (BY_ONE) {  // one warp makes the parameters for all, and rehearses that while the row comes
+    if constexpr (BY_ONE) {  // the first time of ranges that are not there yet, of which nothing is kept
 #pragma unroll 1
       for (unsigned here = warp == 0 ? of_rehearsal() : 1u;; here = 1) {
         if (here) find_ranges();

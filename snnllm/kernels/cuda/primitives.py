@@ -143,7 +143,7 @@ template <typename T> INLINE T of_partner(T x, int step) { return __shfl_xor_syn
 INLINE bool any_of_warp(bool x) { return __any_sync(EVERY_LANE, x); }
 INLINE unsigned maximum_of_warp(unsigned x) { return __reduce_max_sync(EVERY_LANE, x); }
 INLINE int sum_of_warp(int x) { return __reduce_add_sync(EVERY_LANE, x); }
-INLINE int first_of_warp(bool x) { return __ffs(__ballot_sync(EVERY_LANE, x)) - 1; }  // -1 where no lane has it
+INLINE int first_of_warp(bool x) { return __ffs(__ballot_sync(EVERY_LANE, x)) - 1; }  // a lane has it
 INLINE int multiply_add(int a, int b, int c) {  // one instruction: the compiler would make two sums of a chain of them
   int v;
   asm("mad.lo.s32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
@@ -212,7 +212,8 @@ SHARED = r"""
 INLINE unsigned bits_above(float x) {  // of x where it is positive or NaN, as `range_bits`
   return x > 0.0f || x != x ? (unsigned)__float_as_int(x) & 0x7fffffffu : 0u;
 }
-// Correctly rounded by the correctly rounded inverse, as neurons.backends.triton_encode_row.quotient.
+// Correctly rounded by the correctly rounded inverse, as neurons.backends.triton_encode_row.quotient, of normal numbers
+// and quotients, divisors up to 2^100. A quotient below counts as 0 where it is rounded (and as 1 where that is up).
 INLINE float quotient(float x, float divisor, float inverse) {
   float q = __fmul_rn(x, inverse);
   q = fmaf(fmaf(q, -divisor, x), inverse, q);
@@ -223,7 +224,9 @@ INLINE float quotient(float x, float divisor, float inverse) {
 // times `scale`, as `in_thresholds` needs it.
 struct Spikes { float threshold, zero, most, multiple, unit, inverse, scale; };
 // A power of two, by which `quotient` takes divisors of any size, and what is divided by them.
-INLINE float scale_of(float divisor) { return divisor < 1e30f ? 1.0f : 5.421010862427522e-20f; }
+#define SMALLER 5.421010862427522e-20f    // 2^-64
+#define LARGER_AGAIN 18446744073709551616.0f  // 2^64
+INLINE float scale_of(float divisor) { return divisor < 1e30f ? 1.0f : SMALLER; }
 INLINE float in_thresholds(float x, const Spikes& s) {
   return quotient(__fmul_rn(x, s.scale), __fmul_rn(s.threshold, s.scale), s.inverse);
 }
@@ -240,8 +243,8 @@ INLINE Spikes spikes_of(float below, float threshold, float most) {
   s.zero = fminf(fmaxf(rounded, 0.0f), most);
   return s;
 }
-INLINE int count_of(float quotient, const Spikes& s) {  // of x / threshold
-  return (int)fminf(fmaxf(__fadd_rn(quotient, __fadd_rn(s.zero, 0.5f)), 0.0f), s.most);
+INLINE int count_of(float charge, const Spikes& s) {  // of x / threshold
+  return (int)fminf(fmaxf(__fadd_rn(charge, __fadd_rn(s.zero, 0.5f)), 0.0f), s.most);
 }
 INLINE float maximum(float x) {  // of a warp
 #pragma unroll
