@@ -67,10 +67,10 @@ def _scales(module: SpikingLinear) -> int:
     """
     encoded = module.layout.activation_bits != FLOAT_BITS
     integer = encoded and module.layout.weight_bits != FLOAT_BITS
-    sums = len(module.spec().segments) if integer else 0
     of_outputs = 0
     if integer:
         spec = module.spec()
+        sums = len(spec.segments)
         multiples = sums if spec.encoder.commensurate and len(spec.encoder.sizes) > 1 else 0
         of_outputs = 2 * (1 if spec.merged else sums) + sums + multiples
     return (module.in_features if encoded else 0) + module.out_features * of_outputs

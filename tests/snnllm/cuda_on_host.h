@@ -236,9 +236,7 @@ template <typename T, typename Join> static T of_warp(T x, Join join) {
 static bool any_of_warp(bool x) { return of_warp((int)x, [](int a, int b) { return a | b; }); }
 static unsigned maximum_of_warp(unsigned x) { return of_warp(x, max); }
 static int multiply_add(int a, int b, int c) { return a * b + c; }
-static int first_of_warp(bool x) {
-  return of_warp(x ? (int)threadIdx.x % 32 : 32, min);
-}
+static int first_of_warp(bool x) { return of_warp(x ? (int)threadIdx.x % 32 : 32, min); }
 static int sum_of_warp(int x) { return of_warp(x, [](int a, int b) { return a + b; }); }
 static float of_block(const float* mine, int rank) {
   const unsigned at = shared_address(mine);

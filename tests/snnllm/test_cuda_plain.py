@@ -227,10 +227,10 @@ def test_rows_out_of_range(
     mine, other = encoded(build, rows, shape), expected(rows)
     finite = torch.isfinite(other[1])
     assert not finite.all(1)[:4].any()
-    assert bool(finite[4:7].all())
-    known = torch.isfinite(mine[1])
+    known, overflows = torch.isfinite(mine[1]), mode == GRID and min(capacities) == 1
+    assert bool(finite[4 : 7 if overflows else None].all())
     assert bool(known[finite].all())
-    assert mode == GRID or torch.equal(known, finite)  # a finite unit may have an infinite multiple
+    assert overflows or torch.equal(known, finite)  # a finite unit may have an infinite multiple
     for first, second in zip(mine[1:], other[1:], strict=True):
         assert torch.equal(first[finite], second[finite])
     for g, (start, stop) in enumerate(((0, 512), (512, 640))):
@@ -344,9 +344,8 @@ def test_the_kernel_compiles_without_many_spills(
     assert code.startswith(b"\x7fELF")
     spills = re.findall(r"(\d+) bytes spill stores", log)
     assert spills
-    assert max(map(int, spills)) <= (
-        64 if shifted else 0
-    )  # 16 registers of float16 rows with an offset, M = 256
+    known = shifted and dtype == HALF and many == 256  # up to 16 registers
+    assert max(map(int, spills)) <= 64 * known
 
 
 def operands(rows: PlainRows) -> tuple[Any, ...]:
@@ -402,9 +401,8 @@ def test_on_a_device_it_makes_what_triton_makes(
     x, groups = values(many, sum(sizes), dtype), len(sizes)
     if many > 1:
         x[-1, 1], x[-2, 2] = torch.inf, torch.nan
-    if (
-        many > 1 and dtype != HALF
-    ):  # thresholds that the short division does not take, and those beyond 1e30
+    if many > 1 and dtype != HALF:
+        # Thresholds that the short division does not take, and those beyond 1e30.
         x[-3], x[-4] = x[-3] * 1e24, x[-4] * 1e34
     for mode in (OWN, ONE, GRID):
         offset = torch.randn(sum(sizes)) if mode != ONE else None

@@ -126,9 +126,8 @@ def test_a_merged_sum_is_scaled_once() -> None:
     for value_range, a_sum in (("split", 2 * 3), ("commensurate", 2 * 2 + 2)):
         row = linear_row("layer", spiking_linear(value_range=value_range), x)
         assert row.scale_operations == 6 * (40 + 12 * a_sum)
-    module = spiking_linear(
-        value_range="commensurate", group_size=16
-    )  # several scales, no merged sum
+    # Several scales, no merged sum.
+    module = spiking_linear(value_range="commensurate", group_size=16)
     sums = len(module.spec().segments)
     assert linear_row("layer", module, x).scale_operations == 6 * (40 + 12 * 4 * sums)
 

@@ -11,6 +11,8 @@ __all__ = ["ENCODING"]
 ENCODING = r"""
 // Positions start .. stop of counts hold the many channels behind first, then zeros.
 struct Run { int start, stop, many, first; };
+// Two groups have ranges of their own; and thresholds that are commensurate.
+constexpr bool OWN_RANGES = GROUPS == 2 && RANGE_MODE != 1, GRID = GROUPS == 2 && RANGE_MODE == 2;
 
 INLINE void load_four(float (&x)[4], const void* from, i64 at) {
 #if OUT == 0
@@ -53,7 +55,7 @@ INLINE Tops tops_of(const float* most, const float* clip) {
 #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
     tops.most[g] = most[g], tops.inverse[g] = inverse_of(most[g]), tops.clip[g] = clip[g];
-    if (GROUPS == 1 || RANGE_MODE != 2) continue;
+    if (!GRID) continue;
     tops.multiple[g] = floorf(quotient(255.0f, most[g], tops.inverse[g]));
     tops.tried[g] = fmaxf(tops.multiple[g] - (g ? (float)(threadIdx.x % 4) : 0.0f), 1.0f);
     tops.share[g] = inverse_of(tops.tried[g]);
@@ -92,7 +94,7 @@ INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Top
   unsigned range[4];
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    if (i < 2 || (GROUPS == 2 && RANGE_MODE != 1)) range[i] = maximum_of_warp(ranges[threadIdx.x % WARPS * 4 + i]);
+    if (i < 2 || OWN_RANGES) range[i] = maximum_of_warp(ranges[threadIdx.x % WARPS * 4 + i]);
   float below[2], threshold[2];
 #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
@@ -102,7 +104,7 @@ INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Top
     threshold[g] = threshold_of(below[g], above, tops.most[g], tops.inverse[g]);
   }
   Grid grid;
-  if (GROUPS == 2 && RANGE_MODE == 2) {
+  if (GRID) {
     grid = grid_of(threshold, tops);
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) threshold[g] = __fmul_rn(grid.unit, grid.multiple[g]);
@@ -110,7 +112,7 @@ INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Top
 #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
     spikes[g] = spikes_of(below[g], threshold[g], tops.most[g]);
-    if (GROUPS == 2 && RANGE_MODE == 2) spikes[g].unit = grid.unit, spikes[g].multiple = grid.multiple[g];
+    if (GRID) spikes[g].unit = grid.unit, spikes[g].multiple = grid.multiple[g];
   }
   if (GROUPS == 1) spikes[1] = spikes[0];
 }
@@ -125,7 +127,7 @@ INLINE unsigned counts_of(const float (&x)[4], const Spikes& s, int& sum) {
   unsigned word = 0;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int count = count_of(in_thresholds(x[i], s), s) * (GROUPS == 2 && RANGE_MODE == 2 ? (int)s.multiple : 1);
+    const int count = count_of(in_thresholds(x[i], s), s) * (GRID ? (int)s.multiple : 1);
     sum += count;
     word |= (unsigned)count << 8 * i;
   }

@@ -111,15 +111,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
     widen(range, parts[v], group);
   }
-  const bool two = GROUPS == 2 && RANGE_MODE != 1;
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    if (i < 2 || two) {
+    if (i < 2 || OWN_RANGES) {
       range[i] = maximum_of_warp(range[i]);
       if (lane == 0) of_warps[4 * warp + i] = range[i];
     }
   __syncthreads();
-  if (threadIdx.x < 4 * CLUSTER && (threadIdx.x % 4 < 2 || two)) {
+  if (threadIdx.x < 4 * CLUSTER && (threadIdx.x % 4 < 2 || OWN_RANGES)) {
     const int i = threadIdx.x % 4;
     unsigned most = 0;
 #pragma unroll

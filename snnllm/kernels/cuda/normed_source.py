@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
     }
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      if (i < 2 || (GROUPS == 2 && RANGE_MODE != 1)) {
+      if (i < 2 || OWN_RANGES) {
         range[i] = maximum_of_warp(range[i]);
         if (lane == 0) ranges[4 * warp + i] = range[i];
       }

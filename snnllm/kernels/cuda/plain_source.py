@@ -67,7 +67,6 @@ constexpr int WORDS = OUT == 0 ? VECTOR : VECTOR / 2, VECTORS = CHANNELS / VECTO
 constexpr int CHUNKS = (VECTORS + ROW_THREADS - 1) / ROW_THREADS;
 constexpr bool BY_ONE = WARPS > 4 && !EARLY;  // elsewhere it is slower
 static_assert(sizeof(Spikes) == 28, "shared_bytes");
-constexpr bool OWN_RANGES = GROUPS == 2 && RANGE_MODE != 1, GRID = GROUPS == 2 && RANGE_MODE == 2;
 
 INLINE void load_words(unsigned (&w)[WORDS], const void* from) {
   if constexpr (WORDS == 2) {
@@ -91,9 +90,9 @@ INLINE void floats_of(float (&x)[VECTOR], const unsigned (&w)[WORDS]) {
 #endif
   }
 }
-INLINE void take_offset(float (&x)[VECTOR], const float* offset) {
+template <int N> INLINE void take_offset(float (&x)[N], const float* offset) {
 #pragma unroll
-  for (int i = 0; i < VECTOR; i += 4) {
+  for (int i = 0; i < N; i += 4) {
     float off[4];
     load_floats(off, offset + i);
 #pragma unroll
@@ -164,13 +163,9 @@ __noinline__ __device__ int2 encode_far(const void* x, i64 at, const float* offs
 #pragma unroll 1
   for (int c = 4 * threadIdx.x; c < CHANNELS; c += 4 * ROW_THREADS) {
     const bool g = in_second(c);
-    float y[4], off[4];
+    float y[4];
     load_four(y, x, at + c);
-    if (OFFSET) {
-      load_floats(off, offset + c);
-#pragma unroll
-      for (int i = 0; i < 4; i++) y[i] = __fadd_rn(y[i], -off[i]);
-    }
+    if (OFFSET) take_offset(y, offset + c);
     int total = 0;
     *(unsigned*)place_of(count, g, c) = counts_of(y, of_group(spikes, g), total);
     if (g) sum[1] += total;
