@@ -16,6 +16,7 @@ from neurons.modes import LARGEST_CHARGE, ValueRange, check_commensurate, mode_o
 
 MIN_THRESHOLD = 1e-5  # in units of the activation; an all-zero row has no range
 _CANDIDATES = 4  # multiples of the last group that are tried
+_MOST_COST = 1e30  # kernels compare integers that have no room for more
 _ROUND_UP = 1 + 2.0**-18  # more than the bits that are cut off
 _UNIT_BITS = ~31  # a unit has 19 bits, so its multiples below 32 are exact
 
@@ -124,7 +125,7 @@ def commensurate(threshold: Tensor, capacities: Sequence[int]) -> tuple[Tensor, 
 
         u_n  = max(max_{g != L} s_g / M_g, s_L / n)         a little more, rounded to 19 bits
         m_g  = min(ceil(s_g / u_n), M_g)
-        cost = max_g (u_n * m_g) / s_g
+        cost = max_g (u_n * m_g) / s_g              at most 1e30
 
     of which the least cost is taken, of equal ones the largest n. The charge ``m_g * q`` of a spike
     count is at most 255. One group keeps its threshold. NaN and infinity give NaN or infinity,
@@ -154,7 +155,8 @@ def commensurate(threshold: Tensor, capacities: Sequence[int]) -> tuple[Tensor, 
     unit = (unit.view(torch.int32) & _UNIT_BITS).view(torch.float32)
     multiple = torch.minimum(torch.ceil(s / unit), divisor[:1])
     # The first of the least costs; a NaN counts as the least.
-    best = (unit * multiple / s).amax(-1, keepdim=True).argmin(-2, keepdim=True)
+    cost = (unit * multiple / s).amax(-1, keepdim=True).clamp(max=_MOST_COST)
+    best = cost.argmin(-2, keepdim=True)
     unit = unit.take_along_dim(best, -2).squeeze(-2)
     return unit, multiple.take_along_dim(best, -2).squeeze(-2)
 

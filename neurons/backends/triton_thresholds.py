@@ -11,9 +11,10 @@ from neurons.backends.triton_arithmetic import clipped_float
 
 __all__ = ["group_parameters", "spike_parameters", "value_of"]
 
-# As in neurons.thresholds: what a byte holds, multiples that are tried, and a unit of 19 bits, rounded up.
+# As in neurons.thresholds: what a byte holds, multiples that are tried, the largest cost, and a unit of 19 bits, rounded up.
 _LARGEST_CHARGE = tl.constexpr(255.0)
 _CANDIDATES = tl.constexpr(4)
+_MOST_COST = tl.constexpr(1e30)
 _ROUND_UP = tl.constexpr(1 + 2.0**-18)
 _UNIT_BITS = tl.constexpr(~31)
 
@@ -63,6 +64,7 @@ def _commensurate(thresholds, capacities, number, groups):  # type: ignore[no-un
         # 0 beside a unit without end: NaN, as the threshold is then.
         tried = clipped_float(tl.ceil(tl.div_rn(thresholds, zeros + coarse)), most)
         cost = _largest(tl.div_rn(tried * coarse, thresholds), number < groups)
+        cost = tl.minimum(cost, _MOST_COST, propagate_nan=tl.PropagateNan.ALL)
         if candidate == 0:
             unit, multiples, least = coarse, tried, cost
         else:

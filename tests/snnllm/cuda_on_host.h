@@ -19,6 +19,7 @@
 #define __forceinline__ inline
 #define __noinline__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __cluster_dims__(...)
 
 struct int2 { int x, y; };
@@ -35,6 +36,12 @@ static float __int2float_rn(int i) { return (float)i; }
 static float __fmul_rn(float a, float b) { volatile float c = a * b; return c; }
 static float __fadd_rn(float a, float b) { volatile float c = a + b; return c; }
 static float __fdiv_rn(float a, float b) { volatile float c = a / b; return c; }
+static float larger(float a, float b) { return a > b || a != a ? a : b; }
+static float add_up(float a, float b) {  // the rounded sum, and what rounding left
+  const float sum = __fadd_rn(a, b), of_b = __fadd_rn(sum, -a);
+  const float left = __fadd_rn(__fadd_rn(a, -__fadd_rn(sum, -of_b)), __fadd_rn(b, -of_b));
+  return left > 0.0f ? nextafterf(sum, INFINITY) : sum;
+}
 static float inverse_of(float a) { return a > 8.5e37f ? 0.0f : __fdiv_rn(1.0f, a); }  // the device has no subnormal ones
 static float __fsqrt_rn(float a) { return sqrtf(a); }
 
@@ -236,7 +243,7 @@ template <typename T, typename Join> static T of_warp(T x, Join join) {
 static bool any_of_warp(bool x) { return of_warp((int)x, [](int a, int b) { return a | b; }); }
 static unsigned maximum_of_warp(unsigned x) { return of_warp(x, max); }
 static int multiply_add(int a, int b, int c) { return a * b + c; }
-static int first_of_warp(bool x) { return of_warp(x ? (int)threadIdx.x % 32 : 32, min); }
+static unsigned minimum_of_warp(unsigned x) { return of_warp(x, [](unsigned a, unsigned b) { return a < b ? a : b; }); }
 static int sum_of_warp(int x) { return of_warp(x, [](int a, int b) { return a + b; }); }
 static float of_block(const float* mine, int rank) {
   const unsigned at = shared_address(mine);

@@ -290,7 +290,7 @@ def test_a_short_division_counts_as_the_rounded_one(bits: int) -> None:
 @pytest.mark.parametrize("channels", [64, 576, 4096, 11008, 16384])
 @pytest.mark.parametrize("rows", [1, 16, 64, 256, 512, 4096, 16384])
 def test_shapes_fit_the_device(rows: int, channels: int, size: int) -> None:
-    shape = choose_shape(rows, channels, size, 132)
+    shape = choose_shape(rows, channels, size, 132, shifted=False)
     assert shape.threads in (32, 64, 128, 256, 512)
     assert shape.threads * shape.resident <= 2048
     assert shape.resident <= 32
@@ -338,7 +338,7 @@ def test_the_kernel_compiles_without_many_spills(
     ones, x = torch.ones(len(sizes)), torch.empty(many, sum(sizes), dtype=dtype)
     offset = torch.empty(sum(sizes)) if shifted else None
     rows = PlainRows(x, offset, ones, ones, layout(sizes), GRID)
-    shape = choose_shape(many, sum(sizes), dtype.itemsize, 132)
+    shape = choose_shape(many, sum(sizes), dtype.itemsize, 132, shifted)
     planned = plain_launch(rows, (torch.empty(1, rows.runs[-3] if rows.runs else 0),), shape)
     code, log = cuda_driver.compiled(planned.source, tuple(planned.macros.items()), "sm_90a")
     assert code.startswith(b"\x7fELF")

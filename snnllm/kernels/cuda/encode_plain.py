@@ -72,7 +72,12 @@ class PlainRows(NamedTuple):
         return groups_unsuitable(self.runs, channels, self.x, self.offset)
 
 
-def choose_shape(rows: int, channels: int, size: int, multiprocessors: int) -> Shape:
+_BESIDE = Shape(256, 5)
+"""With 48 registers a thread, for which tiles of three warpgroups leave room (`tiles_source`)."""
+_LIGHT = 8  # words of a row in a thread that need no more
+
+
+def choose_shape(rows: int, channels: int, size: int, multiprocessors: int, shifted: bool) -> Shape:
     """The shape for rows `[M, K]` whose elements have `size` bytes.
 
     Args:
@@ -80,6 +85,7 @@ def choose_shape(rows: int, channels: int, size: int, multiprocessors: int) -> S
         channels: K.
         size: Bytes of an element.
         multiprocessors: Of the device.
+        shifted: An offset is taken off.
     """
     vectors, words = -(-channels // _WIDE), _WIDE * size // 4
     threads = _WARP
@@ -89,8 +95,10 @@ def choose_shape(rows: int, channels: int, size: int, multiprocessors: int) -> S
     device = multiprocessors * _AT_A_TIME
     while 2 * threads <= min(vectors // 2, _FEW_THREADS) and 2 * rows * threads <= device:
         threads *= 2
-    others = _OTHERS + 4 * size  # an offset comes in floats
-    registers = max(_LEAST, -(-(-(-vectors // threads) * words + others) // 8) * 8)
+    held = -(-vectors // threads) * words
+    registers = max(_LEAST, -(-(held + _OTHERS + 4 * size) // 8) * 8)  # an offset comes in floats
+    if rows > EARLY_ROWS and threads == _BESIDE.threads and held <= _LIGHT and not shifted:
+        return _BESIDE
     resident = min(32, _RESIDENT // threads, max(1, _REGISTERS // (registers * threads)))
     return Shape(threads, resident)
 
@@ -107,7 +115,8 @@ def plain_launch(
     """
     (many, channels), runs = rows.x.shape, rows.runs or ()
     if shape is None:
-        shape = choose_shape(many, channels, rows.x.element_size(), processors(rows.x.device))
+        multiprocessors, shifted = processors(rows.x.device), rows.offset is not None
+        shape = choose_shape(many, channels, rows.x.element_size(), multiprocessors, shifted)
     macros = {
         **layout_macros(rows.x, rows.offset, runs, rows.range_mode),
         "CHANNELS": channels,

@@ -62,35 +62,35 @@ INLINE Tops tops_of(const float* most, const float* clip) {
   }
   return tops;
 }
-INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays
-// The unit and its multiples to which the thresholds of both groups are rounded up (neurons.thresholds.commensurate).
-struct Grid { float unit, multiple[2]; };
-INLINE Grid grid_of(const float (&threshold)[2], const Tops& tops) {
-  const float scale = scale_of(larger(threshold[0], threshold[1])), back = scale == 1.0f ? 1.0f : LARGER_AGAIN;
-  float s[2], finest[2], cost[2], multiple[2];
+// The parameters of both groups with thresholds rounded up to multiples of one unit (neurons.thresholds.commensurate): of
+// the unit that this lane tries. Returns its cost as a number, up to 1e30 or NaN, with the lane of four at its end: the
+// least is the one to take, of equal costs the largest multiple.
+INLINE unsigned grid_of(Spikes (&spikes)[2], const float (&below)[2], const float (&threshold)[2], const Tops& tops) {
+  const float scale = scale_of(larger(threshold[0], threshold[1]));
+  float finest[2], cost[2];
 #pragma unroll
-  for (int g = 0; g < 2; g++) {
-    s[g] = __fmul_rn(threshold[g], scale);
-    finest[g] = quotient(s[g], tops.tried[g], tops.share[g]);
-  }
+  for (int g = 0; g < 2; g++) finest[g] = quotient(threshold[g], tops.tried[g], tops.share[g]);
   // 19 bits, so that multiples are exact.
   const float above = __fmul_rn(larger(finest[0], finest[1]), 1.000003814697265625f);
-  const float unit = __int_as_float(__float_as_int(above) & ~31), inverse = inverse_of(unit);
+  const float unit = __int_as_float(__float_as_int(above) & ~31);
+  const float scaled_unit = __fmul_rn(unit, scale), inverse = inverse_of(scaled_unit);
 #pragma unroll
   for (int g = 0; g < 2; g++) {
-    multiple[g] = fminf(ceilf(quotient(s[g], unit, inverse)), tops.multiple[g]);
-    const float raised = __fmul_rn(unit, multiple[g]);  // beyond float32 it costs infinitely much
-    cost[g] = __fmul_rn(raised, back) < INFINITE ? quotient(raised, s[g], inverse_of(s[g])) : INFINITE;
+    const float s = __fmul_rn(threshold[g], scale);
+    const float above_zero = add_up(quotient(s, scaled_unit, inverse), 8388608.0f);  // 2^23 and an integer
+    const float multiple = fminf(__fadd_rn(above_zero, -8388608.0f), tops.multiple[g]);
+    const float raised = __fmul_rn(scaled_unit, multiple);
+    spikes[g] = spikes_of(below[g], __fmul_rn(unit, multiple), tops.most[g]);
+    spikes[g].unit = unit, spikes[g].multiple = multiple;
+    cost[g] = spikes[g].threshold < INFINITE ? quotient(raised, s, inverse_of(s)) : INFINITE;
   }
-  // A quotient too large for float32 is NaN: infinite, too. Positive floats are ordered as their bits are; of equal
-  // ones the first lane has the largest multiple.
-  const unsigned bits = (unsigned)__float_as_int(fminf(larger(cost[0], cost[1]), INFINITE));
-  const int best = first_of_warp(bits == ~maximum_of_warp(~bits));
-  return {of_lane(__fmul_rn(unit, back), best), {of_lane(multiple[0], best), of_lane(multiple[1], best)}};
+  const unsigned bits = (unsigned)__float_as_int(fminf(larger(cost[0], cost[1]), 1e30f));
+  return (bits - 0x3f000000u) * 4 + threadIdx.x % 4;  // costs are above 1/2: two bits are free
 }
-// The parameters of both groups from the ranges of WARPS warps (or blocks), a power of two.
+// The parameters of both groups from the ranges of WARPS warps (or blocks), a power of two: those of the lane that is
+// returned.
 template <int WARPS>
-INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Tops& tops) {
+INLINE int find_spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Tops& tops) {
   unsigned range[4];
 #pragma unroll
   for (int i = 0; i < 4; i++)
@@ -103,18 +103,25 @@ INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Top
     const float above = __fmul_rn(__int_as_float(range[of + 1]), tops.clip[g]);
     threshold[g] = threshold_of(below[g], above, tops.most[g], tops.inverse[g]);
   }
-  Grid grid;
-  if (GRID) {
-    grid = grid_of(threshold, tops);
+  if (GRID) return minimum_of_warp(grid_of(spikes, below, threshold, tops)) % 4;
 #pragma unroll
-    for (int g = 0; g < GROUPS; g++) threshold[g] = __fmul_rn(grid.unit, grid.multiple[g]);
-  }
-#pragma unroll
-  for (int g = 0; g < GROUPS; g++) {
-    spikes[g] = spikes_of(below[g], threshold[g], tops.most[g]);
-    if (GRID) spikes[g].unit = grid.unit, spikes[g].multiple = grid.multiple[g];
-  }
+  for (int g = 0; g < GROUPS; g++) spikes[g] = spikes_of(below[g], threshold[g], tops.most[g]);
   if (GROUPS == 1) spikes[1] = spikes[0];
+  return 0;
+}
+// Those of every lane.
+template <int WARPS>
+INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Tops& tops) {
+  const int best = find_spikes_of_all<WARPS>(spikes, ranges, tops);
+  if (!GRID) return;
+  const float unit = of_lane(spikes[0].unit, best);
+#pragma unroll
+  for (int g = 0; g < 2; g++) {
+    Spikes& s = spikes[g];
+    s = {of_lane(s.threshold, best), of_lane(s.zero, best), s.most, of_lane(s.multiple, best), unit,
+         of_lane(s.inverse, best), 0.0f};
+    s.scale = scale_of(s.threshold);
+  }
 }
 // By value: an index that is not known would put both in memory.
 INLINE Spikes of_group(const Spikes (&s)[2], bool second) {

@@ -245,13 +245,14 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
     };
     Spikes spikes[2];
     if constexpr (BY_ONE) {  // the first time of ranges that are not there yet, of which nothing is kept
+      int best = 0;
 #pragma unroll 1
       for (unsigned here = warp == 0 ? of_rehearsal() : 1u;; here = 1) {
         if (here) find_ranges();
-        if (warp == 0) spikes_of_all<WARPS>(spikes, ranges, tops);
+        if (warp == 0) best = find_spikes_of_all<WARPS>(spikes, ranges, tops);
         if (here) break;
       }
-      if (thread == 0) found[0] = spikes[0], found[1] = spikes[1];
+      if (thread == best) found[0] = spikes[0], found[1] = spikes[1];
       row_meets();
       spikes[0] = found[0], spikes[1] = found[1];
     } else {

@@ -143,7 +143,7 @@ template <typename T> INLINE T of_partner(T x, int step) { return __shfl_xor_syn
 INLINE bool any_of_warp(bool x) { return __any_sync(EVERY_LANE, x); }
 INLINE unsigned maximum_of_warp(unsigned x) { return __reduce_max_sync(EVERY_LANE, x); }
 INLINE int sum_of_warp(int x) { return __reduce_add_sync(EVERY_LANE, x); }
-INLINE int first_of_warp(bool x) { return __ffs(__ballot_sync(EVERY_LANE, x)) - 1; }  // a lane has it
+INLINE unsigned minimum_of_warp(unsigned x) { return __reduce_min_sync(EVERY_LANE, x); }
 INLINE int multiply_add(int a, int b, int c) {  // one instruction: the compiler would make two sums of a chain of them
   int v;
   asm("mad.lo.s32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
@@ -173,6 +173,12 @@ INLINE void to_block(int* mine, int rank, int value) {  // into the same place o
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(mine)), "r"(rank));
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
 }
+INLINE float larger(float a, float b) {  // NaN stays
+  float v;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+}
+INLINE float add_up(float a, float b) { return __fadd_ru(a, b); }
 INLINE float inverse_of(float x) {  // correctly rounded, of 1e-30 .. 1e30
   float v;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(x));

@@ -44,11 +44,12 @@ constexpr int SUMS = SEGMENTS - MERGED;
 constexpr int TURNS = SUMS == 2 && KEPT <= (PIECES - 1) * VALUES ? 1 : PARTS;
 static_assert(PIECES == 1 || PIECES == 2, "a piece is 64 outputs, of which a warp handles 16");
 static_assert(KEPT % 4 == 0 && KEPT <= PIECES * VALUES, "sums wait in fours");
-// Registers of a thread that copies, and of one that multiplies; who waits for more than the block has waits for ever.
-// One warpgroup leaves half of the multiprocessor's to the kernel behind, which starts early where it has room.
-constexpr int THREADS = 128 + 32 * WARPS, SHARES = WARPS == 4 ? 2 : 1;
-constexpr int LESS = WARPS == 12 ? 32 : 40, MORE = WARPS == 12 ? 160 : WARPS == 4 ? 216 : 232;
-static_assert(128 * LESS + 32 * WARPS * MORE <= 65536 / SHARES / THREADS / 8 * 8 * THREADS, "registers");
+// Registers of a thread when it starts, of one that copies, and of one that multiplies; who waits for more than the
+// block has waits for ever. One warpgroup, or three, leave room for the kernel behind, which starts early where it has
+// some: half of the multiprocessor's registers, or those of 256 threads with 48.
+constexpr int THREADS = 128 + 32 * WARPS, REGISTERS = WARPS == 4 ? 128 : WARPS == 8 ? 168 : 104;
+constexpr int LESS = WARPS == 12 ? 32 : 40, MORE = WARPS == 4 ? 216 : WARPS == 8 ? 232 : 128;
+static_assert(128 * LESS + 32 * WARPS * MORE <= REGISTERS * THREADS, "registers");
 static_assert(STAGES >= 2 && 16 * STAGES + 16 <= 256 && STAGE_BYTES % 1024 == 0, "the ring");
 constexpr bool IN_PAIRS = OUT != 0 && OUT != INTEGERS;  // outputs of 16 bits
 constexpr bool IN_BOXES = IN_PAIRS && !RESIDUAL;        // the copy engine stores them
@@ -68,7 +69,7 @@ INLINE int turned(int row, int chunk) {
   return row * 32 * PIECES + (chunk ^ row * PIECES / 4 % (2 * PIECES)) * 16;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, SHARES) linear_tiles(
+extern "C" __global__ void __maxnreg__(REGISTERS) linear_tiles(
     const __grid_constant__ Map counts, const __grid_constant__ Map weights, const __grid_constant__ Map outputs,
     const float* threshold, const int* zero_point, const int* count_sum, const int* segments, const float* scale,
     const int* weight_zero, const int* row_sum, const float* bias,
