@@ -42,6 +42,26 @@ static float add_up(float a, float b) {  // the rounded sum, and what rounding l
   const float left = __fadd_rn(__fadd_rn(a, -__fadd_rn(sum, -of_b)), __fadd_rn(b, -of_b));
   return left > 0.0f ? nextafterf(sum, INFINITY) : sum;
 }
+static unsigned smaller_halves(unsigned a, unsigned b) {
+  const unsigned low = a << 16 < b << 16 ? a : b, high = a >> 16 < b >> 16 ? a : b;
+  return (high & 0xffff0000u) | (low & 0xffffu);
+}
+static unsigned low_halves(float a, float b) {
+  return ((unsigned)__float_as_int(a) & 0xffffu) | (unsigned)__float_as_int(b) << 16;
+}
+static float add_saturated(float a, float b) {
+  const float c = __fadd_rn(a, b);
+  return c > 0.0f ? c < 1.0f ? c : 1.0f : 0.0f;
+}
+static float add_down(float a, float b) {
+  const double sum = (double)a + b;  // exact for numbers in 1/256 and 2^15
+  const float near = (float)sum;
+  return near > sum ? nextafterf(near, -INFINITY) : near;
+}
+static int sum_4(unsigned word, int add) {
+  for (int i = 0; i < 4; i++) add += word >> 8 * i & 255;
+  return add;
+}
 static float inverse_of(float a) { return a > 8.5e37f ? 0.0f : __fdiv_rn(1.0f, a); }  // the device has no subnormal ones
 static float __fsqrt_rn(float a) { return sqrtf(a); }
 

@@ -43,25 +43,6 @@ static unsigned largest(unsigned a, unsigned b, unsigned c) {
 static unsigned farthest(unsigned a, unsigned b, unsigned c) {
   return PAIRED ? highest<unsigned short, 16>(a, b, c) : highest<unsigned, 32>(a, b, c);
 }
-static unsigned smaller_halves(unsigned a, unsigned b) {
-  return ~highest<unsigned short, 16>(~a, ~b, 0);
-}
-static unsigned low_halves(float a, float b) {
-  return ((unsigned)__float_as_int(a) & 0xffffu) | (unsigned)__float_as_int(b) << 16;
-}
-static float add_saturated(float a, float b) {
-  const float c = __fadd_rn(a, b);
-  return c > 0.0f ? c < 1.0f ? c : 1.0f : 0.0f;
-}
-static float add_down(float a, float b) {
-  const double sum = (double)a + b;  // exact for numbers in 1/256 and 2^15
-  const float near = (float)sum;
-  return near > sum ? nextafterf(near, -INFINITY) : near;
-}
-static int sum_4(unsigned word, int add) {
-  for (int i = 0; i < 4; i++) add += word >> 8 * i & 255;
-  return add;
-}
 static float high_of(unsigned pair) { return low_of(pair >> 16); }
 """
 ENTRY = r"""

@@ -56,72 +56,115 @@ INLINE Tops tops_of(const float* most, const float* clip) {
   for (int g = 0; g < GROUPS; g++) {
     tops.most[g] = most[g], tops.inverse[g] = inverse_of(most[g]), tops.clip[g] = clip[g];
     if (!GRID) continue;
-    tops.multiple[g] = floorf(quotient(255.0f, most[g], tops.inverse[g]));
+    tops.multiple[g] = floorf(short_quotient(255.0f, most[g], tops.inverse[g]));
     tops.tried[g] = fmaxf(tops.multiple[g] - (g ? (float)(threadIdx.x % 4) : 0.0f), 1.0f);
     tops.share[g] = inverse_of(tops.tried[g]);
   }
   return tops;
 }
+// Thresholds below it take the short way, others functions of their own: instructions that are not run are not to lie
+// between those that are.
+#define NEAR 1e20f
+// A number that orders what lanes of four have tried: by its cost, up to 1e30 or NaN, then by the lane.
+INLINE unsigned rank_of(float cost) {
+  return ((unsigned)__float_as_int(fminf(cost, 1e30f)) - 0x3f000000u) * 4 + threadIdx.x % 4;  // a cost is above 1/2
+}
 // The parameters of both groups with thresholds rounded up to multiples of one unit (neurons.thresholds.commensurate): of
-// the unit that this lane tries. Returns its cost as a number, up to 1e30 or NaN, with the lane of four at its end: the
-// least is the one to take, of equal costs the largest multiple.
+// the unit that this lane tries, and its rank. The least is the one to take: of equal costs the largest multiple.
+INLINE float unit_of(const float (&finest)[2]) {  // 19 bits, so that multiples are exact
+  return __int_as_float(__float_as_int(__fmul_rn(larger(finest[0], finest[1]), 1.000003814697265625f)) & ~31);
+}
+INLINE float multiple_of(float units, float most) {  // rounded up
+  return fminf(__fadd_rn(add_up(units, 8388608.0f), -8388608.0f), most);  // 2^23 and an integer
+}
 INLINE unsigned grid_of(Spikes (&spikes)[2], const float (&below)[2], const float (&threshold)[2], const Tops& tops) {
+  float finest[2], cost[2];
+#pragma unroll
+  for (int g = 0; g < 2; g++) finest[g] = short_quotient(threshold[g], tops.tried[g], tops.share[g]);
+  const float unit = unit_of(finest), inverse = inverse_of(unit);
+#pragma unroll
+  for (int g = 0; g < 2; g++) {
+    const float s = threshold[g], multiple = multiple_of(short_quotient(s, unit, inverse), tops.multiple[g]);
+    const float raised = __fmul_rn(unit, multiple);
+    spikes[g] = near_spikes_of(below[g], raised, tops.most[g]);
+    spikes[g].unit = unit, spikes[g].multiple = multiple;
+    cost[g] = quotient(raised, s, inverse_of(s));
+  }
+  return rank_of(larger(cost[0], cost[1]));
+}
+INLINE void take_from(Spikes (&spikes)[2], int lane) {
+  const float unit = of_lane(spikes[0].unit, lane);
+#pragma unroll
+  for (int g = 0; g < 2; g++) {
+    Spikes& s = spikes[g];
+    s.threshold = of_lane(s.threshold, lane), s.zero = of_lane(s.zero, lane), s.unit = unit;
+    s.multiple = of_lane(s.multiple, lane), s.inverse = of_lane(s.inverse, lane);
+  }
+}
+// Those of any ranges, of both groups and every lane: below and above of each.
+struct Both { Spikes of[2]; };
+__noinline__ __device__ Both far_spikes_of(float4 range, Tops tops) {
+  const float below[2] = {range.x, range.z}, above[2] = {range.y, range.w};
+  Both both;
+  float threshold[2];
+#pragma unroll
+  for (int g = 0; g < GROUPS; g++) {
+    threshold[g] = threshold_of(below[g], above[g], tops.most[g], tops.inverse[g]);
+    both.of[g] = spikes_of(below[g], threshold[g], tops.most[g]);
+  }
+  if (GROUPS == 1) both.of[1] = both.of[0];
+  if (!GRID) return both;
   const float scale = scale_of(larger(threshold[0], threshold[1]));
   float finest[2], cost[2];
 #pragma unroll
-  for (int g = 0; g < 2; g++) finest[g] = quotient(threshold[g], tops.tried[g], tops.share[g]);
-  // 19 bits, so that multiples are exact.
-  const float above = __fmul_rn(larger(finest[0], finest[1]), 1.000003814697265625f);
-  const float unit = __int_as_float(__float_as_int(above) & ~31);
-  const float scaled_unit = __fmul_rn(unit, scale), inverse = inverse_of(scaled_unit);
+  for (int g = 0; g < 2; g++) finest[g] = short_quotient(threshold[g], tops.tried[g], tops.share[g]);
+  const float unit = unit_of(finest), scaled_unit = __fmul_rn(unit, scale), inverse = inverse_of(scaled_unit);
 #pragma unroll
   for (int g = 0; g < 2; g++) {
     const float s = __fmul_rn(threshold[g], scale);
-    const float above_zero = add_up(quotient(s, scaled_unit, inverse), 8388608.0f);  // 2^23 and an integer
-    const float multiple = fminf(__fadd_rn(above_zero, -8388608.0f), tops.multiple[g]);
+    const float multiple = multiple_of(short_quotient(s, scaled_unit, inverse), tops.multiple[g]);
+    both.of[g] = spikes_of(below[g], __fmul_rn(unit, multiple), tops.most[g]);
+    both.of[g].unit = unit, both.of[g].multiple = multiple;
     const float raised = __fmul_rn(scaled_unit, multiple);
-    spikes[g] = spikes_of(below[g], __fmul_rn(unit, multiple), tops.most[g]);
-    spikes[g].unit = unit, spikes[g].multiple = multiple;
-    cost[g] = spikes[g].threshold < INFINITE ? quotient(raised, s, inverse_of(s)) : INFINITE;
+    cost[g] = both.of[g].threshold < INFINITE ? quotient(raised, s, inverse_of(s)) : INFINITE;
   }
-  const unsigned bits = (unsigned)__float_as_int(fminf(larger(cost[0], cost[1]), 1e30f));
-  return (bits - 0x3f000000u) * 4 + threadIdx.x % 4;  // costs are above 1/2: two bits are free
+  take_from(both.of, minimum_of_warp(rank_of(larger(cost[0], cost[1]))) % 4);
+#pragma unroll
+  for (int g = 0; g < 2; g++) both.of[g].scale = scale_of(both.of[g].threshold);
+  return both;
 }
 // The parameters of both groups from the ranges of WARPS warps (or blocks), a power of two: those of the lane that is
-// returned.
+// returned. With `known` = 0 they are those of nothing.
 template <int WARPS>
-INLINE int find_spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Tops& tops) {
+INLINE int find_spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Tops& tops, unsigned known = ~0u) {
   unsigned range[4];
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    if (i < 2 || OWN_RANGES) range[i] = maximum_of_warp(ranges[threadIdx.x % WARPS * 4 + i]);
-  float below[2], threshold[2];
+    if (i < 2 || OWN_RANGES) range[i] = maximum_of_warp(ranges[threadIdx.x % WARPS * 4 + i]) & known;
+  float below[2] = {0.0f, 0.0f}, above[2] = {0.0f, 0.0f}, threshold[2];
 #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
     const int of = RANGE_MODE == 1 ? 0 : 2 * g;
     below[g] = __fmul_rn(__int_as_float(range[of]), tops.clip[g]);
-    const float above = __fmul_rn(__int_as_float(range[of + 1]), tops.clip[g]);
-    threshold[g] = threshold_of(below[g], above, tops.most[g], tops.inverse[g]);
+    above[g] = __fmul_rn(__int_as_float(range[of + 1]), tops.clip[g]);
+    threshold[g] = larger(short_quotient(__fadd_rn(above[g], below[g]), tops.most[g], tops.inverse[g]), 1e-5f);
   }
-  if (GRID) return minimum_of_warp(grid_of(spikes, below, threshold, tops)) % 4;
+  if (__builtin_expect(larger(threshold[0], threshold[GROUPS - 1]) < NEAR, 1)) {
+    if (GRID) return minimum_of_warp(grid_of(spikes, below, threshold, tops)) % 4;
 #pragma unroll
-  for (int g = 0; g < GROUPS; g++) spikes[g] = spikes_of(below[g], threshold[g], tops.most[g]);
-  if (GROUPS == 1) spikes[1] = spikes[0];
+    for (int g = 0; g < GROUPS; g++) spikes[g] = near_spikes_of(below[g], threshold[g], tops.most[g]);
+    if (GROUPS == 1) spikes[1] = spikes[0];
+  } else {
+    const Both both = far_spikes_of({below[0], above[0], below[1], above[1]}, tops);
+    spikes[0] = both.of[0], spikes[1] = both.of[1];
+  }
   return 0;
 }
 // Those of every lane.
 template <int WARPS>
 INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Tops& tops) {
   const int best = find_spikes_of_all<WARPS>(spikes, ranges, tops);
-  if (!GRID) return;
-  const float unit = of_lane(spikes[0].unit, best);
-#pragma unroll
-  for (int g = 0; g < 2; g++) {
-    Spikes& s = spikes[g];
-    s = {of_lane(s.threshold, best), of_lane(s.zero, best), s.most, of_lane(s.multiple, best), unit,
-         of_lane(s.inverse, best), 0.0f};
-    s.scale = scale_of(s.threshold);
-  }
+  if (GRID) take_from(spikes, best);
 }
 // By value: an index that is not known would put both in memory.
 INLINE Spikes of_group(const Spikes (&s)[2], bool second) {
@@ -129,7 +172,32 @@ INLINE Spikes of_group(const Spikes (&s)[2], bool second) {
           second ? s[1].multiple : s[0].multiple, second ? s[1].unit : s[0].unit,
           second ? s[1].inverse : s[0].inverse, second ? s[1].scale : s[0].scale};
 }
-// Counts of neighbours as bytes of a word.
+// What a count needs of a group: 256 thresholds, the two parts of their inverse, bias in 256 charges, most twice.
+struct Divider { float minus, inverse, rest, bias; unsigned most, multiple; };
+INLINE Divider divider_of(const Spikes& s) {
+  const float divisor = __fmul_rn(s.threshold, 256.0f), inverse = __fmul_rn(s.inverse, 0.00390625f);
+  const float error = fmaf(-divisor, inverse, 1.0f), first = __fmul_rn(error, inverse);
+  return {-divisor, inverse, fmaf(error, first, first), __fmul_rn(__fadd_rn(s.zero, 0.5f), 0.00390625f),
+          (unsigned)s.most * 0x10001u, (unsigned)s.multiple};
+}
+INLINE Divider of_group(const Divider (&d)[2], bool second) {
+  return {second ? d[1].minus : d[0].minus, second ? d[1].inverse : d[0].inverse, second ? d[1].rest : d[0].rest,
+          second ? d[1].bias : d[0].bias, second ? d[1].most : d[0].most, second ? d[1].multiple : d[0].multiple};
+}
+// The count, not yet clipped above, in the last 16 bits. SHORT: x has at most 11 bits.
+template <bool SHORT> INLINE float counted(float x, const Divider& d) {
+  float q = fmaf(x, d.inverse, __fmul_rn(x, d.rest));
+  if (!SHORT) q = fmaf(fmaf(q, d.minus, x), d.inverse, q);
+  return add_down(add_saturated(q, d.bias), 32768.0f);
+}
+// Counts of four neighbours as bytes of a word, where thresholds are near.
+template <bool SHORT> INLINE unsigned counts_by(const float* x, const Divider& d) {
+  const unsigned even = smaller_halves(low_halves(counted<SHORT>(x[0], d), counted<SHORT>(x[2], d)), d.most);
+  const unsigned odd = smaller_halves(low_halves(counted<SHORT>(x[1], d), counted<SHORT>(x[3], d)), d.most);
+  return GRID ? even * d.multiple + odd * (d.multiple * 256) : even + odd * 256;
+}
+INLINE bool are_near(const Spikes (&s)[2]) { return s[0].threshold < NEAR && s[1].threshold < NEAR; }
+// Likewise of any thresholds.
 INLINE unsigned counts_of(const float (&x)[4], const Spikes& s, int& sum) {
   unsigned word = 0;
 #pragma unroll
@@ -139,5 +207,12 @@ INLINE unsigned counts_of(const float (&x)[4], const Spikes& s, int& sum) {
     word |= (unsigned)count << 8 * i;
   }
   return word;
+}
+// Likewise; the word and the sum of its counts.
+__noinline__ __device__ int2 far_counts_of(float4 x, Spikes s) {
+  const float four[4] = {x.x, x.y, x.z, x.w};
+  int sum = 0;
+  const unsigned word = counts_of(four, s, sum);
+  return {(int)word, sum};
 }
 """

@@ -132,13 +132,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   spikes_of_all<CLUSTER>(spikes, of_blocks, tops);
   const Spikes mine = of_group(spikes, group);
   int sum[2] = {0, 0}, total = 0;
-  uint4 words;
-  words.x = counts_of(parts[0], mine, total);
-  words.y = counts_of(parts[1], mine, total);
-  words.z = counts_of(parts[2], mine, total);
-  words.w = counts_of(parts[3], mine, total);
+  unsigned words[4];
+  if (__builtin_expect(are_near(spikes), 1)) {
+    const Divider divider = divider_of(mine);
+#pragma unroll
+    for (int v = 0; v < 4; v++) words[v] = counts_by<false>(parts[v], divider), total = sum_4(words[v], total);
+  } else {
+#pragma unroll
+    for (int v = 0; v < 4; v++) {
+      const int2 both = far_counts_of({parts[v][0], parts[v][1], parts[v][2], parts[v][3]}, mine);
+      words[v] = (unsigned)both.x, total += both.y;
+    }
+  }
   if (inside) {
-    *(uint4*)(count + row * positions + run.start + c - run.first) = words;
+    *(uint4*)(count + row * positions + run.start + c - run.first) = {words[0], words[1], words[2], words[3]};
     sum[group] = total;
   }
   if (rank == 0) {

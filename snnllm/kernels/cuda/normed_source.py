@@ -108,16 +108,32 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
     Spikes spikes[2];
     spikes_of_all<8>(spikes, ranges, tops);
     int sum[2] = {0, 0};
-#pragma unroll
-    for (int v = 0; v < CHUNKS; v++) {
-      if (channel(v) >= channels) continue;
-      const int g = group_of(channel(v));
+    auto keep = [&](int v, int g, unsigned word) {
       const Run run = g ? runs[1] : runs[0];
-      int total = 0;
-      const unsigned word = counts_of(own[v], of_group(spikes, g), total);
       if (real) *(unsigned*)(count + run.start + channel(v) - run.first) = word;
-      if (g) sum[1] += total;
-      else sum[0] += total;
+    };
+    if (__builtin_expect(are_near(spikes), 1)) {
+      const Divider dividers[2] = {divider_of(spikes[0]), divider_of(spikes[1])};
+#pragma unroll
+      for (int v = 0; v < CHUNKS; v++) {
+        if (channel(v) >= channels) continue;
+        const int g = group_of(channel(v));
+        const unsigned word = counts_by<OUT != 0 && !OFFSET>(own[v], of_group(dividers, g));
+        keep(v, g, word);
+        const int total = sum_4(word, g ? sum[1] : sum[0]);
+        if (g) sum[1] = total;
+        else sum[0] = total;
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < CHUNKS; v++) {
+        if (channel(v) >= channels) continue;
+        const int g = group_of(channel(v));
+        const int2 both = far_counts_of({own[v][0], own[v][1], own[v][2], own[v][3]}, of_group(spikes, g));
+        keep(v, g, (unsigned)both.x);
+        if (g) sum[1] += both.y;
+        else sum[0] += both.y;
+      }
     }
     for (int g = 0; g < GROUPS; g++)
 #pragma unroll 1

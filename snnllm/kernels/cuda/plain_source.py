@@ -40,17 +40,6 @@ INLINE unsigned largest(unsigned a, unsigned b, unsigned c) {  // signed
 INLINE unsigned farthest(unsigned a, unsigned b, unsigned c) {  // unsigned
   return PAIRED ? __vimax3_u16x2(a, b, c) : __vimax3_u32(a, b, c);
 }
-INLINE unsigned smaller_halves(unsigned a, unsigned b) { return __vminu2(a, b); }
-INLINE unsigned low_halves(float a, float b) {
-  return __byte_perm((unsigned)__float_as_int(a), (unsigned)__float_as_int(b), 0x5410);
-}
-INLINE float add_saturated(float a, float b) {  // in 0 .. 1, NaN is 0
-  float v;
-  asm("add.rn.sat.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
-  return v;
-}
-INLINE float add_down(float a, float b) { return __fadd_rd(a, b); }
-INLINE int sum_4(unsigned word, int add) { return (int)__dp4a(word, 0x01010101u, (unsigned)add); }
 INLINE float high_of(unsigned pair) {
 #if OUT == 2
   float v;
@@ -122,24 +111,6 @@ INLINE unsigned magnitude_below(unsigned bits) {
 #else
   return bits > 0x80000000u ? bits & 0x7fffffffu : 0u;
 #endif
-}
-// What a count needs of a group: 256 thresholds, the two parts of their inverse, bias in 256 charges, most twice.
-struct Divider { float minus, inverse, rest, bias; unsigned most, multiple; };
-INLINE Divider divider_of(const Spikes& s) {
-  const float divisor = __fmul_rn(s.threshold, 256.0f), inverse = __fmul_rn(s.inverse, 0.00390625f);
-  const float error = fmaf(-divisor, inverse, 1.0f), first = __fmul_rn(error, inverse);
-  return {-divisor, inverse, fmaf(error, first, first), __fmul_rn(__fadd_rn(s.zero, 0.5f), 0.00390625f),
-          (unsigned)s.most * 0x10001u, (unsigned)s.multiple};
-}
-INLINE float counted(float x, const Divider& d) {  // the count, not yet clipped above, in the last 16 bits
-  float q = fmaf(x, d.inverse, __fmul_rn(x, d.rest));
-  if (!PAIRED) q = fmaf(fmaf(q, d.minus, x), d.inverse, q);
-  return add_down(add_saturated(q, d.bias), 32768.0f);
-}
-INLINE unsigned counts_by(const float* x, const Divider& d) {  // of four neighbours, bytes of a word
-  const unsigned even = smaller_halves(low_halves(counted(x[0], d), counted(x[2], d)), d.most);
-  const unsigned odd = smaller_halves(low_halves(counted(x[1], d), counted(x[3], d)), d.most);
-  return GRID ? even * d.multiple + odd * (d.multiple * 256) : even + odd * 256;
 }
 INLINE void store_words(unsigned char* to, const unsigned (&w)[VECTOR / 4]) {
   if constexpr (VECTOR == 8) *(uint2*)to = {w[0], w[1]};
@@ -249,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
 #pragma unroll 1
       for (unsigned here = warp == 0 ? of_rehearsal() : 1u;; here = 1) {
         if (here) find_ranges();
-        if (warp == 0) best = find_spikes_of_all<WARPS>(spikes, ranges, tops);
+        if (warp == 0) best = find_spikes_of_all<WARPS>(spikes, ranges, tops, 0u - here);
         if (here) break;
       }
       if (thread == best) found[0] = spikes[0], found[1] = spikes[1];
@@ -261,13 +232,13 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
     }
     int sum[2] = {0, 0};
     // The same for the whole row: a range near the end of float32, infinite or NaN takes the longer division.
-    if (spikes[0].threshold < 1e20f && spikes[1].threshold < 1e20f) {
+    if (__builtin_expect(are_near(spikes), 1)) {
       const Divider dividers[2] = {divider_of(spikes[0]), divider_of(spikes[1])};
 #pragma unroll
       for (int v = 0; v < CHUNKS; v++) {
         if (!inside(v)) continue;
         const int g = group_of(v);
-        const Divider d = g ? dividers[1] : dividers[0];
+        const Divider d = of_group(dividers, g);
         if (OFFSET && OUT != 0)  // floats again: those of before would take twice the registers
 #pragma unroll
           for (int i = 0; i < WORDS; i++) not_before(own[v][i]);
@@ -276,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
         unsigned words[VECTOR / 4];
         int total = g ? sum[1] : sum[0];
 #pragma unroll
-        for (int i = 0; i < VECTOR / 4; i++) words[i] = counts_by(y + 4 * i, d), total = sum_4(words[i], total);
+        for (int i = 0; i < VECTOR / 4; i++) words[i] = counts_by<PAIRED>(y + 4 * i, d), total = sum_4(words[i], total);
         if (real) store_words(place_of(count, g, VECTOR * (ROW_THREADS * v + thread)), words);
         if (g) sum[1] = total;
         else sum[0] = total;

@@ -179,6 +179,17 @@ INLINE float larger(float a, float b) {  // NaN stays
   return v;
 }
 INLINE float add_up(float a, float b) { return __fadd_ru(a, b); }
+INLINE float add_down(float a, float b) { return __fadd_rd(a, b); }
+INLINE float add_saturated(float a, float b) {  // in 0 .. 1, NaN is 0
+  float v;
+  asm("add.rn.sat.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+}
+INLINE unsigned smaller_halves(unsigned a, unsigned b) { return __vminu2(a, b); }
+INLINE unsigned low_halves(float a, float b) {
+  return __byte_perm((unsigned)__float_as_int(a), (unsigned)__float_as_int(b), 0x5410);
+}
+INLINE int sum_4(unsigned word, int add) { return (int)__dp4a(word, 0x01010101u, (unsigned)add); }
 INLINE float inverse_of(float x) {  // correctly rounded, of 1e-30 .. 1e30
   float v;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(x));
@@ -225,6 +236,11 @@ INLINE float quotient(float x, float divisor, float inverse) {
   q = fmaf(fmaf(q, -divisor, x), inverse, q);
   return fmaf(fmaf(q, -divisor, x), inverse, q);
 }
+// Likewise by divisors of at most 19 bits: the quotient is never so near to the middle of two floats as a step leaves it.
+INLINE float short_quotient(float x, float divisor, float inverse) {
+  const float q = __fmul_rn(x, inverse);
+  return fmaf(fmaf(q, -divisor, x), inverse, q);
+}
 // Threshold and zero point of a range, and what a count needs, as neurons.thresholds.encode_parameters.
 // `unit` and `multiple` of it: the threshold, where those of all groups lie on one grid. `inverse` of the threshold
 // times `scale`, as `in_thresholds` needs it.
@@ -238,7 +254,7 @@ INLINE float in_thresholds(float x, const Spikes& s) {
 }
 INLINE float threshold_of(float below, float above, float most, float inverse_of_most) {
   const float range = __fadd_rn(above, below);
-  const float step = range < INFINITE ? quotient(range, most, inverse_of_most) : range;
+  const float step = range < INFINITE ? short_quotient(range, most, inverse_of_most) : range;
   return step < 1e-5f ? 1e-5f : step;  // NaN stays
 }
 INLINE Spikes spikes_of(float below, float threshold, float most) {
@@ -247,6 +263,12 @@ INLINE Spikes spikes_of(float below, float threshold, float most) {
   // Adding 3 * 2^22 rounds half to even.
   const float rounded = __fadd_rn(__fadd_rn(in_thresholds(below, s), 12582912.0f), -12582912.0f);
   s.zero = fminf(fmaxf(rounded, 0.0f), most);
+  return s;
+}
+INLINE Spikes near_spikes_of(float below, float threshold, float most) {  // of thresholds up to 1e30
+  Spikes s = {threshold, 0.0f, most, 1.0f, threshold, inverse_of(threshold), 1.0f};
+  const float rounded = __fadd_rn(__fadd_rn(quotient(below, threshold, s.inverse), 12582912.0f), -12582912.0f);
+  s.zero = fminf(rounded, most);
   return s;
 }
 INLINE int count_of(float charge, const Spikes& s) {  // of x / threshold
