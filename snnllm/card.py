@@ -22,7 +22,7 @@ base_model: {source}
 
 Converted with snnllm, an implementation of SpikeLLM
 (arXiv 2407.04752). The linears{attention} compute with spikes of generalised integrate-and-fire
-neurons: {bits}-bit spikes, {steps}. Weights: {weights}.
+neurons: {bits}-bit spikes, {steps}. Weights: {weights}.{tables}
 
 ```python
 import snnllm.modeling                          # registers the architecture
@@ -72,6 +72,7 @@ def write_card(folder: Path, spike: SpikeConfig, measured: Mapping[str, Any]) ->
         bits=spike.activation_bits,
         steps=salient,
         weights=_weights(spike),
+        tables=_tables(spike),
         measured=table,
         provenance="\n".join(f"| {k} | {_flat(v)} |" for k, v in provenance.items()),
     )
@@ -92,6 +93,12 @@ def _weights(spike: SpikeConfig) -> str:
         )
     per = "per output channel" if size is None else f"per group of {size} inputs"
     return f"{spike.weight_bits}-bit integer levels, one scale {per}"
+
+
+def _tables(spike: SpikeConfig) -> str:
+    if spike.embedding_bits == 16:
+        return ""
+    return f"\nEmbedding and head: {spike.embedding_bits}-bit integer levels, one scale per token."
 
 
 def _flat(value: Any) -> str:

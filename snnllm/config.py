@@ -119,6 +119,8 @@ class SpikeConfig:
             (method.md section 6; `weight_bits` is then 2, those of a ternary spike); None for levels.
         weight_columns: Steps and numbers of columns, `((T, columns), ...)` with T ascending, of the
             ternary linears; set by the pipeline, which finds them.
+        embedding_bits: Bits of the token embedding and the output head: 8, one scale for each token
+            (`snnllm.vocabulary`), or 16 for float tables.
         modules_to_not_convert: Names (suffixes) of linears that stay dense; the head always does.
         group_steps: Steps of the channel groups of single modules, for explicit allocation maps.
     """
@@ -143,6 +145,7 @@ class SpikeConfig:
     weight_group_size: int | None = None
     mean_steps: float | None = None
     weight_columns: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    embedding_bits: int = FLOAT_BITS
     modules_to_not_convert: tuple[str, ...] = ("lm_head",)
     group_steps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -160,6 +163,7 @@ class SpikeConfig:
         object.__setattr__(self, "group_steps", steps)
         check_int("weight_bits", self.weight_bits, 2, 8, FLOAT_BITS)
         check_int("activation_bits", self.activation_bits, 1, 8, FLOAT_BITS)
+        check_int("embedding_bits", self.embedding_bits, 8, 8, FLOAT_BITS)
         check_int("salient_steps", self.salient_steps, 1, 64)
         check_int("kv_salient_steps", self.kv_salient_steps, 1, 64)
         for name in ("salient_ratio", "activation_clip"):

@@ -34,6 +34,7 @@ from snnllm.pipelines.start import Options, options_of, start_pipeline
 from snnllm.pipelines.streaming import Run, stored
 from snnllm.saliency import allocate_map
 from snnllm.sources import ModelSource, Source, open_source
+from snnllm.vocabulary import stored_table
 from snnllm.work import WorkFolder, check_output, source_digest
 from snnllm.writer import ShardWriter
 
@@ -210,7 +211,8 @@ def publish(
     modules = linear_bytes = linear_weights = 0
     with checkpoint.published(target, within=work.folder) as folder:
         writer = ShardWriter(folder, shard)
-        writer.add({"model.embed_tokens.weight": source.tensor("model.embed_tokens.weight")})
+        name = "model.embed_tokens"
+        writer.add(stored_table(name, source.tensor(f"{name}.weight"), spike))
         for index in range(source.config.num_hidden_layers):
             saved = work.load(index)
             assert saved is not None  # every block was saved or restored before
@@ -253,7 +255,7 @@ def _finish(
 ) -> int:
     writer.add({"model.norm.weight": source.tensor("model.norm.weight")})
     if not source.config.tie_word_embeddings:
-        writer.add({"lm_head.weight": source.tensor("lm_head.weight")})
+        writer.add(stored_table("lm_head", source.tensor("lm_head.weight"), spike))
     writer.close()
     config = spiking_config(source.config, spike)
     config.dtype = source.tensor("model.norm.weight").dtype

@@ -12,6 +12,7 @@ from snnllm.attention import SpikingLlamaAttention
 from snnllm.config import FLOAT_BITS
 from snnllm.linear import SpikingLinear
 from snnllm.ternary_linear import TernaryLinear
+from snnllm.vocabulary import QuantizedHead
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ def matmuls(model: nn.Module) -> list[MatmulRow]:
     for name, module in model.named_modules():
         if isinstance(module, SpikingLinear):
             rows.append(_linear_row(name, module))
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | QuantizedHead):
             shape = f"{module.out_features}x{module.in_features}"
-            rows.append(MatmulRow(name, False, "float", "-", shape, _bytes(module)))
+            coding = "float" if isinstance(module, nn.Linear) else "float x int8 levels"
+            rows.append(MatmulRow(name, False, coding, "-", shape, _bytes(module)))
         elif hasattr(module, "num_key_value_groups"):
             rows.extend(_attention_rows(name, module))
     return rows

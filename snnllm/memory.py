@@ -139,11 +139,14 @@ def _disk_bytes(source: Source, spike: SpikeConfig) -> float:
     return float(_block_weights(source.config) * bits / 8 * source.config.num_hidden_layers)
 
 
-def _table_bytes(source: Source, pipeline: Pipeline) -> float:
+def _table_bytes(source: Source, pipeline: Pipeline, bits: int = FLOAT_BITS) -> float:
+    """Embedding and head, bytes: as the source has them, or in 8 bits."""
     c = source.config
     tables = 1 if c.tie_word_embeddings and pipeline is Pipeline.RTN else 2  # others may untie it
-    element = source.tensor("model.norm.weight").element_size()
-    return float(c.vocab_size * c.hidden_size * element * tables)
+    row = c.hidden_size * source.tensor("model.norm.weight").element_size()
+    if bits != FLOAT_BITS:
+        row = c.hidden_size + 4  # a float32 scale
+    return float(c.vocab_size * row * tables)
 
 
 def _fixed_bytes(source: Source, spike: SpikeConfig, window: int, pipeline: Pipeline) -> float:
@@ -187,7 +190,9 @@ def estimate(
     flops = (forward + rounding) * c.num_hidden_layers * 2
     rate = _matmul_rate(hidden)
     wanted = plan(source, spike, (windows, window), pipeline, max_memory_mib)
-    disk = (_disk_bytes(source, spike) + _table_bytes(source, pipeline)) / 2**20
+    disk = (
+        _disk_bytes(source, spike) + _table_bytes(source, pipeline, spike.embedding_bits)
+    ) / 2**20
     return Estimate(flops / rate, wanted.memory_mib, disk, wanted.activations_mib, wanted.spills)
 
 

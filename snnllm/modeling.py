@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from snnllm import checkpoint
 from snnllm.attention import SPIKING_ATTENTION, SpikingLlamaAttention, register_attention
 from snnllm.block import CACHE_ARGUMENT, fuse_block, fuse_norm, fuse_rotary, prepare
-from snnllm.config import SpikeConfig
+from snnllm.config import FLOAT_BITS, SpikeConfig
 from snnllm.decoding import DecodeSteps, records_on, static_cache
 from snnllm.execution import choose_views
 from snnllm.hf_quantizer import register_quantizer
@@ -30,6 +30,7 @@ from snnllm.locate import SPIKING
 from snnllm.precision import FLOAT32_BUFFERS
 from snnllm.sampling import sample
 from snnllm.ternary_linear import TernaryLinear
+from snnllm.vocabulary import quantize_vocabulary
 
 _log = logging.getLogger(__name__)
 MODEL_TYPE = SPIKING
@@ -152,6 +153,8 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
             spike_block(block, index, config, spike)
         fuse_norm(self.model.norm)
         fuse_rotary(self.model.rotary_emb)
+        if spike.embedding_bits != FLOAT_BITS:
+            quantize_vocabulary(self)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -188,6 +191,21 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
             chosen = chosen.get("", self.config._attn_implementation)
         attention_of(self.config.spike, chosen)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Change the number of tokens, as that of the parent.
+
+        Raises:
+            ValueError: The tables have 8 bits, and no rows but those of the checkpoint.
+        """
+        if self.config.spike.embedding_bits != FLOAT_BITS and new_num_tokens is not None:
+            raise ValueError(
+                f"embedding_bits={self.config.spike.embedding_bits}: tables of codes are not resized. Resize those "
+                "of the dense model and convert it again, or convert with embedding_bits=16."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as `snnllm convert` does: packed weights, manifest, and the loader shim."""

@@ -234,8 +234,10 @@ def _elementwise_parts(model: SpikingLlamaForCausalLM, tokens: int, scores: int)
     c = model.config
     blocks, hidden = c.num_hidden_layers, c.hidden_size
     rotated = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+    bits = c.spike.embedding_bits
+    weights = "" if bits == FLOAT_BITS else f", weights of {bits} bits"
     return [
-        FloatPart("lm_head", tokens * hidden * c.vocab_size, "logits of every token"),
+        FloatPart("lm_head", tokens * hidden * c.vocab_size, f"logits of every token{weights}"),
         FloatPart("embedding", 0, "a lookup"),
         FloatPart(
             "RMSNorm", 3 * tokens * hidden * (2 * blocks + 1), "square, normalise, scale: 3 a value"

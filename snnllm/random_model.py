@@ -15,6 +15,7 @@ from snnllm.modeling import SpikingLlamaForCausalLM, spike_block, spiking_config
 from snnllm.pipelines.streaming import INPUT_GROUPS
 from snnllm.shapes import SHAPES, Shape
 from snnllm.transforms import salient_count, sorted_groups
+from snnllm.vocabulary import QuantizedTable
 from snnllm.weights import QuantizedWeight
 
 __all__ = ["SHAPES", "Shape", "llama_config", "random_dense", "random_spiking"]
@@ -78,6 +79,9 @@ def random_spiking(
         with device:
             model = SpikingLlamaForCausalLM(spiking_config(hollow, spike))
         model.to(dtype)
+        if spike.embedding_bits != FLOAT_BITS:
+            for table in (model.model.embed_tokens, model.lm_head):
+                table.set_table(_random_table(table.weight, generator))
         model.config.num_hidden_layers = blocks
         for index in range(blocks):
             with device:
@@ -132,6 +136,15 @@ def _set_weight(linear: SpikingLinear, generator: torch.Generator) -> None:
         ),
         None if linear.bias is None else torch.zeros_like(linear.bias),
     )
+
+
+def _random_table(like: Tensor, generator: torch.Generator) -> QuantizedTable:
+    """Uniform codes of the standard deviation that float tables have."""
+    codes = torch.randint(
+        *(-127, 128, like.shape), dtype=torch.int8, generator=generator, device=like.device
+    )
+    scale = torch.full((len(like),), _STD * 3**0.5 / 127, device=like.device)
+    return QuantizedTable(codes, scale)
 
 
 def _devices(device: torch.device) -> list[torch.device]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snnllm.cli.checks import check_at_least_one, check_folder_of, check_usable, checked_device
-from snnllm.config import Operands, SpikeConfig, ValueRange
+from snnllm.config import FLOAT_BITS, Operands, SpikeConfig, ValueRange
 from snnllm.shapes import SHAPES
 from snnllm.views import View
 
@@ -56,6 +56,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--range",
         choices=[*map(str, ValueRange)],
         help=f"of a spiking model without checkpoint (default: {ValueRange.SPLIT})",
+    )
+    parser.add_argument(
+        "--embedding-bits",
+        type=int,
+        choices=[8, 16],
+        help="of embedding and head of a spiking model without checkpoint (default: 16, float)",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at a time")
     parser.add_argument("--prompt", type=int, nargs="+", default=[128], help="tokens of a prompt")
@@ -134,10 +140,10 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     check_at_least_one(args, "batch", "prompt", "tokens", "repeat", "blocks")
     check_folder_of("--json", args.json)
-    if args.checkpoint is not None and args.preset is not None:
-        raise ValueError("--preset goes without --checkpoint, which has one of its own.")
-    if args.checkpoint is not None and args.range is not None:
-        raise ValueError("--range goes without --checkpoint, which has one of its own.")
+    for option in ("preset", "range", "embedding_bits"):
+        if args.checkpoint is not None and getattr(args, option) is not None:
+            name = f"--{option.replace('_', '-')}"
+            raise ValueError(f"{name} goes without --checkpoint, which has one of its own.")
     args.preset = args.preset or _PRESET
     if args.model is None:
         args.shape = args.shape or "smollm2"
@@ -156,7 +162,11 @@ def _check(args: argparse.Namespace) -> None:
 
 def _spike(args: argparse.Namespace) -> SpikeConfig:
     """The configuration of a model without checkpoint, before its pipeline."""
-    given = {"attention": args.attention, "value_range": args.range}
+    given = {
+        "attention": args.attention,
+        "value_range": args.range,
+        "embedding_bits": args.embedding_bits,
+    }
     return SpikeConfig.preset(args.preset, **{k: v for k, v in given.items() if v is not None})
 
 
@@ -169,11 +179,15 @@ def _shape(args: argparse.Namespace) -> str:
 
 def _label(args: argparse.Namespace) -> str:
     if args.checkpoint is None:
-        return _spike(args).label + (f" {args.range}" if args.range is not None else "")
-    from snnllm.modeling import SpikingLlamaConfig
+        spike = _spike(args)
+        label = spike.label + (f" {args.range}" if args.range is not None else "")
+    else:
+        from snnllm.modeling import SpikingLlamaConfig
 
-    config = SpikingLlamaConfig.from_pretrained(args.checkpoint)
-    return config.spike.label  # type: ignore[no-any-return]
+        spike = SpikingLlamaConfig.from_pretrained(args.checkpoint).spike
+        label = spike.label
+    bits = spike.embedding_bits
+    return label if bits == FLOAT_BITS else f"{label}, embedding and head of {bits} bits"
 
 
 def _machine(device: torch.device) -> str:

@@ -57,6 +57,7 @@ _OVERRIDES = {
     "capacity": "capacity",
     "kv_steps": "kv_salient_steps",
     "mean_steps": "mean_steps",
+    "embedding_bits": "embedding_bits",
 }
 
 
@@ -111,6 +112,12 @@ def add_spike_options(parser: argparse.ArgumentParser) -> None:
         "collapsed view only)",
     )
     spike.add_argument("--kv-steps", type=int, help="time steps of the salient channels of K, V")
+    spike.add_argument(
+        "--embedding-bits",
+        type=int,
+        choices=[8, 16],
+        help="bits of the token embedding and the output head: 8, or 16 for float as they are",
+    )
     spike.add_argument(
         "--modules-to-not-convert",
         nargs="+",

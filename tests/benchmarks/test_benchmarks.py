@@ -80,6 +80,23 @@ def test_the_speed_of_neurons(repository: Path, tmp_path: Path, capsys: Any) -> 
     assert (tmp_path / "out.json").is_file()
 
 
+def test_the_speed_of_a_head(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))  # it shares the clock of another
+    module = benchmark(repository, "head_gpu")
+    if not torch.cuda.is_available():
+        assert module.main([]) == module.SKIPPED
+        assert "there is no CUDA device; skipped" in capsys.readouterr().err
+        return
+    monkeypatch.setattr(module, "copies_of", lambda size: 2)
+    few = ["--tables", "130x96", "--rows", "1", "20"]
+    assert module.main(few) == 0
+    assert "NO" not in capsys.readouterr().out
+    assert module.main([*few, "--sweep"]) == 0
+    assert "chosen" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures where there is a GPU")
 def test_the_speed_of_linears_needs_a_gpu(repository: Path, capsys: Any) -> None:
     module = benchmark(repository, "linear_gpu")

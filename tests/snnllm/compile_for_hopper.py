@@ -23,7 +23,7 @@ from snnllm.kernels import EncoderSpec, LinearSpec, segments_of
 from snnllm.kernels.attention import launch as attention_launch
 from snnllm.kernels.attention import store
 from snnllm.kernels.attention.backend import TritonAttention
-from snnllm.kernels.triton import greedy, norm, rotary, swiglu
+from snnllm.kernels.triton import greedy, norm, rotary, swiglu, vocabulary
 from snnllm.kernels.triton.backend import TritonBackend
 from snnllm.random_model import Shape, llama_config
 
@@ -99,6 +99,16 @@ def encoders() -> None:
             swiglu.silu_mul_encode(x, x, rotation, *layout, runs=known)
 
 
+def tables() -> None:
+    """Embedding and head in 8 bits: few and many rows, channels that are and are not whole steps."""
+    for dtype, many in ((torch.float32, (1, 300)), (torch.bfloat16, (1, 32, 64, 300))):
+        for channels in (576, 33):
+            codes, scale = torch.zeros(130, channels, dtype=torch.int8), torch.ones(130)
+            vocabulary.embed(torch.arange(3), codes, scale, dtype)
+            for rows in many:
+                vocabulary.head_logits(torch.randn(rows, channels).to(dtype), codes, scale)
+
+
 def main() -> None:
     norm.early_launch = lambda place: True
     positions, frequencies = torch.arange(6).view(2, 3), torch.rand(64)
@@ -116,6 +126,7 @@ def main() -> None:
     triton_encode.INTERPRETED = True  # takes tensors of the CPU
     linears()
     encoders()
+    tables()
     store.early_launch = lambda place: True
     attention_launch._units = lambda place: 132
     attention_launch._prefill_config = lambda *given: (128, 64, 8, 3)

@@ -132,6 +132,7 @@ OPTIONS = {
     "--weight-range": ("minmax", "weight_range", "minmax"),
     "--group-size": (32, "weight_group_size", 32),
     "--activation-clip": (0.9, "activation_clip", 0.9),
+    "--embedding-bits": (8, "embedding_bits", 8),
     "--modules-to-not-convert": ("up_proj", "modules_to_not_convert", ("lm_head", "up_proj")),
 }
 
@@ -551,8 +552,16 @@ def test_tasks_are_checked_before_a_model_is_downloaded(tmp_path, failing, monke
 # -- bench ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value_range", [None, "commensurate"])
-def test_bench_of_a_shape(monkeypatch, tmp_path, capsys, value_range):
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ([], "W4A4T2"),
+        (["--range", "commensurate"], "W4A4T2 commensurate"),
+        (["--embedding-bits", 8], "W4A4T2, embedding and head of 8 bits"),
+        (["--embedding-bits", 16], "W4A4T2"),
+    ],
+)
+def test_bench_of_a_shape(monkeypatch, tmp_path, capsys, options, label):
     monkeypatch.setitem(cli_bench.SHAPES, "7B", Shape(32, 64, 2, 1, 3, 64))
     few = ("--device", "cpu", "--tokens", 2, "--repeat", 1)
     rows = tmp_path / "rows.json"
@@ -570,10 +579,9 @@ def test_bench_of_a_shape(monkeypatch, tmp_path, capsys, value_range):
         *few,
         "--json",
         rows,
-        *(["--range", value_range] if value_range else []),
+        *options,
     )
     lines = capsys.readouterr().out.splitlines()
-    label = "W4A4T2 commensurate" if value_range else "W4A4T2"
     assert lines[0].endswith(f"7B (1 of 3 blocks) with random weights, {label}")
     cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in lines[3:]]
     assert cells == [[name, b, "4"] for b in "12" for name in ("eager", "collapsed")]
@@ -594,6 +602,20 @@ def test_bench_of_a_model(stories_dir, stories_checkpoint, capsys, converted):
     assert unrolled.startswith("| unrolled | 1 | 8 |")
 
 
+def test_bench_of_a_model_with_tables_of_8_bits(stories_dir, tmp_path, capsys):
+    weights = {}
+    for bits in (8, 16):
+        few = ("--device", "cpu", "--tokens", 1, "--repeat", 1, "--prompt", 8, "--json")
+        rows = tmp_path / f"{bits}.json"
+        given = ("--embedding-bits", bits, "--contenders", "collapsed")
+        run("bench", "--model", stories_dir, *few, rows, *given)
+        weights[bits] = json.loads(rows.read_text())[0]["weights_gb"]
+    vocabulary, hidden = 512, 64  # one table, tied
+    saved = vocabulary * (4 * hidden - (hidden + 4))
+    assert weights[16] - weights[8] == pytest.approx(saved / 1e9)
+    assert "embedding and head of 8 bits" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -602,6 +624,10 @@ def test_bench_of_a_model(stories_dir, stories_checkpoint, capsys, converted):
         (["--checkpoint", "out"], "--checkpoint needs --model"),
         (["--model", "m", "--checkpoint", "out", "--preset", "W4A4"], "--preset goes without"),
         (["--model", "m", "--checkpoint", "out", "--range", "shared"], "--range goes without"),
+        (
+            ["--model", "m", "--checkpoint", "out", "--embedding-bits", "8"],
+            "--embedding-bits goes without --checkpoint, which has one of its own",
+        ),
         (
             ["--range", "commensurate", "--preset", "W4A8T2"],
             "capacities of at most 63, got (255, 5",

@@ -243,6 +243,8 @@ def library(definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib.snn_decode_heads.restype = None
     lib.snn_rotate.argtypes = [pointer] * 3 + [size] * 4 + [pointer] * 2 + [size, number, number]
     lib.snn_rotate.restype = None
+    lib.snn_head.argtypes = [pointer] * 4 + [size] * 3 + [number]
+    lib.snn_head.restype = None
     return lib
 
 

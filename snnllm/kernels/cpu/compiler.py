@@ -18,7 +18,7 @@ from pathlib import Path
 from snnllm.kernels.disk_cache import CACHE_VARIABLE, cache_directory, replaced
 
 LOGGER = logging.getLogger("snnllm.kernels")
-SOURCES = ("kernels.c", "attention.h", "encode.h", "rotation.h", "tile.h")
+SOURCES = ("kernels.c", "attention.h", "encode.h", "head.h", "rotation.h", "tile.h")
 _COMPILERS = ("cc", "gcc", "clang")
 # -ffp-contract=off: a fused multiply-add rounds differently from the reference.
 _BASE_FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared")

@@ -27,6 +27,7 @@
  */
 #include "attention.h"
 #include "encode.h"
+#include "head.h"
 #include "rotation.h"
 #include "tile.h"
 
