@@ -26,19 +26,9 @@ from snnllm.vocabulary import QuantizedTable, quantize_table, reference_logits
 
 TABLES = ("32000x4096", "128256x4096", "49152x576")
 ROWS = (1, 4, 16, 64, 1024)
-_FEW = [
-    *(
-        (16, tokens, 128, warps, stages)
-        for tokens in (32, 64)
-        for warps in (2, 4)
-        for stages in (3, 4, 6)
-    ),
-    *((16, 128, 128, 4, 3), (16, 64, 256, 4, 3), (16, 64, 64, 2, 6), (16, 64, 64, 4, 6)),
-]
-_MANY = [
-    *((32, 64, 128, 4, 4), (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 128, 64, 8, 4)),
-    *((128, 64, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3)),
-    (64, 256, 64, 8, 3),
+_CANDIDATES = [
+    *((16, tokens, 128, 2, stages) for tokens in (32, 64, 128) for stages in (3, 4, 6)),
+    *((16, 64, 256, 2, 3), (16, 64, 64, 2, 6), (32, 64, 128, 2, 4), (64, 64, 64, 2, 4)),
 ]
 
 
@@ -96,7 +86,7 @@ def sweep(tokens: int, channels: int, all_rows: list[int]) -> None:
         calls: list[Callable[[], Any]] = [partial(vocabulary.head_logits, x, *t) for t in ours]
         graphs = {"bf16": graph_of([partial(functional.linear, x, table) for table in dense])}
         graphs["chosen"] = graph_of(calls)
-        for given in _FEW if rows <= 16 else _MANY:
+        for given in _CANDIDATES:
             tiles = vocabulary.Tiles(*given)
             vocabulary.choose_tiles = lambda *_, tiles=tiles: tiles
             try:

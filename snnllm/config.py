@@ -121,7 +121,7 @@ class SpikeConfig:
             ternary linears; set by the pipeline, which finds them.
         embedding_bits: Bits of the token embedding and the output head: 8, one scale for each token
             (`snnllm.vocabulary`), or 16 for float tables.
-        modules_to_not_convert: Names (suffixes) of linears that stay dense; the head always does.
+        modules_to_not_convert: Names (suffixes) of linears that stay dense; the head always does (`embedding_bits`).
         group_steps: Steps of the channel groups of single modules, for explicit allocation maps.
     """
 

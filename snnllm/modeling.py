@@ -193,19 +193,40 @@ class SpikingLlamaForCausalLM(LlamaForCausalLM):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Change the number of tokens, as that of the parent.
 
         Raises:
             ValueError: The tables have 8 bits, and no rows but those of the checkpoint.
         """
-        if self.config.spike.embedding_bits != FLOAT_BITS and new_num_tokens is not None:
-            raise ValueError(
-                f"embedding_bits={self.config.spike.embedding_bits}: tables of codes are not resized. Resize those "
-                "of the dense model and convert it again, or convert with embedding_bits=16."
-            )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.config.spike.embedding_bits == FLOAT_BITS:
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, **kwargs)
+        tokens, multiple = self.config.vocab_size, pad_to_multiple_of or 1
+        if -(-(new_num_tokens or tokens) // multiple) * multiple != tokens:
+            self._refuse_tables("are not resized. Resize those")
+        return self.get_input_embeddings()
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace the embedding; tables of 8 bits belong together and stay (ValueError)."""
+        if self.config.spike.embedding_bits != FLOAT_BITS:
+            self._refuse_tables("are not replaced. Replace those")
+        super().set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replace the head; tables of 8 bits belong together and stay (ValueError)."""
+        if self.config.spike.embedding_bits != FLOAT_BITS:
+            self._refuse_tables("are not replaced. Replace those")
+        super().set_output_embeddings(new_embeddings)
+
+    def _refuse_tables(self, what: str) -> None:
+        raise ValueError(
+            f"embedding_bits={self.config.spike.embedding_bits}: tables of codes {what} "
+            "of the dense model and convert it again, or convert with embedding_bits=16."
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as `snnllm convert` does: packed weights, manifest, and the loader shim."""

@@ -84,6 +84,8 @@ def _rows_at_once(table: Tensor) -> int:
 class _Table(nn.Module):
     """Codes and scales of V tokens in H channels; zeros until they are set or loaded.
 
+    Codes are not trained: `requires_grad_(True)` of the whole model fails in torch, which wants floats for that.
+
     Args:
         tokens: `V`.
         channels: `H`.
@@ -198,7 +200,7 @@ class QuantizedHead(_Table):
 
 
 def reference_logits(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """The logits `(x codes^T) scale` in torch, with a gradient; a part of the table is float at a time.
+    """The logits `(x codes^T) scale` in torch; a part of the table is float at a time, unless there is a gradient.
 
     Args:
         x: float `[M, H]`.
@@ -209,14 +211,19 @@ def reference_logits(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         `[M, V]` in the dtype of x; float64 is summed in float64.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    logits = x.new_empty(len(x), len(codes))
     keeps = x.requires_grad and torch.is_grad_enabled()  # the gradient needs every part again
-    buffer = None if keeps else wide.new_empty(min(_rows_at_once(codes), len(codes)), x.shape[1])
-    for first in range(0, len(codes), _rows_at_once(codes)):
-        part = slice(first, first + _rows_at_once(codes))
-        own = codes[part]
-        weight = own.to(wide.dtype) if buffer is None else buffer[: len(own)].copy_(own)
-        logits[:, part] = nn.functional.linear(wide, weight) * scale[part]
+    at_once = _rows_at_once(codes)
+    with torch.autocast(x.device.type, enabled=False):
+        if keeps:
+            parts = zip(codes.split(at_once), scale.split(at_once), strict=True)
+            products = [nn.functional.linear(wide, c.to(wide.dtype)) * s for c, s in parts]
+            return torch.cat(products, 1).to(x.dtype)
+        logits = x.new_empty(len(x), len(codes))
+        buffer = wide.new_empty(min(at_once, len(codes)), x.shape[1])
+        for first in range(0, len(codes), at_once):
+            part = slice(first, first + at_once)
+            weight = buffer[: len(codes[part])].copy_(codes[part])
+            logits[:, part] = nn.functional.linear(wide, weight) * scale[part]
     return logits
 
 

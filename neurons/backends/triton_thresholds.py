@@ -11,7 +11,7 @@ from neurons.backends.triton_arithmetic import clipped_float
 
 __all__ = ["group_parameters", "spike_parameters", "value_of"]
 
-# As in neurons.thresholds: what a byte holds, multiples that are tried, the largest cost, and a unit of 19 bits, rounded up.
+# As in neurons.thresholds: what a byte holds, multiples tried, the most they cost, a unit of 19 bits, rounded up.
 _LARGEST_CHARGE = tl.constexpr(255.0)
 _CANDIDATES = tl.constexpr(4)
 _MOST_COST = tl.constexpr(1e30)

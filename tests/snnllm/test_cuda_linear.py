@@ -208,20 +208,23 @@ def test_every_shape_compiles_without_serialised_products(
 
 
 @needs_compiler
+@pytest.mark.parametrize("residual", [0, 1])
 @pytest.mark.parametrize(("segments", "merged"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("shape", sorted({s for s in SHAPES if isinstance(s, Tiles)}), ids=str)
 def test_blocks_have_the_registers_that_their_warps_share(
-    shape: Tiles, segments: int, merged: int, monkeypatch: pytest.MonkeyPatch
+    shape: Tiles, segments: int, merged: int, residual: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Warps that multiply take what the others give; they would wait for ever for what the block has not."""
     options = cuda_driver._options
     monkeypatch.setattr(
         cuda_driver, "_options", lambda *given: [*options(*given), "--ptxas-options=-v"]
     )
-    names = {**macros(shape, 1, segments, merged), "OUT": 1}
+    names = {**macros(shape, 1, segments, merged), "OUT": 1, "RESIDUAL": residual}
     _, log = cuda_driver.compiled(cuda_tiles_source.SOURCE, tuple(names.items()), "sm_90a")
     used = int(re.findall(r"Used (\d+) registers", log)[0])
-    assert used == {1: 128, 2: 168, 3: 104}[shape.workers]  # what the kernel divides
+    assert (
+        used == {1: 128, 2: 168, 3: 128 if residual else 104}[shape.workers]
+    )  # what the kernel divides
     assert used * (128 + 128 * shape.workers) <= 65536
     assert "setmaxnreg ignored" not in log
 

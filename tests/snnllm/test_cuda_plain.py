@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Callable
@@ -53,6 +54,11 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n, const fl
   });
 }
 """
+QUOTIENTS = r"""
+extern "C" void launch(const float* x, const float* divisor, float* out, int many) {
+  for (int i = 0; i < many; i++) out[i] = short_quotient(x[i], divisor[i], inverse_of(divisor[i]));
+}
+"""
 INVERSES = r"""
 extern "C" __global__ void inverses(const float* x, float* out) {
   const int i = 256 * blockIdx.x + threadIdx.x;
@@ -72,7 +78,11 @@ BODY = encode_source.ENCODING + plain_source.LANES + PLAIN_ON_HOST + plain_sourc
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, int]], Any]:
     """Compile the kernel with macros for the CPU."""
-    return compiler_for(tmp_path_factory.mktemp("plain"), {"plain": BODY}, {"plain": ENTRY})
+    return compiler_for(
+        tmp_path_factory.mktemp("plain"),
+        {"plain": BODY, "quotients": ""},
+        {"plain": ENTRY, "quotients": QUOTIENTS},
+    )
 
 
 def layout(sizes: tuple[int, ...], front: bool = True) -> list[int]:
@@ -265,6 +275,24 @@ def test_a_short_division_counts_as_the_rounded_one(bits: int) -> None:
             above = near + (signed * rest).double()
             assert torch.equal(above > 0, signed.double() - border[:, None] * s.double() > 0)
             assert bool((above != 0).all())
+
+
+@on_host
+@pytest.mark.parametrize("bits", [8, 19])
+def test_quotients_by_few_bits_are_right_after_one_step(bits: int, build: Any) -> None:
+    """Of numbers whose quotients lie as near to the middle of two floats as they can."""
+    generator, double = torch.Generator().manual_seed(bits), torch.float64
+    wide = torch.randint(1 << 18, 1 << 19, (300,), generator=generator)
+    d = (torch.arange(1, 256) if bits == 8 else wide)[:, None].to(double)
+    middle = (torch.randint(1 << 23, 1 << 24, (1, 4000), generator=generator) + 0.5).to(double)
+    exponent = torch.floor(torch.log2(middle * d)) - 23
+    whole = torch.round(middle * d / 2.0**exponent)
+    for step in (-1, 0, 1):
+        x = ((whole + step) * 2.0**exponent).float()
+        divisor, mine = d.float().expand_as(x).contiguous(), torch.empty_like(x)
+        numbers = (ctypes.c_void_p(t.data_ptr()) for t in (x, divisor, mine))
+        build("quotients", {"OUT": 0})(*numbers, ctypes.c_int(x.numel()))
+        assert torch.equal(mine, x / divisor)
 
 
 @pytest.mark.parametrize("size", [2, 4])

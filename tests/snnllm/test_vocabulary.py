@@ -37,7 +37,7 @@ needs_triton = pytest.mark.skipif(
 )
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-PIPELINES = {"rtn": "W4A4T2", "rotated": "W4A4T2", "gptq": "TW1.4A4T2"}
+PIPELINES = {"rtn": "W4A4T2", "rotated": "W4A4T2", "omniquant": "W4A4T2", "gptq": "TW1.4A4T2"}
 REORDERED = 2.0**-20
 """Of float32 sums in any order, in units of `sum |x c| s`."""
 
@@ -432,6 +432,14 @@ def test_tables_of_codes_are_not_resized(converted, convert_tiny):
     assert model.resize_token_embeddings() is model.model.embed_tokens
     with pytest.raises(ValueError, match="embedding_bits=8: tables of codes are not resized"):
         model.resize_token_embeddings(140)
+    tokens = model.config.vocab_size
+    assert model.resize_token_embeddings(tokens) is model.model.embed_tokens
+    with pytest.raises(ValueError, match="tables of codes are not resized"):
+        model.resize_token_embeddings(pad_to_multiple_of=2 * tokens)
+    with pytest.raises(ValueError, match="tables of codes are not replaced"):
+        model.set_input_embeddings(torch.nn.Embedding(tokens, 4))
+    with pytest.raises(ValueError, match="tables of codes are not replaced"):
+        model.set_output_embeddings(torch.nn.Linear(4, tokens))
     plain = load(convert_tiny()[1])
     assert plain.resize_token_embeddings(140).num_embeddings == 140
 

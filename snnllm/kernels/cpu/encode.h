@@ -147,6 +147,7 @@ static float round_up(const Layer *layer, float *threshold, int32_t *multiple) {
             const float raised = u * m / threshold[g];
             cost = raised > cost ? raised : cost;
         }
+        cost = cost < 1e30f ? cost : 1e30f;
         if (n == most[last] || cost < best) {
             best = cost;
             unit = u;

@@ -33,7 +33,12 @@ def head_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
     Returns:
         float32 `[M, V]`.
+
+    Raises:
+        TypeError: The codes are not int8.
     """
+    if codes.dtype != torch.int8:
+        raise TypeError(f"the codes of a head must be int8, got {codes.dtype}.")
     rows, codes, scale = x.detach().float().contiguous(), codes.contiguous(), scale.contiguous()
     logits = torch.empty(len(rows), len(codes), dtype=torch.float32)
     library().snn_head(

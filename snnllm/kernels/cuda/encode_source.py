@@ -69,14 +69,14 @@ INLINE Tops tops_of(const float* most, const float* clip) {
 INLINE unsigned rank_of(float cost) {
   return ((unsigned)__float_as_int(fminf(cost, 1e30f)) - 0x3f000000u) * 4 + threadIdx.x % 4;  // a cost is above 1/2
 }
-// The parameters of both groups with thresholds rounded up to multiples of one unit (neurons.thresholds.commensurate): of
-// the unit that this lane tries, and its rank. The least is the one to take: of equal costs the largest multiple.
 INLINE float unit_of(const float (&finest)[2]) {  // 19 bits, so that multiples are exact
   return __int_as_float(__float_as_int(__fmul_rn(larger(finest[0], finest[1]), 1.000003814697265625f)) & ~31);
 }
 INLINE float multiple_of(float units, float most) {  // rounded up
   return fminf(__fadd_rn(add_up(units, 8388608.0f), -8388608.0f), most);  // 2^23 and an integer
 }
+// The parameters of both groups with thresholds rounded up to multiples of one unit (neurons.thresholds.commensurate),
+// of the unit that this lane tries, and its rank. The least is the one to take: of equal costs the largest multiple.
 INLINE unsigned grid_of(Spikes (&spikes)[2], const float (&below)[2], const float (&threshold)[2], const Tops& tops) {
   float finest[2], cost[2];
 #pragma unroll

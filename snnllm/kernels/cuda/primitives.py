@@ -236,7 +236,7 @@ INLINE float quotient(float x, float divisor, float inverse) {
   q = fmaf(fmaf(q, -divisor, x), inverse, q);
   return fmaf(fmaf(q, -divisor, x), inverse, q);
 }
-// Likewise by divisors of at most 19 bits: the quotient is never so near to the middle of two floats as a step leaves it.
+// Likewise by divisors of at most 19 bits: no quotient is as near to the middle of two floats as a step leaves it.
 INLINE float short_quotient(float x, float divisor, float inverse) {
   const float q = __fmul_rn(x, inverse);
   return fmaf(fmaf(q, -divisor, x), inverse, q);
@@ -247,7 +247,6 @@ INLINE float short_quotient(float x, float divisor, float inverse) {
 struct Spikes { float threshold, zero, most, multiple, unit, inverse, scale; };
 // A power of two, by which `quotient` takes divisors of any size, and what is divided by them.
 #define SMALLER 5.421010862427522e-20f    // 2^-64
-#define LARGER_AGAIN 18446744073709551616.0f  // 2^64
 INLINE float scale_of(float divisor) { return divisor < 1e30f ? 1.0f : SMALLER; }
 INLINE float in_thresholds(float x, const Spikes& s) {
   return quotient(__fmul_rn(x, s.scale), __fmul_rn(s.threshold, s.scale), s.inverse);

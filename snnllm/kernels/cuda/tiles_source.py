@@ -46,9 +46,9 @@ static_assert(PIECES == 1 || PIECES == 2, "a piece is 64 outputs, of which a war
 static_assert(KEPT % 4 == 0 && KEPT <= PIECES * VALUES, "sums wait in fours");
 // Registers of a thread when it starts, of one that copies, and of one that multiplies; who waits for more than the
 // block has waits for ever. One warpgroup, or three, leave room for the kernel behind, which starts early where it has
-// some: half of the multiprocessor's registers, or those of 256 threads with 48.
-constexpr int THREADS = 128 + 32 * WARPS, REGISTERS = WARPS == 4 ? 128 : WARPS == 8 ? 168 : 104;
-constexpr int LESS = WARPS == 12 ? 32 : 40, MORE = WARPS == 4 ? 216 : WARPS == 8 ? 232 : 128;
+// some: half of the multiprocessor's registers, or those of 256 threads with 48 (a residual takes more).
+constexpr int THREADS = 128 + 32 * WARPS, REGISTERS = WARPS == 4 ? 128 : WARPS == 8 ? 168 : RESIDUAL ? 128 : 104;
+constexpr int LESS = WARPS == 12 ? 32 : 40, MORE = WARPS == 4 ? 216 : WARPS == 8 ? 232 : RESIDUAL ? 160 : 128;
 static_assert(128 * LESS + 32 * WARPS * MORE <= REGISTERS * THREADS, "registers");
 static_assert(STAGES >= 2 && 16 * STAGES + 16 <= 256 && STAGE_BYTES % 1024 == 0, "the ring");
 constexpr bool IN_PAIRS = OUT != 0 && OUT != INTEGERS;  // outputs of 16 bits

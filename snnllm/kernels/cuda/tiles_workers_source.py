@@ -51,9 +51,10 @@ WORKERS = r"""
       if (++stage == STAGES) stage = 0, parity ^= 1;
       if (more) load_block();  // while the products run
     };
-    auto multiply_segment = [&](int count) {
+    auto multiply_segment = [&](int count, auto meanwhile) {
       load_block();
       for (int i = 0; i < count; i++) multiply_block(i, i + 1 < count);
+      meanwhile();  // while the last products run
       finish<0>();
       release();
     };
@@ -101,11 +102,20 @@ WORKERS = r"""
       if (IN_BOXES && lane == 0) stores_have_read();
       __syncwarp();
     };
+    // What the zero points take off a sum: q zu, z and the row sum of weights.
+    auto centred = [&](int a, const int4& column, int row_sum, const int4& factors, const int4& counted, int s, int e) {
+      const int second = e % 2 ? counted.w : counted.z;
+      a = multiply_add(column.y, s == 0 ? e % 2 ? counted.y : counted.x : second, a);
+      a = multiply_add(e % 2 ? factors.w : factors.z, row_sum, a);
+      return MERGED ? multiply_add(second, column.w, a) : a;
+    };
+    constexpr bool AHEAD = WARPS == 4 && SUMS == 1;  // there are registers for it
+    int taken[AHEAD ? PIECES * VALUES : 1];
     if (RESIDUAL) wait_for_kernel_in_front();
     for (int index = first_tile + blockIdx.x; index < last_tile; index += gridDim.x, table_parity ^= 1) {
       const Tile tile = tile_at(index, tiles_m, tiles_n, height);
       if (SUMS == 2) {
-        multiply_segment(blocks - base_blocks);
+        multiply_segment(blocks - base_blocks, [] {});
         slabs_are_free();
 #pragma unroll
         for (int p = 0; p < PIECES; p++)
@@ -123,23 +133,37 @@ WORKERS = r"""
             }
           }
       }
-      multiply_segment(base_blocks);
-      barrier_wait(table_full, table_parity);
-      if (RESIDUAL && IN_PAIRS) load_residual(tile, 0);
-      if (SUMS == 1) slabs_are_free();
       int4 of_column[PIECES][2][SUMS];  // zu and row sums with the sign that they are added with
       float add[PIECES][2];
+      multiply_segment(base_blocks, [&] {
+        barrier_wait(table_full, table_parity);
 #pragma unroll
-      for (int p = 0; p < PIECES; p++)
+        for (int p = 0; p < PIECES; p++)
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-          add[p][e] = BIAS ? bias_table[first_output + p * 16 + 8 * e + g] : 0.0f;
+          for (int e = 0; e < 2; e++) {
+            add[p][e] = BIAS ? bias_table[first_output + p * 16 + 8 * e + g] : 0.0f;
 #pragma unroll
-          for (int s = 0; s < SUMS; s++) {
-            const int4 column = column_table[s * BN + first_output + p * 16 + 8 * e + g];
-            of_column[p][e][s] = make_int4(column.x, -column.y, -column.z, -column.w);
+            for (int s = 0; s < SUMS; s++) {
+              const int4 column = column_table[s * BN + first_output + p * 16 + 8 * e + g];
+              of_column[p][e][s] = make_int4(column.x, -column.y, -column.z, -column.w);
+            }
           }
+        if (!AHEAD) return;
+#pragma unroll
+        for (int v = 0; v < VALUES; v += 4) {
+          const int4 *entry = row_table + (v + t) * (SUMS + 1), factors = entry[0], counted = entry[1];
+#pragma unroll
+          for (int p = 0; p < PIECES; p++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+              const int4& column = of_column[p][e / 2][0];
+              const int off = centred(0, column, column.z, factors, counted, 0, e);
+              taken[p * VALUES + v + e] = finished(off);
+            }
         }
+      });
+      if (RESIDUAL && IN_PAIRS) load_residual(tile, 0);
+      if (SUMS == 1) slabs_are_free();
       int4 of_row[SUMS + 1];
 #pragma unroll
       for (int q = 0; q <= SUMS; q++) of_row[q] = row_table[t * (SUMS + 1) + q];
@@ -171,12 +195,10 @@ WORKERS = r"""
             for (int s = SUMS - 1; s >= 0; s--)
 #pragma unroll
               for (int e = 0; e < 4; e++) {
-                const int4 column = of_column[p][e / 2][JOINT ? 0 : s], factors = row[2 * s], counted = row[1];
-                const int first = e % 2 ? counted.y : counted.x, second = e % 2 ? counted.w : counted.z;
+                const int4 column = of_column[p][e / 2][JOINT ? 0 : s], factors = row[2 * s];
                 int a = s == 1 ? other[e] : finished(acc[p][v + e]);
-                a = multiply_add(column.y, s == 0 ? first : second, a);
-                a = multiply_add(e % 2 ? factors.w : factors.z, of_column[p][e / 2][s].z, a);
-                if (MERGED) a = multiply_add(second, column.w, a);
+                if (AHEAD) a += taken[p * VALUES + v + e];
+                else a = centred(a, column, of_column[p][e / 2][s].z, factors, row[1], s, e);
                 if (OUT == INTEGERS) {
                   const int at_m = tile.m + m + e % 2;
                   const int at_n = tile.n + first_output + p * 16 + 8 * (e / 2) + g;
