@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from snnllm.checkpoint import read_manifest
-from snnllm.config import SpikeConfig
+from snnllm.config import FLOAT_BITS, SpikeConfig
 
 _TEMPLATE = """---
 library_name: transformers
@@ -96,7 +96,7 @@ def _weights(spike: SpikeConfig) -> str:
 
 
 def _tables(spike: SpikeConfig) -> str:
-    if spike.embedding_bits == 16:
+    if spike.embedding_bits == FLOAT_BITS:
         return ""
     return f"\nEmbedding and head: {spike.embedding_bits}-bit integer levels, one scale per token."
 

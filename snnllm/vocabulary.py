@@ -182,7 +182,7 @@ class QuantizedHead(_Table):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the head."""
         rows = x.reshape(-1, self.in_features)
-        with_gradient = x.requires_grad and torch.is_grad_enabled()
+        with_gradient = _has_gradient(x)
         if (
             shared_input.kernels_run_on(x.device.type)
             and x.dtype in DTYPES
@@ -211,10 +211,9 @@ def reference_logits(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         `[M, V]` in the dtype of x; float64 is summed in float64.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    keeps = x.requires_grad and torch.is_grad_enabled()  # the gradient needs every part again
     at_once = _rows_at_once(codes)
     with torch.autocast(x.device.type, enabled=False):
-        if keeps:
+        if _has_gradient(x):  # which needs every part again
             parts = zip(codes.split(at_once), scale.split(at_once), strict=True)
             products = [nn.functional.linear(wide, c.to(wide.dtype)) * s for c, s in parts]
             return torch.cat(products, 1).to(x.dtype)
@@ -225,6 +224,10 @@ def reference_logits(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
             weight = buffer[: len(codes[part])].copy_(codes[part])
             logits[:, part] = nn.functional.linear(wide, weight) * scale[part]
     return logits
+
+
+def _has_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def quantize_vocabulary(model: Any) -> None:

@@ -96,9 +96,9 @@ def choose_shape(rows: int, channels: int, size: int, multiprocessors: int, shif
     while 2 * threads <= min(vectors // 2, _FEW_THREADS) and 2 * rows * threads <= device:
         threads *= 2
     held = -(-vectors // threads) * words
-    registers = max(_LEAST, -(-(held + _OTHERS + 4 * size) // 8) * 8)  # an offset comes in floats
     if rows > EARLY_ROWS and threads == _BESIDE.threads and held <= _LIGHT and not shifted:
         return _BESIDE
+    registers = max(_LEAST, -(-(held + _OTHERS + 4 * size) // 8) * 8)  # an offset comes in floats
     resident = min(32, _RESIDENT // threads, max(1, _REGISTERS // (registers * threads)))
     return Shape(threads, resident)
 

@@ -246,8 +246,7 @@ INLINE float short_quotient(float x, float divisor, float inverse) {
 // times `scale`, as `in_thresholds` needs it.
 struct Spikes { float threshold, zero, most, multiple, unit, inverse, scale; };
 // A power of two, by which `quotient` takes divisors of any size, and what is divided by them.
-#define SMALLER 5.421010862427522e-20f    // 2^-64
-INLINE float scale_of(float divisor) { return divisor < 1e30f ? 1.0f : SMALLER; }
+INLINE float scale_of(float divisor) { return divisor < 1e30f ? 1.0f : 5.421010862427522e-20f; }  // 2^-64
 INLINE float in_thresholds(float x, const Spikes& s) {
   return quotient(__fmul_rn(x, s.scale), __fmul_rn(s.threshold, s.scale), s.inverse);
 }
@@ -256,18 +255,16 @@ INLINE float threshold_of(float below, float above, float most, float inverse_of
   const float step = range < INFINITE ? short_quotient(range, most, inverse_of_most) : range;
   return step < 1e-5f ? 1e-5f : step;  // NaN stays
 }
+INLINE float half_to_even(float x) { return __fadd_rn(__fadd_rn(x, 12582912.0f), -12582912.0f); }  // 3 * 2^22
 INLINE Spikes spikes_of(float below, float threshold, float most) {
   const float scale = scale_of(threshold);
   Spikes s = {threshold, 0.0f, most, 1.0f, threshold, inverse_of(__fmul_rn(threshold, scale)), scale};
-  // Adding 3 * 2^22 rounds half to even.
-  const float rounded = __fadd_rn(__fadd_rn(in_thresholds(below, s), 12582912.0f), -12582912.0f);
-  s.zero = fminf(fmaxf(rounded, 0.0f), most);
+  s.zero = fminf(fmaxf(half_to_even(in_thresholds(below, s)), 0.0f), most);
   return s;
 }
 INLINE Spikes near_spikes_of(float below, float threshold, float most) {  // of thresholds up to 1e30
   Spikes s = {threshold, 0.0f, most, 1.0f, threshold, inverse_of(threshold), 1.0f};
-  const float rounded = __fadd_rn(__fadd_rn(quotient(below, threshold, s.inverse), 12582912.0f), -12582912.0f);
-  s.zero = fminf(rounded, most);
+  s.zero = fminf(half_to_even(quotient(below, threshold, s.inverse)), most);
   return s;
 }
 INLINE int count_of(float charge, const Spikes& s) {  // of x / threshold

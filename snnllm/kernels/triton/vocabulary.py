@@ -42,8 +42,8 @@ class Tiles(NamedTuple):
 def choose_tiles(rows: int, channels: int, dtype: torch.dtype) -> Tiles:
     """Tiles for M rows of H channels.
 
-    Two warps multiply by mma.sync. With four and more, whose products are asynchronous (wgmma), bfloat16 logits of 2048
-    channels and more failed their test on an H200 (Triton 3.6).
+    Two warps multiply by mma.sync. The device test of bfloat16 failed for 2048 channels and more while tiles of many
+    rows had more warps, whose products are asynchronous (wgmma); that these were the cause is not known.
     """
     if dtype == torch.float32:  # no tensor cores
         return Tiles(16, 64, 64, 4, 3) if rows <= 16 else Tiles(32, 64, 32, 4, 3)
