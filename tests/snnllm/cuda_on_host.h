@@ -132,9 +132,9 @@ static void wait_for_kernel_in_front() {}
 static void launch_dependents() {}
 static unsigned of_rehearsal() { return 0; }
 #ifdef REHEARSAL_ONLY
-#define REHEARSED for (unsigned real = 0, first = 1; first; first = 0)
+#define REHEARSED(first) for (unsigned real = 0, once = 1; once; once = 0)
 #else
-#define REHEARSED for (unsigned real = 0;; real = 1)
+#define REHEARSED(first) for (unsigned real = (first) ? 0 : 1;; real = 1)
 #endif
 template <int N> static void give_registers() {}
 template <int N> static void take_registers() {}
@@ -261,6 +261,8 @@ template <typename T, typename Join> static T of_warp(T x, Join join) {
   return x;
 }
 static bool any_of_warp(bool x) { return of_warp((int)x, [](int a, int b) { return a | b; }); }
+static void raise(unsigned* shared, unsigned x) { *shared = max(*shared, x); }
+static void add_to(int* shared, int x) { *shared += x; }
 static unsigned maximum_of_warp(unsigned x) { return of_warp(x, max); }
 static int multiply_add(int a, int b, int c) { return a * b + c; }
 static unsigned minimum_of_warp(unsigned x) { return of_warp(x, [](unsigned a, unsigned b) { return a < b ? a : b; }); }

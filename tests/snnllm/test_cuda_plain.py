@@ -157,8 +157,22 @@ def encoded(build: Any, rows: PlainRows, shape: Shape | None) -> tuple[Tensor, .
         ((1536 - 192, 192), FLOAT, Shape(64, 1), {"mode": GRID, "offset": True}),
         ((3584, 512), BRAIN, Shape(64, 1), {"capacities": (127, 255)}),
         ((3584, 512), BRAIN, Shape(512, 1), {"mode": GRID}),
+        # Threads of one group, of 16 channels; warps of one, too, if groups end where they do.
+        ((3584, 512), BRAIN, Shape(256, 1), {"mode": GRID}),
+        ((3584, 512), FLOAT, Shape(256, 1), {"offset": True, "front": False}),
+        ((3584, 512), HALF, Shape(256, 1), {"mode": ONE}),
+        ((448, 64), BRAIN, Shape(32, 1), {"mode": GRID}),
+        ((4096 - 80, 80), HALF, Shape(256, 1), {"mode": GRID}),
+        ((4096 - 80, 80), FLOAT, Shape(256, 1), {"offset": True}),
         # One warp makes the parameters.
         ((3584, 512), HALF, Shape(256, 1), {"mode": GRID, "many": 65}),
+        (
+            (3584, 512),
+            BRAIN,
+            Shape(256, 1, 3),
+            {"mode": GRID, "many": 65},
+        ),  # three rows are rehearsed
+        ((4096 - 80, 80), BRAIN, Shape(256, 1, 3), {"mode": GRID, "many": 65, "offset": True}),
         ((500, 76), FLOAT, Shape(256, 1), {"offset": True, "many": 65}),
         ((9984, 1024), BRAIN, Shape(128, 1), {"many": 5}),
         ((9984, 1024), HALF, Shape(256, 1), {"many": 5, "clip": 0.9}),
@@ -186,7 +200,7 @@ def test_rows_may_lie_anywhere(build: Any, start: int) -> None:
     x = values(10, 600, BRAIN)[:, start : start + 576]
     one = torch.ones(2)
     rows = PlainRows(x, None, one * 15, one, layout((512, 64)), OWN)
-    assert encode_plain._is_wide(rows) == (start == 8)
+    assert encode_plain._vector(rows, 64) == start
     shape = Shape(64, 1)
     for mine, other in zip(encoded(build, rows, shape), expected(rows), strict=True):
         assert torch.equal(mine, other)
@@ -196,15 +210,27 @@ def test_rows_may_lie_anywhere(build: Any, start: int) -> None:
 @pytest.mark.parametrize("mode", [OWN, ONE, GRID])
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF], ids=str)
 @pytest.mark.parametrize(
-    ("capacities", "shape", "many"),
-    [(CAPACITIES, Shape(64, 1), 10), ((1, 3), Shape(256, 1), 65), ((1, 63), Shape(64, 1), 10)],
-    ids=["few", "many", "coarse"],
+    ("capacities", "channels", "shape", "many"),
+    [
+        (CAPACITIES, 576, Shape(64, 1), 10),
+        ((1, 3), 576, Shape(256, 1), 65),
+        ((1, 63), 576, Shape(64, 1), 10),
+        (CAPACITIES, 1024, Shape(64, 1), 10),
+        (CAPACITIES, 4096, Shape(256, 1, 7), 65),
+    ],
+    ids=["few", "many", "coarse", "of one", "many of one"],
 )
 def test_rows_out_of_range(
-    build: Any, capacities: tuple[int, int], shape: Shape, many: int, dtype: torch.dtype, mode: int
+    build: Any,
+    capacities: tuple[int, int],
+    channels: int,
+    shape: Shape,
+    many: int,
+    dtype: torch.dtype,
+    mode: int,
 ) -> None:
     """NaN and infinity make the thresholds of their groups not finite; long ranges are divided as torch does."""
-    x = values(many, 576, dtype)
+    x = values(many, channels, dtype)
     largest = torch.finfo(dtype).max
     bad = [torch.nan, -torch.nan, torch.inf, -torch.inf]
     for row, value in enumerate(bad):
@@ -214,7 +240,8 @@ def test_rows_out_of_range(
     x[6, 3] = -largest / 3
     x[7, 70], x[8, 70], x[9, 3] = largest, largest / 2, largest * 0.9
     ones = torch.ones(2)
-    rows = PlainRows(x, None, torch.tensor(capacities).float(), ones, layout((512, 64)), mode)
+    runs = layout((channels - 64, 64))
+    rows = PlainRows(x, None, torch.tensor(capacities).float(), ones, runs, mode)
     mine, other = encoded(build, rows, shape), expected(rows)
     finite = torch.isfinite(other[1])
     assert not finite.all(1)[:4].any()
@@ -224,7 +251,7 @@ def test_rows_out_of_range(
     assert overflows or torch.equal(known, finite)  # a finite unit may have an infinite multiple
     for first, second in zip(mine[1:], other[1:], strict=True):
         assert torch.equal(first[finite], second[finite])
-    for g, (start, stop) in enumerate(((0, 512), (512, 640))):
+    for g, (start, stop) in enumerate((runs[:2], runs[4:6])):
         seen = finite[:, g]
         assert torch.equal(mine[0][seen, start:stop], other[0][seen, start:stop])
 

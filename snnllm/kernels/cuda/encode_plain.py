@@ -19,6 +19,7 @@ _MOST_CHANNELS = 16384
 _WARP = 32
 _VECTOR = 4
 _WIDE = 8
+_WIDEST = 16
 _ALIGNMENT = 16  # bytes of a load of a wide vector
 _LAYOUT = ("START0", "STOP0", "MANY0", "FIRST0", "START1", "STOP1", "MANY1", "FIRST1")
 _HELD = 48  # words of a row in a thread, at most, where rows are many
@@ -36,10 +37,12 @@ class Shape(NamedTuple):
     Attributes:
         threads: Of a block, which has a row; a power of two from 32 on.
         resident: Blocks of a multiprocessor for which registers suffice, at least.
+        rehearsing: Where rows are not few, how many first blocks go through their work twice (few rows: all do).
     """
 
     threads: int
     resident: int
+    rehearsing: int = 0
 
 
 class PlainRows(NamedTuple):
@@ -73,7 +76,8 @@ class PlainRows(NamedTuple):
 
 
 _BESIDE = Shape(256, 5)
-"""With 48 registers a thread, for which tiles of three warpgroups leave room (`tiles_source`)."""
+"""With 48 registers a thread, for which tiles of up to three warpgroups leave room (`tiles_source`)."""
+_BESIDE_ROWS = 512  # up to which there are such tiles
 _LIGHT = 8  # words of a row in a thread that need no more
 
 
@@ -97,7 +101,7 @@ def choose_shape(rows: int, channels: int, size: int, multiprocessors: int, shif
         threads *= 2
     held = -(-vectors // threads) * words
     if rows > EARLY_ROWS and threads == _BESIDE.threads and held <= _LIGHT and not shifted:
-        return _BESIDE
+        return _BESIDE._replace(rehearsing=multiprocessors if rows <= _BESIDE_ROWS else 0)
     registers = max(_LEAST, -(-(held + _OTHERS + 4 * size) // 8) * 8)  # an offset comes in floats
     resident = min(32, _RESIDENT // threads, max(1, _REGISTERS // (registers * threads)))
     return Shape(threads, resident)
@@ -124,21 +128,28 @@ def plain_launch(
         **dict(zip(_LAYOUT, both_runs(runs), strict=True)),
         "ROW_THREADS": shape.threads,
         "RESIDENT": shape.resident,
-        "VECTOR": _WIDE if _is_wide(rows) else _VECTOR,
-        "EARLY": int(many <= EARLY_ROWS),
+        "VECTOR": _vector(rows, shape.threads),
+        "FEW": int(many <= EARLY_ROWS),
+        "REHEARSING": EARLY_ROWS if many <= EARLY_ROWS else shape.rehearsing,
     }
     operands = (rows.x, rows.offset, rows.capacities, rows.clip)
     return Launch(
         *(plain_source.SOURCE, "encode_plain", macros, many, shape.threads),
-        plain_source.shared_bytes(shape.threads),
+        plain_source.SHARED_BYTES,
         (*operands, *outputs, rows.x.stride(0)),
     )
 
 
-def _is_wide(rows: PlainRows) -> bool:
-    """Whether everything comes in eights, and 16 bytes can be loaded at a time."""
-    x, offset = rows.x, rows.offset
+def _vector(rows: PlainRows, threads: int) -> int:
+    """Neighbouring channels of a thread: 16 if these are all it has of two groups; else 8, where 16 bytes can be loaded."""
+    x, offset, runs = rows.x, rows.offset, rows.runs or ()
+
+    def in_steps_of(size: int) -> bool:
+        return all(start % size == 0 for start in runs)
+
     aligned = x.data_ptr() % _ALIGNMENT == 0 and x.stride(0) * x.element_size() % _ALIGNMENT == 0
-    if offset is not None and offset.data_ptr() % _ALIGNMENT:
-        return False
-    return aligned and all(size % _WIDE == 0 for size in rows.runs or ())
+    if not aligned or (offset is not None and offset.data_ptr() % _ALIGNMENT):
+        return _VECTOR
+    if len(runs) == 8 and x.shape[1] == _WIDEST * threads and in_steps_of(_WIDEST):
+        return _WIDEST
+    return _WIDE if in_steps_of(_WIDE) else _VECTOR

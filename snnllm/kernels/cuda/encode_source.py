@@ -47,14 +47,15 @@ INLINE void widen(unsigned (&range)[4], const float (&x)[4], int group) {  // be
   if (RANGE_MODE == 1 || group == 0) range[0] = max(range[0], below), range[1] = max(range[1], above);
   else range[2] = max(range[2], below), range[3] = max(range[3], above);
 }
-// Of both groups: capacities, their inverses, clip factors. If thresholds are commensurate: the largest multiples,
-// those tried (of the second group one in each lane of four), and the inverses of these.
-struct Tops { float most[2], inverse[2], clip[2], multiple[2], tried[2], share[2]; };
+// Of both groups: capacities, their inverses, clip factors, capacities in both halves of a word. If thresholds are
+// commensurate: the largest multiples, those tried (of the second group one in each lane of four), and their inverses.
+struct Tops { float most[2], inverse[2], clip[2]; unsigned halves[2]; float multiple[2], tried[2], share[2]; };
 INLINE Tops tops_of(const float* most, const float* clip) {
   Tops tops;
 #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
     tops.most[g] = most[g], tops.inverse[g] = inverse_of(most[g]), tops.clip[g] = clip[g];
+    tops.halves[g] = (unsigned)most[g] * 0x10001u;
     if (!GRID) continue;
     tops.multiple[g] = floorf(short_quotient(255.0f, most[g], tops.inverse[g]));
     tops.tried[g] = fmaxf(tops.multiple[g] - (g ? (float)(threadIdx.x % 4) : 0.0f), 1.0f);
@@ -92,15 +93,12 @@ INLINE unsigned grid_of(Spikes (&spikes)[2], const float (&below)[2], const floa
   }
   return rank_of(larger(cost[0], cost[1]));
 }
-INLINE void take_from(Spikes (&spikes)[2], int lane) {
-  const float unit = of_lane(spikes[0].unit, lane);
-#pragma unroll
-  for (int g = 0; g < 2; g++) {
-    Spikes& s = spikes[g];
-    s.threshold = of_lane(s.threshold, lane), s.zero = of_lane(s.zero, lane), s.unit = unit;
-    s.multiple = of_lane(s.multiple, lane), s.inverse = of_lane(s.inverse, lane);
-  }
+INLINE void take_from(Spikes& s, int lane) {
+  s.zero = of_lane(s.zero, lane), s.inverse = of_lane(s.inverse, lane);
+  s.unit = of_lane(s.unit, lane), s.multiple = of_lane(s.multiple, lane);
+  s.threshold = __fmul_rn(s.unit, s.multiple);
 }
+INLINE void take_from(Spikes (&spikes)[2], int lane) { take_from(spikes[0], lane), take_from(spikes[1], lane); }
 // Those of any ranges, of both groups and every lane: below and above of each.
 struct Both { Spikes of[2]; };
 __noinline__ __device__ Both far_spikes_of(float4 range, Tops tops) {
@@ -133,38 +131,48 @@ __noinline__ __device__ Both far_spikes_of(float4 range, Tops tops) {
   for (int g = 0; g < 2; g++) both.of[g].scale = scale_of(both.of[g].threshold);
   return both;
 }
-// The parameters of both groups from the ranges of WARPS warps (or blocks), a power of two: those of the lane that is
-// returned. With `known` = 0 they are those of nothing.
-template <int WARPS>
-INLINE int find_spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Tops& tops, unsigned known = ~0u) {
-  unsigned range[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    if (i < 2 || OWN_RANGES) range[i] = maximum_of_warp(ranges[threadIdx.x % WARPS * 4 + i]) & known;
-  float below[2] = {0.0f, 0.0f}, above[2] = {0.0f, 0.0f}, threshold[2];
+// Thresholds of both groups by the short way, from what their rows reach below and above; whether it is right for them.
+INLINE bool find_thresholds(float (&below)[2], float (&threshold)[2], const unsigned (&range)[4], const Tops& tops) {
 #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
     const int of = RANGE_MODE == 1 ? 0 : 2 * g;
     below[g] = __fmul_rn(__int_as_float(range[of]), tops.clip[g]);
-    above[g] = __fmul_rn(__int_as_float(range[of + 1]), tops.clip[g]);
-    threshold[g] = larger(short_quotient(__fadd_rn(above[g], below[g]), tops.most[g], tops.inverse[g]), 1e-5f);
+    const float above = __fmul_rn(__int_as_float(range[of + 1]), tops.clip[g]);
+    threshold[g] = larger(short_quotient(__fadd_rn(above, below[g]), tops.most[g], tops.inverse[g]), 1e-5f);
   }
-  if (__builtin_expect(larger(threshold[0], threshold[GROUPS - 1]) < NEAR, 1)) {
-    if (GRID) return minimum_of_warp(grid_of(spikes, below, threshold, tops)) % 4;
+  return larger(threshold[0], threshold[GROUPS - 1]) < NEAR;
+}
+// Parameters of near thresholds: those of the lane of least rank, which is returned; of every lane where thresholds are
+// not commensurate.
+INLINE unsigned find_near_spikes(Spikes (&spikes)[2], const float (&below)[2], const float (&threshold)[2],
+                                 const Tops& tops) {
+  if (GRID) return grid_of(spikes, below, threshold, tops);
 #pragma unroll
-    for (int g = 0; g < GROUPS; g++) spikes[g] = near_spikes_of(below[g], threshold[g], tops.most[g]);
-    if (GROUPS == 1) spikes[1] = spikes[0];
-  } else {
-    const Both both = far_spikes_of({below[0], above[0], below[1], above[1]}, tops);
-    spikes[0] = both.of[0], spikes[1] = both.of[1];
-  }
+  for (int g = 0; g < GROUPS; g++) spikes[g] = near_spikes_of(below[g], threshold[g], tops.most[g]);
+  if (GROUPS == 1) spikes[1] = spikes[0];
   return 0;
 }
-// Those of every lane.
+INLINE int lane_of(unsigned rank) { return GRID ? minimum_of_warp(rank) % 4 : 0; }
+INLINE float4 clipped(const unsigned (&range)[4], const Tops& tops) {  // below and above of both groups
+  const int second = RANGE_MODE == 1 || GROUPS == 1 ? 0 : 2, last = GROUPS - 1;
+  return {__fmul_rn(__int_as_float(range[0]), tops.clip[0]), __fmul_rn(__int_as_float(range[1]), tops.clip[0]),
+          __fmul_rn(__int_as_float(range[second]), tops.clip[last]),
+          __fmul_rn(__int_as_float(range[second + 1]), tops.clip[last])};
+}
+// The parameters of both groups, in every lane, from the ranges of WARPS warps (or blocks), a power of two.
 template <int WARPS>
 INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Tops& tops) {
-  const int best = find_spikes_of_all<WARPS>(spikes, ranges, tops);
-  if (GRID) take_from(spikes, best);
+  unsigned range[4];
+#pragma unroll
+  for (int i = 0; i < (OWN_RANGES ? 4 : 2); i++) range[i] = maximum_of_warp(ranges[threadIdx.x % WARPS * 4 + i]);
+  float below[2], threshold[2];
+  if (__builtin_expect(find_thresholds(below, threshold, range, tops), 1)) {
+    const unsigned rank = find_near_spikes(spikes, below, threshold, tops);
+    if (GRID) take_from(spikes, lane_of(rank));
+  } else {
+    const Both both = far_spikes_of(clipped(range, tops), tops);
+    spikes[0] = both.of[0], spikes[1] = both.of[1];
+  }
 }
 // By value: an index that is not known would put both in memory.
 INLINE Spikes of_group(const Spikes (&s)[2], bool second) {
@@ -172,13 +180,19 @@ INLINE Spikes of_group(const Spikes (&s)[2], bool second) {
           second ? s[1].multiple : s[0].multiple, second ? s[1].unit : s[0].unit,
           second ? s[1].inverse : s[0].inverse, second ? s[1].scale : s[0].scale};
 }
-// What a count needs of a group: 256 thresholds, the two parts of their inverse, bias in 256 charges, most twice.
+// What a count needs of a group: -256 thresholds, the two parts of their inverse, bias in 256 charges, the capacity in
+// both halves of a word, the multiple.
 struct Divider { float minus, inverse, rest, bias; unsigned most, multiple; };
-INLINE Divider divider_of(const Spikes& s) {
+INLINE Divider divider_of(const Spikes& s, unsigned most) {  // as `Tops` has it
   const float divisor = __fmul_rn(s.threshold, 256.0f), inverse = __fmul_rn(s.inverse, 0.00390625f);
   const float error = fmaf(-divisor, inverse, 1.0f), first = __fmul_rn(error, inverse);
   return {-divisor, inverse, fmaf(error, first, first), __fmul_rn(__fadd_rn(s.zero, 0.5f), 0.00390625f),
-          (unsigned)s.most * 0x10001u, (unsigned)s.multiple};
+          most, (unsigned)__float_as_int(__fadd_rn(s.multiple, 8388608.0f)) & 0xffu};  // of an integer, beside 2^23
+}
+INLINE void dividers_of(Divider (&d)[2], const Spikes (&s)[2], const Tops& tops) {
+#pragma unroll
+  for (int g = 0; g < GROUPS; g++) d[g] = divider_of(s[g], tops.halves[g]);
+  if (GROUPS == 1) d[1] = d[0];
 }
 INLINE Divider of_group(const Divider (&d)[2], bool second) {
   return {second ? d[1].minus : d[0].minus, second ? d[1].inverse : d[0].inverse, second ? d[1].rest : d[0].rest,

@@ -134,7 +134,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   int sum[2] = {0, 0}, total = 0;
   unsigned words[4];
   if (__builtin_expect(are_near(spikes), 1)) {
-    const Divider divider = divider_of(mine);
+    const Divider divider = divider_of(mine, group ? tops.halves[1] : tops.halves[0]);
 #pragma unroll
     for (int v = 0; v < 4; v++) words[v] = counts_by<false>(parts[v], divider), total = sum_4(words[v], total);
   } else {

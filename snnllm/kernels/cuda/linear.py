@@ -87,7 +87,7 @@ def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
     """
     if rows <= _FEW_ROWS:
         if columns <= 32 * processors:  # a block of threads has a multiprocessor of its own
-            return Rows(2, 6 if rows <= 8 else 4, 1)
+            return Rows(2, 6 if rows <= 8 else 4 if rows <= 16 else 3, 1)
         if rows == 1:
             return Rows(4, 2, 2)
         return Rows(2, 3, 2) if rows <= 8 else Rows(2, 2, 3 if rows <= 16 else 2)
@@ -153,7 +153,8 @@ def launch(
     if isinstance(shape, Rows):
         kernel = _rows_kernel(shape, rows, tuple(macros.items()), count.device)
         soon = [value for w in ahead for value in (w, 0 if w is None else w.numel())]
-        arguments = (count, weight, *parameters, out, *sizes, *soon)
+        boxes = tensor_map(weight, 16 * shape.strips, 64)
+        arguments = (count, weight, boxes, *parameters, out, *sizes, *soon)
         kernel(-(-columns // (16 * shape.strips)), arguments, early)
         return
     macros["JOINT"] = int(weight_groups == 1)

@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
   };
   if (KEPT) load_constants();
   const Tops tops = tops_of(capacity, clip);
-  REHEARSED {
+  REHEARSED(true) {
     if (real) wait_for_kernel_in_front();
 
     float more[CHUNKS][4];  // read before anything is written: the compiler cannot know that these are other places
@@ -113,7 +113,8 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
       if (real) *(unsigned*)(count + run.start + channel(v) - run.first) = word;
     };
     if (__builtin_expect(are_near(spikes), 1)) {
-      const Divider dividers[2] = {divider_of(spikes[0]), divider_of(spikes[1])};
+      Divider dividers[2];
+      dividers_of(dividers, spikes, tops);
 #pragma unroll
       for (int v = 0; v < CHUNKS; v++) {
         if (channel(v) >= channels) continue;

@@ -1,7 +1,8 @@
 """CUDA C++ that encodes rows as they are, few or many.
 
 A row has a block of ROW_THREADS threads. A thread has VECTOR neighbouring channels of every ROW_THREADS * VECTOR, and
-holds them as they come. The layout is part of the compiled kernel: the group of most vectors is known then.
+holds them as they come. The layout is part of the compiled kernel: the group of most vectors is known then. Where a
+thread has one vector, it makes what a count needs for its own group only.
 
 Where rows are not few, instructions are waited for: one warp makes the parameters for all, and rehearses that while
 the row comes; what rows of extreme ranges need is a function of its own (`encode_far`), out of the way.
@@ -12,21 +13,17 @@ at the thresholds next to each border (`tests/snnllm/test_cuda_plain.py`). Other
 faithful quotient (Markstein 1990). Counts are in 1/256, so that the instruction that adds the bias also clips.
 
 Macros besides those of `encode_source.ENCODING`: CHANNELS, POSITIONS, START0 .. FIRST1 (`Run`), ROW_THREADS,
-RESIDENT (blocks on a multiprocessor, at least), VECTOR (4 or 8), EARLY (goes through its work twice).
+RESIDENT (blocks on a multiprocessor, at least), VECTOR (4, 8 or 16), FEW (rows), REHEARSING (so many first blocks go
+through their work twice).
 """
 
 from snnllm.kernels.cuda.encode_source import ENCODING
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
 
-__all__ = ["BODY", "INSTRUCTIONS", "LANES", "SOURCE", "shared_bytes"]
+__all__ = ["BODY", "INSTRUCTIONS", "LANES", "SHARED_BYTES", "SOURCE"]
 
-_SPIKES = 28  # bytes of the parameters of a group
-
-
-def shared_bytes(threads: int) -> int:
-    """Shared memory of a block whose rows have so many threads: ranges and sums of its warps, parameters of a row."""
-    return threads // 32 * (4 + 2) * 4 + 2 * _SPIKES
-
+SHARED_BYTES = 32 + 64
+"""Shared memory of a block: ranges and sums of a row, its parameters."""
 
 LANES = r"""
 // Words of two channels are compared as they come, else floats.
@@ -54,8 +51,17 @@ INLINE float high_of(unsigned pair) {
 BODY = r"""
 constexpr int WORDS = OUT == 0 ? VECTOR : VECTOR / 2, VECTORS = CHANNELS / VECTOR, WARPS = ROW_THREADS / 32;
 constexpr int CHUNKS = (VECTORS + ROW_THREADS - 1) / ROW_THREADS;
-constexpr bool BY_ONE = WARPS > 4 && !EARLY;  // elsewhere it is slower
-static_assert(sizeof(Spikes) == 28, "shared_bytes");
+constexpr bool BY_ONE = WARPS > 4 && !FEW;  // elsewhere it is not faster
+// The channels of a thread, and those of a warp, are of one group.
+constexpr bool OF_ONE = GROUPS == 2 && CHUNKS == 1 && MANY0 > 0 && MANY1 > 0;
+constexpr bool starts_warp(int channel) { return channel % (32 * VECTOR) == 0 || channel == CHANNELS; }
+constexpr bool WARP_OF_ONE = OF_ONE && OWN_RANGES && WARPS > 1 && starts_warp(FIRST1) && starts_warp(FIRST1 + MANY1);
+// What a thread makes for all. `most` of the dividers is 0 where a threshold is not near.
+struct __align__(16) Found { Divider dividers[2]; float unit[2]; int zero_point[2]; };
+static_assert(sizeof(Found) == 64, "SHARED_BYTES");
+INLINE void give_parameters(Found* found, int g, const Spikes& s) {
+  found->unit[g] = s.unit, found->zero_point[g] = (int)(s.zero * s.multiple);
+}
 
 INLINE void load_words(unsigned (&w)[WORDS], const void* from) {
   if constexpr (WORDS == 2) {
@@ -113,7 +119,8 @@ INLINE unsigned magnitude_below(unsigned bits) {
 #endif
 }
 INLINE void store_words(unsigned char* to, const unsigned (&w)[VECTOR / 4]) {
-  if constexpr (VECTOR == 8) *(uint2*)to = {w[0], w[1]};
+  if constexpr (VECTOR == 16) *(uint4*)to = {w[0], w[1], w[2], w[3]};
+  else if constexpr (VECTOR == 8) *(uint2*)to = {w[0], w[1]};
   else *(unsigned*)to = w[0];
 }
 INLINE void row_meets() {
@@ -125,11 +132,15 @@ INLINE bool in_second(int c) { return GROUPS == 2 && c >= FIRST1 && c < FIRST1 +
 INLINE unsigned char* place_of(unsigned char* count, int g, int c) {
   return count + c + (g ? START1 - FIRST1 : START0 - FIRST0);
 }
-// The counts of a row by divisions for all ranges, and their sums in a thread. Not inlined: instructions that are not
-// run are not to lie between those that are.
-__noinline__ __device__ int2 encode_far(const void* x, i64 at, const float* offset, unsigned char* count, Spikes first,
-                                        Spikes second) {
-  const Spikes spikes[2] = {first, second};
+// The parameters and counts of a row by divisions for all ranges, and the sums of counts in a thread. Not inlined:
+// instructions that are not run are not to lie between those that are.
+__noinline__ __device__ int2 encode_far(const void* x, i64 at, const float* offset, const float* capacity,
+                                        const float* clip, uint4 ends, unsigned char* count, Found* found) {
+  const unsigned range[4] = {ends.x, ends.y, ends.z, ends.w};
+  const Tops tops = tops_of(capacity, clip);
+  const Both both = far_spikes_of(clipped(range, tops), tops);
+  const Spikes spikes[2] = {both.of[0], both.of[1]};
+  if (threadIdx.x < GROUPS) give_parameters(found, threadIdx.x, of_group(spikes, threadIdx.x));
   int sum[2] = {0, 0};
 #pragma unroll 1
   for (int c = 4 * threadIdx.x; c < CHANNELS; c += 4 * ROW_THREADS) {
@@ -149,12 +160,12 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
     const void* x, const float* offset, const float* capacity, const float* clip, unsigned char* count,
     float* threshold, int* zero_point, int* count_sum, int x_stride) {
   extern __shared__ __align__(128) unsigned char memory[];
-  unsigned* ranges = (unsigned*)memory;         // [WARPS][4], unless a warp has a row
-  int* sums = (int*)(ranges + 4 * WARPS);       // [WARPS][2]
-  Spikes* found = (Spikes*)(sums + 2 * WARPS);  // [2]
+  unsigned* ranges = (unsigned*)memory;  // [4], of all warps
+  int* sums = (int*)(ranges + 4);        // [2], likewise
+  Found* found = (Found*)(sums + 4);
   launch_dependents();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const i64 row = blockIdx.x;
+  const i64 row = of_lane(blockIdx.x, 0);  // else asked for again and again
   const char* from = (const char*)x + (row * x_stride + VECTOR * thread) * (OUT == 0 ? 4 : 2);
   count += row * POSITIONS;
   auto inside = [&](int v) { return ROW_THREADS * (v + 1) <= VECTORS || ROW_THREADS * v + thread < VECTORS; };
@@ -164,9 +175,14 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
     if (low >= FIRST1 && high <= FIRST1 + MANY1) return 1;
     return (int)in_second(low + VECTOR * thread);
   };
+  const int group = OF_ONE ? group_of(0) : 0;
   const Tops tops = tops_of(capacity, clip);
-#if EARLY
-  REHEARSED
+  if (WARPS > 1) {
+    if (thread < 6) ranges[thread] = 0;
+    row_meets();
+  }
+#if REHEARSING
+  REHEARSED(blockIdx.x < REHEARSING)
 #else
   const unsigned real = 1;
 #endif
@@ -184,8 +200,9 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
       floats_of(y, own[v]);
       if (OFFSET) take_offset(y, offset + VECTOR * (ROW_THREADS * v + thread));
     };
-    unsigned range[4];
-    auto find_ranges = [&]() {  // those of a warp; of more, all of them in `ranges`
+    constexpr int RANGES = OWN_RANGES && !WARP_OF_ONE ? 4 : 2;  // of a warp
+    unsigned range[4] = {};
+    auto find_ranges = [&]() {  // in `range` where a warp has a row, else in `ranges`
       Ends ends[2] = {{0, 0}, {0, 0}};
 #pragma unroll
       for (int v = 0; v < CHUNKS; v++) {
@@ -203,42 +220,75 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
         if (second) ends[1] = e;
         else ends[0] = e;
       }
+      if (WARP_OF_ONE && group) ends[0] = ends[1];
 #pragma unroll
-      for (int g = 0; g < (OWN_RANGES ? 2 : 1); g++)
+      for (int g = 0; g < RANGES / 2; g++)
         range[2 * g] = magnitude_below(ends[g].below), range[2 * g + 1] = magnitude_above(ends[g].above);
-      if (WARPS == 1) return;
+      unsigned one = 0;
 #pragma unroll
-      for (int i = 0; i < (OWN_RANGES ? 4 : 2); i++) {
-        const unsigned most = maximum_of_warp(range[i]);
-        if (lane == 0) ranges[4 * warp + i] = most;
+      for (int i = 0; i < RANGES; i++) {
+        range[i] = maximum_of_warp(range[i]);
+        if (lane == i) one = range[i];
       }
+      if (WARPS == 1) return;
+      if (lane < RANGES && real) raise(ranges + (WARP_OF_ONE && group ? 2 : 0) + lane, one);
       row_meets();
     };
     Spikes spikes[2];
-    if constexpr (BY_ONE) {  // the first time of ranges that are not there yet, of which nothing is kept
+    Divider dividers[2];
+    auto find_parameters = [&](unsigned known) {  // those of the lane that is returned
+      if (WARPS > 1)
+#pragma unroll
+        for (int i = 0; i < 4; i++) range[i] = ranges[i] & known;
+      float below[2], threshold[2];
+      const bool near = find_thresholds(below, threshold, range, tops);
+      const unsigned rank = find_near_spikes(spikes, below, threshold, tops);
+      bool far = !near || !are_near(spikes);
+      if (BY_ONE) dividers_of(dividers, spikes, tops);
+      const int best = lane_of(rank);
+      if (!BY_ONE && GRID) far = any_of_warp(far && lane == best);
+      if (!BY_ONE && OF_ONE) {
+        if (GRID && !WARP_OF_ONE) take_from(spikes, best);
+        spikes[0] = of_group(spikes, group);
+        if (GRID && WARP_OF_ONE) take_from(spikes[0], best);
+        dividers[0] = divider_of(spikes[0], group ? tops.halves[1] : tops.halves[0]);
+      } else if (!BY_ONE) {
+        if (GRID) take_from(spikes, best);
+        dividers_of(dividers, spikes, tops);
+      }
+      if (far) dividers[0].most = dividers[1].most = 0;
+      return best;
+    };
+    if constexpr (BY_ONE) {
       int best = 0;
+      // The first time of ranges that are not there yet, of which nothing is kept.
 #pragma unroll 1
-      for (unsigned here = warp == 0 ? of_rehearsal() : 1u;; here = 1) {
+      for (unsigned here = REHEARSING || warp > 0 ? 1u : of_rehearsal();; here = 1) {
         if (here) find_ranges();
-        if (warp == 0) best = find_spikes_of_all<WARPS>(spikes, ranges, tops, 0u - here);
+        if (warp == 0) best = find_parameters(0u - here);
         if (here) break;
       }
-      if (thread == best) found[0] = spikes[0], found[1] = spikes[1];
+      if (thread == best)
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) found->dividers[g] = dividers[g], give_parameters(found, g, spikes[g]);
       row_meets();
-      spikes[0] = found[0], spikes[1] = found[1];
+      if (OF_ONE) dividers[0] = found->dividers[group];
+      else dividers[0] = found->dividers[0], dividers[1] = found->dividers[GROUPS - 1];
     } else {
       find_ranges();
-      spikes_of_all<WARPS>(spikes, WARPS == 1 ? range : ranges, tops);
+      find_parameters(~0u);
+      const bool first = OF_ONE && VECTOR * thread == (group ? FIRST1 : FIRST0);
+      if (first && dividers[0].most != 0) give_parameters(found, group, spikes[0]);  // `encode_far` gives others
+      if (!OF_ONE && thread < GROUPS) give_parameters(found, thread, of_group(spikes, thread));
     }
     int sum[2] = {0, 0};
     // The same for the whole row: a range near the end of float32, infinite or NaN takes the longer division.
-    if (__builtin_expect(are_near(spikes), 1)) {
-      const Divider dividers[2] = {divider_of(spikes[0]), divider_of(spikes[1])};
+    if (__builtin_expect(dividers[0].most != 0, 1)) {
 #pragma unroll
       for (int v = 0; v < CHUNKS; v++) {
         if (!inside(v)) continue;
         const int g = group_of(v);
-        const Divider d = of_group(dividers, g);
+        const Divider d = of_group(dividers, g && !OF_ONE);
         if (OFFSET && OUT != 0)  // floats again: those of before would take twice the registers
 #pragma unroll
           for (int i = 0; i < WORDS; i++) not_before(own[v][i]);
@@ -253,7 +303,11 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
         else sum[0] = total;
       }
     } else if (real) {
-      const int2 sums_here = encode_far(x, row * x_stride, offset, count, spikes[0], spikes[1]);
+      if (WARPS > 1)
+#pragma unroll
+        for (int i = 0; i < 4; i++) range[i] = ranges[i];
+      const uint4 ends = {range[0], range[1], range[2], range[3]};
+      const int2 sums_here = encode_far(x, row * x_stride, offset, capacity, clip, ends, count, found);
       sum[0] = sums_here.x, sum[1] = sums_here.y;
     }
     const unsigned nothing[VECTOR / 4] = {};
@@ -264,25 +318,21 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
     };
     if (START0 + MANY0 < STOP0) pad(START0 + MANY0, STOP0);
     if (GROUPS == 2 && START1 + MANY1 < STOP1) pad(START1 + MANY1, STOP1);
-    sum[0] = sum_of_warp(sum[0]);
-    if (GROUPS == 2) sum[1] = sum_of_warp(sum[1]);
-    if (WARPS > 1) {
-      if (lane < 2) sums[2 * warp + lane] = lane ? sum[1] : sum[0];
-      row_meets();
+    if (WARP_OF_ONE) {
+      sum[0] = sum_of_warp(sum[0] + sum[1]);  // one of them is 0
+      if (lane == 0 && real) add_to(sums + group, sum[0]);
+    } else {
+      sum[0] = sum_of_warp(sum[0]);
+      if (GROUPS == 2) sum[1] = sum_of_warp(sum[1]);
+      if (WARPS > 1 && lane < GROUPS && real) add_to(sums + lane, lane ? sum[1] : sum[0]);
     }
+    row_meets();
     if (thread < GROUPS && real) {
-      const Spikes of = of_group(spikes, thread);
-      int together = thread ? sum[1] : sum[0];
-      if (WARPS > 1) {
-        together = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) together += sums[2 * w + thread];
-      }
-      threshold[row * GROUPS + thread] = of.unit;
-      zero_point[row * GROUPS + thread] = (int)(of.zero * of.multiple);
-      count_sum[row * GROUPS + thread] = together;
+      const i64 at = row * GROUPS + thread;
+      threshold[at] = found->unit[thread], zero_point[at] = found->zero_point[thread];
+      count_sum[at] = WARPS > 1 ? sums[thread] : thread ? sum[1] : sum[0];
     }
-#if EARLY
+#if REHEARSING
     if (real) return;
 #endif
   }

@@ -127,7 +127,7 @@ INLINE int finished(int sum) {
 
 // A kernel that starts early may go through its work twice: instructions come from memory, too, one after the other,
 // and would be waited for where time counts. The first time nothing that others make is read, and nothing is written.
-#define REHEARSED _Pragma("unroll 1") for (unsigned real = of_rehearsal();; real = 1)
+#define REHEARSED(first) _Pragma("unroll 1") for (unsigned real = (first) ? of_rehearsal() : 1u;; real = 1)
 INLINE unsigned of_rehearsal() {  // 0, which the compiler must not know
   unsigned zero;
   asm volatile("mov.u32 %0, 0;" : "=r"(zero));
@@ -144,6 +144,8 @@ INLINE bool any_of_warp(bool x) { return __any_sync(EVERY_LANE, x); }
 INLINE unsigned maximum_of_warp(unsigned x) { return __reduce_max_sync(EVERY_LANE, x); }
 INLINE int sum_of_warp(int x) { return __reduce_add_sync(EVERY_LANE, x); }
 INLINE unsigned minimum_of_warp(unsigned x) { return __reduce_min_sync(EVERY_LANE, x); }
+INLINE void raise(unsigned* shared, unsigned x) { atomicMax(shared, x); }
+INLINE void add_to(int* shared, int x) { atomicAdd(shared, x); }
 INLINE int multiply_add(int a, int b, int c) {  // one instruction: the compiler would make two sums of a chain of them
   int v;
   asm("mad.lo.s32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));

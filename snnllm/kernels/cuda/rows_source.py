@@ -5,7 +5,9 @@ A block of threads owns 16 STRIPS outputs over the whole of K; each of its eight
 and multiplies on the tensor cores (m16n8k32). The integers of the warps are added at the end, in shared
 memory. The weights of all stages are on their way before the counts are there (programmatic dependent
 launch), and when its own have arrived it asks for what the linears behind it read first: the memory would
-be idle while the kernels between two linears run.
+be idle while the kernels between two linears run. Where a multiprocessor has one block, these first weights come by
+the copy engine: copies of threads would be in the way of what the encoder in front reads and shares there. The next
+ones come by threads, which is faster.
 
 A lane takes 16 packed bytes of a weight row, the positions `16 t ..` and `64 + 16 t ..` of the block,
 where the product has other ones: the order of the positions within a sum is free.
@@ -37,7 +39,7 @@ def shared_bytes(
     """
     rings = 8 * stages * (strips * 1024 + rows8 * 1024)
     sums = 8 * (segments - merged) * rows8 * 8 * (16 * strips + 4) * 4
-    tables = 4 * (16 * strips + segments * (3 * 16 * strips + 3 * rows8 * 8))
+    tables = 4 * (16 * strips + segments * (3 * 16 * strips + 3 * rows8 * 8)) + 8 * 8 * stages
     return max(rings, sums) + tables + 16 * strips * 8 * rows8 * residual
 
 
@@ -45,7 +47,7 @@ BODY = r"""
 INLINE unsigned word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
-    const unsigned char* count, const unsigned char* weight, const float* threshold,
+    const unsigned char* count, const unsigned char* weight, const __grid_constant__ Map boxes, const float* threshold,
     const int* zero_point, const int* count_sum, const int* segments, const float* scale,
     const int* weight_zero, const int* row_sum, const float* bias,
     const void* residual, void* out, int rows, int columns, int width, int groups, int weight_groups,
@@ -54,24 +56,29 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   constexpr int WEIGHT_BYTES = OUTPUTS * 64, STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
   constexpr int PITCH = OUTPUTS + 4, SLAB = ROWS * PITCH;  // 4 words against bank conflicts
   constexpr int SUMS = SEGMENTS - MERGED;
+  constexpr bool IN_BOXES = RESIDENT == 1;
   constexpr int RINGS = 8 * STAGES * STAGE_BYTES, SUM_BYTES = 8 * SUMS * SLAB * 4;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];  // where the swizzle of boxes begins
   launch_dependents();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int n0 = blockIdx.x * OUTPUTS, pitch = width / 2;
   const int blocks = width / 128, mine = (blocks - warp + 7) / 8;
   const unsigned ring = warp * STAGES * STAGE_BYTES;
   const unsigned base = shared_address(memory) + ring;
-  float* bias_table = (float*)(memory + (RINGS > SUM_BYTES ? RINGS : SUM_BYTES));
+  u64* barriers = (u64*)(memory + (RINGS > SUM_BYTES ? RINGS : SUM_BYTES));  // [8][STAGES], of the first weights
+  float* bias_table = (float*)(barriers + 8 * STAGES);
   int* column_table = (int*)bias_table + OUTPUTS;          // [SEGMENTS][3][OUTPUTS]: sw, zu, row sum
   int* row_table = column_table + SEGMENTS * 3 * OUTPUTS;  // [SEGMENTS][3][ROWS]: s, z, sum of counts
   int* residual_table = row_table + SEGMENTS * 3 * ROWS;   // [ROWS][OUTPUTS] of the type of the outputs
 
+  const unsigned full = shared_address(barriers + warp * STAGES);
+  // Where 16 bytes of 8 rows of 64 lie: boxes are swizzled.
+  const int lane_at = IN_BOXES ? lane / 4 * 64 + (lane % 4 ^ lane / 8) * 16 : 16 * lane;
   auto copy_weights = [&](int i, int stage) {
 #pragma unroll
-    for (int e = 0; e < 2 * STRIPS; e++) {  // 8 rows of 64 bytes; the last ones again beyond the end
+    for (int e = 0; e < 2 * STRIPS; e++) {  // the last rows again beyond the end
       const int n = min(n0 + 8 * e, columns - 8) + lane / 4;
-      copy_16(base + stage * STAGE_BYTES + 512 * e + 16 * lane,
+      copy_16(base + stage * STAGE_BYTES + 512 * e + lane_at,
               weight + (i64)n * pitch + (8 * i + warp) * 64 + lane % 4 * 16);
     }
   };
@@ -84,11 +91,25 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
                 count + (i64)m * width + (8 * i + warp) * 128 + lane % 8 * 16);
     }
   };
+  if (!IN_BOXES) {
 #pragma unroll
-  for (int i = 0; i < STAGES; i++)
-    if (i < mine) copy_weights(i, i);
-  if (threadIdx.x < SEGMENTS * OUTPUTS) {
-    const int of = threadIdx.x / OUTPUTS, i = threadIdx.x % OUTPUTS;
+    for (int i = 0; i < STAGES; i++)
+      if (i < mine) copy_weights(i, i);
+  } else if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
+    barrier_fence();
+#pragma unroll
+    for (int i = 0; i < STAGES; i++)
+      if (i < mine) {
+        barrier_expect(full + 8 * i, WEIGHT_BYTES);
+        box_copy(base + i * STAGE_BYTES, &boxes, (8 * i + warp) * 64, n0, full + 8 * i);
+      }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int at = threadIdx.x; at < SEGMENTS * OUTPUTS; at += 256) {
+    const int of = at / OUTPUTS, i = at % OUTPUTS;
     const int n = min(n0 + i, columns - 1), j = n * weight_groups + segments[4 * of + 3];
     const unsigned to = shared_address(column_table + of * 3 * OUTPUTS + i);
     copy_4(to, scale + j);
@@ -105,10 +126,10 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
     copy_4(to + 4 * ROWS, zero_point + m * groups + group);
     copy_4(to + 8 * ROWS, count_sum + m * SEGMENTS + of);
   }
-  if (RESIDUAL && threadIdx.x < rows * CHUNKS) {
-    const int m = threadIdx.x / CHUNKS, n = n0 + threadIdx.x % CHUNKS * (OUTPUTS / CHUNKS);
+  for (int at = threadIdx.x; RESIDUAL && at < rows * CHUNKS; at += 256) {
+    const int m = at / CHUNKS, n = n0 + at % CHUNKS * (OUTPUTS / CHUNKS);
     if (n < columns)
-      copy_16(shared_address(residual_table + 4 * threadIdx.x),
+      copy_16(shared_address(residual_table + 4 * at),
               (const unsigned char*)residual + ((i64)m * columns + n) * (OUT == 0 ? 4 : 2));
   }
 #pragma unroll
@@ -121,6 +142,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   int acc[SUMS][STRIPS][ROWS8][4] = {};
   int stage = 0;
   for (int i = 0; i < mine; i++) {
+    if (IN_BOXES && i < STAGES) barrier_wait(full + 8 * i, 0);
     finish_copies<STAGES - 1>();
     __syncwarp();
     const unsigned char* here = memory + ring + stage * STAGE_BYTES;
@@ -134,8 +156,8 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
       }
 #pragma unroll
       for (int strip = 0; strip < STRIPS; strip++) {
-        const uint4 top = *(const uint4*)(here + strip * 1024 + lane * 16);
-        const uint4 bottom = *(const uint4*)(here + strip * 1024 + 512 + lane * 16);
+        const uint4 top = *(const uint4*)(here + strip * 1024 + lane_at);
+        const uint4 bottom = *(const uint4*)(here + strip * 1024 + 512 + lane_at);
 #pragma unroll
         for (int q = 0; q < 4; q++) {
           const unsigned a = word(top, q), b = word(bottom, q);

@@ -156,14 +156,24 @@ extern "C" __global__ void __maxnreg__(REGISTERS) linear_tiles(
           }
         }
         wait_for_kernel_in_front();  // weights do not depend on it
+        int both[MERGED ? BM / 32 : 1];  // asked for together
+        if (MERGED)
+#pragma unroll
+          for (int i = 0; i < BM / 32; i++) {
+            const int2 sum = ((const int2*)count_sum)[min(tile.m + 32 * i + lane, rows - 1)];
+            both[i] = sum.x + sum.y;
+          }
+#pragma unroll
         for (int s = 0; s < SEGMENTS; s++) {
           const int group = segments[4 * s + 2];
-          for (int i = lane; i < BM; i += 32) {
+#pragma unroll
+          for (int j = 0; j < BM / 32; j++) {
+            const int i = 32 * j + lane;
             const int m = min(tile.m + i, rows - 1), of = m * groups + group;
             const int* sum = count_sum + m * SEGMENTS;
             int4* entry = row_table + i / 2 * (SUMS + 1);
             const unsigned to = shared_address(entry) + i % 2 * 4;
-            if (MERGED && s == 0) ((int*)(entry + 1))[i % 2] = sum[0] + sum[1];
+            if (MERGED && s == 0) ((int*)(entry + 1))[i % 2] = both[j];
             if (!MERGED) copy_4(to + 16 + s * 8, sum + s);
             if (s < SUMS) copy_4(to + s * 32, threshold + of);
             copy_4(to + (MERGED ? 16 : 32) * s + 8, zero_point + of);
