@@ -210,27 +210,28 @@ def test_rows_may_lie_anywhere(build: Any, start: int) -> None:
 @pytest.mark.parametrize("mode", [OWN, ONE, GRID])
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF], ids=str)
 @pytest.mark.parametrize(
-    ("capacities", "channels", "shape", "many"),
+    ("capacities", "sizes", "shape", "many"),
     [
-        (CAPACITIES, 576, Shape(64, 1), 10),
-        ((1, 3), 576, Shape(256, 1), 65),
-        ((1, 63), 576, Shape(64, 1), 10),
-        (CAPACITIES, 1024, Shape(64, 1), 10),
-        (CAPACITIES, 4096, Shape(256, 1, 7), 65),
+        (CAPACITIES, (512, 64), Shape(64, 1), 10),
+        ((1, 3), (512, 64), Shape(256, 1), 65),
+        ((1, 63), (512, 64), Shape(64, 1), 10),
+        (CAPACITIES, (960, 64), Shape(64, 1), 10),
+        (CAPACITIES, (512, 512), Shape(64, 1), 10),
+        (CAPACITIES, (3584, 512), Shape(256, 1, 7), 65),
     ],
-    ids=["few", "many", "coarse", "of one", "many of one"],
+    ids=["few", "many", "coarse", "thread of one", "warp of one", "many of one"],
 )
 def test_rows_out_of_range(
     build: Any,
     capacities: tuple[int, int],
-    channels: int,
+    sizes: tuple[int, int],
     shape: Shape,
     many: int,
     dtype: torch.dtype,
     mode: int,
 ) -> None:
     """NaN and infinity make the thresholds of their groups not finite; long ranges are divided as torch does."""
-    x = values(many, channels, dtype)
+    x = values(many, sum(sizes), dtype)
     largest = torch.finfo(dtype).max
     bad = [torch.nan, -torch.nan, torch.inf, -torch.inf]
     for row, value in enumerate(bad):
@@ -240,7 +241,7 @@ def test_rows_out_of_range(
     x[6, 3] = -largest / 3
     x[7, 70], x[8, 70], x[9, 3] = largest, largest / 2, largest * 0.9
     ones = torch.ones(2)
-    runs = layout((channels - 64, 64))
+    runs = layout(sizes)
     rows = PlainRows(x, None, torch.tensor(capacities).float(), ones, runs, mode)
     mine, other = encoded(build, rows, shape), expected(rows)
     finite = torch.isfinite(other[1])

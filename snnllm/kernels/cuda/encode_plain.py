@@ -141,7 +141,7 @@ def plain_launch(
 
 
 def _vector(rows: PlainRows, threads: int) -> int:
-    """Neighbouring channels of a thread: 16 if these are all it has of two groups; else 8, where 16 bytes can be loaded."""
+    """Neighbouring channels of a thread: 16, if these are all it has of two groups, or 8; 4 if loads are small."""
     x, offset, runs = rows.x, rows.offset, rows.runs or ()
 
     def in_steps_of(size: int) -> bool:

@@ -143,7 +143,9 @@ __noinline__ __device__ int2 encode_far(const void* x, i64 at, const float* offs
   if (threadIdx.x < GROUPS) give_parameters(found, threadIdx.x, of_group(spikes, threadIdx.x));
   int sum[2] = {0, 0};
 #pragma unroll 1
-  for (int c = 4 * threadIdx.x; c < CHANNELS; c += 4 * ROW_THREADS) {
+  for (int i = 0; i < CHUNKS * VECTOR; i += 4) {
+    const int c = (i / VECTOR * ROW_THREADS + threadIdx.x) * VECTOR + i % VECTOR;
+    if (c >= CHANNELS) break;
     const bool g = in_second(c);
     float y[4];
     load_four(y, x, at + c);

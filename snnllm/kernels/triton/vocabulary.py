@@ -6,6 +6,7 @@ program sums in float32, block after block of channels.
 """
 # No `from __future__ import annotations`: torch reads the annotations of operators as types.
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,15 +40,36 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def choose_tiles(rows: int, channels: int, dtype: torch.dtype) -> Tiles:
+_ONE_ROW = Tiles(16, 128, 128, 2, 6)  # measured on an H200
+_ONE_ROW_BYTES = 6 * 128 * (128 + 2 * 16)
+
+
+def choose_tiles(rows: int, channels: int, dtype: torch.dtype, shared: int) -> Tiles:
     """Tiles for M rows of H channels.
 
-    Two warps multiply by mma.sync. The device test of bfloat16 failed for 2048 channels and more while tiles of many
-    rows had more warps, whose products are asynchronous (wgmma); that these were the cause is not known.
+    Two warps multiply by mma.sync: tiles of more warps, whose products are asynchronous (wgmma) in Triton 3.6, made
+    wrong bfloat16 logits on an H200.
+
+    Args:
+        rows: M.
+        channels: H.
+        dtype: Of the rows.
+        shared: Bytes of shared memory that a program may have.
     """
     if dtype == torch.float32:  # no tensor cores
         return Tiles(16, 64, 64, 4, 3) if rows <= 16 else Tiles(32, 64, 32, 4, 3)
-    return Tiles(16, 64, 128 if channels % 128 == 0 else 64, 2, 4)
+    if channels % 128:
+        return Tiles(16, 64, 64, 2, 4)
+    return _ONE_ROW if rows == 1 and shared >= _ONE_ROW_BYTES else Tiles(16, 64, 128, 2, 4)
+
+
+@lru_cache(maxsize=64)
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return int(
+        getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    )
 
 
 @operator("snnllm::embed")
@@ -94,7 +116,7 @@ def head_logits(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """
     (rows, channels), tokens = x.shape, len(codes)
     out = x.new_empty((rows, tokens))
-    tiles = choose_tiles(rows, channels, x.dtype)
+    tiles = choose_tiles(rows, channels, x.dtype, _shared_memory(x.device))
     kernel: Any = _head[(triton.cdiv(rows, tiles.rows) * triton.cdiv(tokens, tiles.tokens),)]
     with on(x.device):
         kernel(
