@@ -240,7 +240,7 @@ CASES = [
 ROWS = [
     (1, {"ROWS8": 1, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
     (1, {"ROWS8": 1, "STRIPS": 4, "STAGES": 2, "RESIDENT": 2}),
-    (13, {"ROWS8": 2, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
+    (13, {"ROWS8": 2, "STRIPS": 2, "STAGES": 4, "RESIDENT": 1}),
     (32, {"ROWS8": 4, "STRIPS": 1, "STAGES": 2, "RESIDENT": 1}),
 ]
 TILES = [

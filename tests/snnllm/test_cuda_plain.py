@@ -162,6 +162,9 @@ def encoded(build: Any, rows: PlainRows, shape: Shape | None) -> tuple[Tensor, .
         ((3584, 512), FLOAT, Shape(256, 1), {"offset": True, "front": False}),
         ((3584, 512), HALF, Shape(256, 1), {"mode": ONE}),
         ((448, 64), BRAIN, Shape(32, 1), {"mode": GRID}),
+        ((256, 8), BRAIN, Shape(64, 1), {"front": False}),  # threads beyond the end of the row
+        ((512, 16), BRAIN, Shape(128, 1), {"front": False, "mode": GRID}),
+        ((256, 24), BRAIN, Shape(64, 1), {"front": False, "mode": GRID, "many": 66}),
         ((4096 - 80, 80), HALF, Shape(256, 1), {"mode": GRID}),
         ((4096 - 80, 80), FLOAT, Shape(256, 1), {"offset": True}),
         # One warp makes the parameters.
@@ -258,12 +261,17 @@ def test_rows_out_of_range(
 
 
 @on_host
-def test_a_rehearsal_reads_and_writes_nothing_of_others(build: Any) -> None:
+@pytest.mark.parametrize(
+    ("many", "shape"), [(2, Shape(64, 1)), (65, Shape(256, 1, 65))], ids=["few", "many"]
+)
+def test_a_rehearsal_reads_and_writes_nothing_of_others(
+    build: Any, many: int, shape: Shape
+) -> None:
     ones = torch.ones(2)
-    rows = PlainRows(torch.zeros(2, 576), torch.zeros(576), ones, ones, layout((512, 64)), OWN)
+    rows = PlainRows(torch.zeros(many, 576), torch.zeros(576), ones, ones, layout((512, 64)), GRID)
     sizes = ((640, torch.uint8), (2, FLOAT), (2, torch.int32), (2, torch.int32))
-    outputs = tuple(torch.full((2, n), 77, dtype=dtype).share_memory_() for n, dtype in sizes)
-    planned = plain_launch(rows, outputs, Shape(64, 1))
+    outputs = tuple(torch.full((many, n), 77, dtype=dtype).share_memory_() for n, dtype in sizes)
+    planned = plain_launch(rows, outputs, shape)
     arguments = (None, *planned.arguments[1:])  # who reads x crashes
     planned = planned._replace(arguments=arguments, macros={**planned.macros, "REHEARSAL_ONLY": 1})
     build("plain", planned.macros)
@@ -381,8 +389,8 @@ def test_the_kernel_compiles_without_many_spills(
     assert code.startswith(b"\x7fELF")
     spills = re.findall(r"(\d+) bytes spill stores", log)
     assert spills
-    known = shifted and dtype == HALF and many == 256  # up to 16 registers
-    assert max(map(int, spills)) <= 64 * known
+    known = shifted and dtype == HALF and many == 256  # up to 24 registers; of others up to 3
+    assert max(map(int, spills)) <= (96 if known else 12)
 
 
 def operands(rows: PlainRows) -> tuple[Any, ...]:

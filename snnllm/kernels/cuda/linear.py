@@ -83,7 +83,7 @@ def unsuitable(device: torch.device, columns: int, bits: int, segments: int) -> 
 def choose_shape(rows: int, columns: int, processors: int) -> Rows | Tiles:
     """Kernel and tile sizes for M rows and N columns on so many multiprocessors.
 
-    Measured on an H100; for one row, and for 64 and 256 rows, on an H200.
+    Measured on an H100; for one row, up to 32 rows of few columns, and 64 and 256 rows, on an H200.
     """
     if rows <= _FEW_ROWS:
         if columns <= 32 * processors:  # a block of threads has a multiprocessor of its own

@@ -4,8 +4,10 @@ A row has a block of ROW_THREADS threads. A thread has VECTOR neighbouring chann
 holds them as they come. The layout is part of the compiled kernel: the group of most vectors is known then. Where a
 thread has one vector, it makes what a count needs for its own group only.
 
-Where rows are not few, instructions are waited for: one warp makes the parameters for all, and rehearses that while
-the row comes; what rows of extreme ranges need is a function of its own (`encode_far`), out of the way.
+Where rows are not few, instructions are waited for: of more than four warps, one makes the parameters for all. Blocks
+that start beside the linear in front (REHEARSING) go through all of their work before the row is there; elsewhere that
+warp rehearses its part while the row comes. What rows of extreme ranges need is a function of its own (`encode_far`),
+out of the way.
 
 A quotient costs two instructions where x has at most 11 bits: an inverse of two floats, `inverse + rest`, makes it
 right to 2^-47. It decides every count as the rounded quotient does, which was tried for all x, zero points and counts
@@ -175,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
     const int low = ROW_THREADS * VECTOR * v, high = min(low + ROW_THREADS * VECTOR, CHANNELS);
     if (GROUPS == 1 || high <= FIRST1 || low >= FIRST1 + MANY1) return 0;
     if (low >= FIRST1 && high <= FIRST1 + MANY1) return 1;
-    return (int)in_second(low + VECTOR * thread);
+    return (int)in_second(min(low + VECTOR * thread, CHANNELS - VECTOR));  // beyond the end as at it
   };
   const int group = OF_ONE ? group_of(0) : 0;
   const Tops tops = tops_of(capacity, clip);

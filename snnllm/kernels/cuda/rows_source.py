@@ -1,7 +1,7 @@
 """CUDA C++ of the collapsed linear of few rows: limited by the memory of the weights.
 
 A block of threads owns 16 STRIPS outputs over the whole of K; each of its eight warps takes every eighth block of
-128 positions, keeps a ring of STAGES of them in shared memory filled by asynchronous copies of its own,
+128 positions, keeps a ring of STAGES of them in shared memory filled by copies that it asks for,
 and multiplies on the tensor cores (m16n8k32). The integers of the warps are added at the end, in shared
 memory. The weights of all stages are on their way before the counts are there (programmatic dependent
 launch), and when its own have arrived it asks for what the linears behind it read first: the memory would
