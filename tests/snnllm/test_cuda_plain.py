@@ -167,14 +167,9 @@ def encoded(build: Any, rows: PlainRows, shape: Shape | None) -> tuple[Tensor, .
         ((256, 24), BRAIN, Shape(64, 1), {"front": False, "mode": GRID, "many": 66}),
         ((4096 - 80, 80), HALF, Shape(256, 1), {"mode": GRID}),
         ((4096 - 80, 80), FLOAT, Shape(256, 1), {"offset": True}),
-        # One warp makes the parameters.
+        # One warp makes the parameters; then three rows are rehearsed, too.
         ((3584, 512), HALF, Shape(256, 1), {"mode": GRID, "many": 65}),
-        (
-            (3584, 512),
-            BRAIN,
-            Shape(256, 1, 3),
-            {"mode": GRID, "many": 65},
-        ),  # three rows are rehearsed
+        ((3584, 512), BRAIN, Shape(256, 1, 3), {"mode": GRID, "many": 65}),
         ((4096 - 80, 80), BRAIN, Shape(256, 1, 3), {"mode": GRID, "many": 65, "offset": True}),
         ((500, 76), FLOAT, Shape(256, 1), {"offset": True, "many": 65}),
         ((9984, 1024), BRAIN, Shape(128, 1), {"many": 5}),
@@ -389,8 +384,8 @@ def test_the_kernel_compiles_without_many_spills(
     assert code.startswith(b"\x7fELF")
     spills = re.findall(r"(\d+) bytes spill stores", log)
     assert spills
-    known = shifted and dtype == HALF and many == 256  # up to 24 registers; of others up to 3
-    assert max(map(int, spills)) <= (96 if known else 12)
+    known = shifted and dtype == HALF and many == 256  # up to 16 registers
+    assert max(map(int, spills)) <= 64 * known
 
 
 def operands(rows: PlainRows) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ def test_kernels_compile_for_hopper():
     assert names.count("_rotary_tables") == 3
     assert {"_append_greedy", "_store", "decode", "prefill", "dot_product"} <= set(names)
     assert {"_encode_rows", "_encode_rows_in_tiles", "rotate_and_encode_kernel"} <= set(names)
-    # Tables of 8 bits: two dtypes and widths; few to many rows.
+    # Tables of 8 bits: two dtypes, three widths; few to many rows.
     assert (names.count("_embed"), names.count("_head")) == (6, 18)
     # 2, 4 and 8 bits, merged with 4 and 8 bits, 16 and 300 rows; accumulators.
     assert names.count("matmul") == 11

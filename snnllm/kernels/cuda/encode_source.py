@@ -99,10 +99,25 @@ INLINE void take_from(Spikes& s, int lane) {
   s.threshold = __fmul_rn(s.unit, s.multiple);
 }
 INLINE void take_from(Spikes (&spikes)[2], int lane) { take_from(spikes[0], lane), take_from(spikes[1], lane); }
-// Those of any ranges, of both groups and every lane: below and above of each.
+INLINE int lane_of(unsigned rank) { return GRID ? minimum_of_warp(rank) % 4 : 0; }
+// What both groups reach below and above, clipped.
+struct Reach { float below[2], above[2]; };
+INLINE Reach reach_of(const unsigned (&range)[4], const Tops& tops) {
+  Reach reach;
+#pragma unroll
+  for (int g = 0; g < GROUPS; g++) {
+    const int of = RANGE_MODE == 1 ? 0 : 2 * g;
+    reach.below[g] = __fmul_rn(__int_as_float(range[of]), tops.clip[g]);
+    reach.above[g] = __fmul_rn(__int_as_float(range[of + 1]), tops.clip[g]);
+  }
+  return reach;
+}
+// The parameters of any ranges, of both groups and every lane.
 struct Both { Spikes of[2]; };
-__noinline__ __device__ Both far_spikes_of(float4 range, Tops tops) {
-  const float below[2] = {range.x, range.z}, above[2] = {range.y, range.w};
+__noinline__ __device__ Both far_spikes_of(uint4 ranges, const float* capacity, const float* clip) {
+  const unsigned range[4] = {ranges.x, ranges.y, ranges.z, ranges.w};
+  const Tops tops = tops_of(capacity, clip);
+  const auto [below, above] = reach_of(range, tops);
   Both both;
   float threshold[2];
 #pragma unroll
@@ -126,19 +141,17 @@ __noinline__ __device__ Both far_spikes_of(float4 range, Tops tops) {
     const float raised = __fmul_rn(scaled_unit, multiple);
     cost[g] = both.of[g].threshold < INFINITE ? quotient(raised, s, inverse_of(s)) : INFINITE;
   }
-  take_from(both.of, minimum_of_warp(rank_of(larger(cost[0], cost[1]))) % 4);
+  take_from(both.of, lane_of(rank_of(larger(cost[0], cost[1]))));
 #pragma unroll
   for (int g = 0; g < 2; g++) both.of[g].scale = scale_of(both.of[g].threshold);
   return both;
 }
-// Thresholds of both groups by the short way, from what their rows reach below and above; whether it is right for them.
-INLINE bool find_thresholds(float (&below)[2], float (&threshold)[2], const unsigned (&range)[4], const Tops& tops) {
+// Thresholds of both groups by the short way; whether it is right for them.
+INLINE bool find_thresholds(float (&threshold)[2], const Reach& reach, const Tops& tops) {
 #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
-    const int of = RANGE_MODE == 1 ? 0 : 2 * g;
-    below[g] = __fmul_rn(__int_as_float(range[of]), tops.clip[g]);
-    const float above = __fmul_rn(__int_as_float(range[of + 1]), tops.clip[g]);
-    threshold[g] = larger(short_quotient(__fadd_rn(above, below[g]), tops.most[g], tops.inverse[g]), 1e-5f);
+    const float range = __fadd_rn(reach.above[g], reach.below[g]);
+    threshold[g] = larger(short_quotient(range, tops.most[g], tops.inverse[g]), 1e-5f);
   }
   return larger(threshold[0], threshold[GROUPS - 1]) < NEAR;
 }
@@ -152,25 +165,20 @@ INLINE unsigned find_near_spikes(Spikes (&spikes)[2], const float (&below)[2], c
   if (GROUPS == 1) spikes[1] = spikes[0];
   return 0;
 }
-INLINE int lane_of(unsigned rank) { return GRID ? minimum_of_warp(rank) % 4 : 0; }
-INLINE float4 clipped(const unsigned (&range)[4], const Tops& tops) {  // below and above of both groups
-  const int second = RANGE_MODE == 1 || GROUPS == 1 ? 0 : 2, last = GROUPS - 1;
-  return {__fmul_rn(__int_as_float(range[0]), tops.clip[0]), __fmul_rn(__int_as_float(range[1]), tops.clip[0]),
-          __fmul_rn(__int_as_float(range[second]), tops.clip[last]),
-          __fmul_rn(__int_as_float(range[second + 1]), tops.clip[last])};
-}
 // The parameters of both groups, in every lane, from the ranges of WARPS warps (or blocks), a power of two.
 template <int WARPS>
-INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Tops& tops) {
-  unsigned range[4];
+INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Tops& tops, const float* capacity,
+                          const float* clip) {
+  unsigned range[4] = {};
 #pragma unroll
   for (int i = 0; i < (OWN_RANGES ? 4 : 2); i++) range[i] = maximum_of_warp(ranges[threadIdx.x % WARPS * 4 + i]);
-  float below[2], threshold[2];
-  if (__builtin_expect(find_thresholds(below, threshold, range, tops), 1)) {
-    const unsigned rank = find_near_spikes(spikes, below, threshold, tops);
+  const Reach reach = reach_of(range, tops);
+  float threshold[2];
+  if (__builtin_expect(find_thresholds(threshold, reach, tops), 1)) {
+    const unsigned rank = find_near_spikes(spikes, reach.below, threshold, tops);
     if (GRID) take_from(spikes, lane_of(rank));
   } else {
-    const Both both = far_spikes_of(clipped(range, tops), tops);
+    const Both both = far_spikes_of({range[0], range[1], range[2], range[3]}, capacity, clip);
     spikes[0] = both.of[0], spikes[1] = both.of[1];
   }
 }

@@ -129,7 +129,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   if (CLUSTER > 1) cluster_arrives(), cluster_waits();
   else __syncthreads();
   Spikes spikes[2];
-  spikes_of_all<CLUSTER>(spikes, of_blocks, tops);
+  spikes_of_all<CLUSTER>(spikes, of_blocks, tops, capacity, clip);
   const Spikes mine = of_group(spikes, group);
   int sum[2] = {0, 0}, total = 0;
   unsigned words[4];

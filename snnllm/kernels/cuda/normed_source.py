@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
       }
     __syncthreads();
     Spikes spikes[2];
-    spikes_of_all<8>(spikes, ranges, tops);
+    spikes_of_all<8>(spikes, ranges, tops, capacity, clip);
     int sum[2] = {0, 0};
     auto keep = [&](int v, int g, unsigned word) {
       const Run run = g ? runs[1] : runs[0];

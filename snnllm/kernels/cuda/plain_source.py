@@ -137,10 +137,8 @@ INLINE unsigned char* place_of(unsigned char* count, int g, int c) {
 // The parameters and counts of a row by divisions for all ranges, and the sums of counts in a thread. Not inlined:
 // instructions that are not run are not to lie between those that are.
 __noinline__ __device__ int2 encode_far(const void* x, i64 at, const float* offset, const float* capacity,
-                                        const float* clip, uint4 ends, unsigned char* count, Found* found) {
-  const unsigned range[4] = {ends.x, ends.y, ends.z, ends.w};
-  const Tops tops = tops_of(capacity, clip);
-  const Both both = far_spikes_of(clipped(range, tops), tops);
+                                        const float* clip, uint4 ranges, unsigned char* count, Found* found) {
+  const Both both = far_spikes_of(ranges, capacity, clip);
   const Spikes spikes[2] = {both.of[0], both.of[1]};
   if (threadIdx.x < GROUPS) give_parameters(found, threadIdx.x, of_group(spikes, threadIdx.x));
   int sum[2] = {0, 0};
@@ -169,7 +167,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
   Found* found = (Found*)(sums + 4);
   launch_dependents();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const i64 row = of_lane(blockIdx.x, 0);  // else asked for again and again
+  // Kept where time counts: else it is asked for again and again.
+  const i64 row = FEW || REHEARSING ? of_lane(blockIdx.x, 0) : blockIdx.x;
   const char* from = (const char*)x + (row * x_stride + VECTOR * thread) * (OUT == 0 ? 4 : 2);
   count += row * POSITIONS;
   auto inside = [&](int v) { return ROW_THREADS * (v + 1) <= VECTORS || ROW_THREADS * v + thread < VECTORS; };
@@ -244,9 +243,10 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
       if (WARPS > 1)
 #pragma unroll
         for (int i = 0; i < 4; i++) range[i] = ranges[i] & known;
-      float below[2], threshold[2];
-      const bool near = find_thresholds(below, threshold, range, tops);
-      const unsigned rank = find_near_spikes(spikes, below, threshold, tops);
+      const Reach reach = reach_of(range, tops);
+      float threshold[2];
+      const bool near = find_thresholds(threshold, reach, tops);
+      const unsigned rank = find_near_spikes(spikes, reach.below, threshold, tops);
       bool far = !near || !are_near(spikes);
       if (BY_ONE) dividers_of(dividers, spikes, tops);
       const int best = lane_of(rank);
@@ -310,8 +310,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
       if (WARPS > 1)
 #pragma unroll
         for (int i = 0; i < 4; i++) range[i] = ranges[i];
-      const uint4 ends = {range[0], range[1], range[2], range[3]};
-      const int2 sums_here = encode_far(x, row * x_stride, offset, capacity, clip, ends, count, found);
+      const uint4 all = {range[0], range[1], range[2], range[3]};
+      const int2 sums_here = encode_far(x, row * x_stride, offset, capacity, clip, all, count, found);
       sum[0] = sums_here.x, sum[1] = sums_here.y;
     }
     const unsigned nothing[VECTOR / 4] = {};

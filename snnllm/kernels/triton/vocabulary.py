@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
 
 
 _ONE_ROW = Tiles(16, 128, 128, 2, 6)  # measured on an H200
-_ONE_ROW_BYTES = 6 * 128 * (128 + 2 * 16)
+_ONE_ROW_BYTES = _ONE_ROW.stages * _ONE_ROW.channels * (_ONE_ROW.tokens + 2 * _ONE_ROW.rows)
 
 
 def choose_tiles(rows: int, channels: int, dtype: torch.dtype, shared: int) -> Tiles:
