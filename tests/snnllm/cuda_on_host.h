@@ -130,6 +130,7 @@ static unsigned char* shared_at(unsigned at) { return SHARED_MEMORY + at; }
 static unsigned shared_address(const void* p) { return (unsigned)((const unsigned char*)p - SHARED_MEMORY); }
 static void wait_for_kernel_in_front() {}
 static void launch_dependents() {}
+static void launch_dependents_behind(unsigned) {}
 static unsigned of_rehearsal() { return 0; }
 #ifdef REHEARSAL_ONLY
 #define REHEARSED(first) for (unsigned real = 0, once = 1; once; once = 0)
@@ -353,6 +354,21 @@ static unsigned half_of(float f) {
 static float low_of(unsigned pair) { return __int_as_float(pair << 16); }
 #endif
 static unsigned pair(float low, float high) { return half_of(low) | half_of(high) << 16; }
+static float high_of(unsigned pair) { return low_of(pair >> 16); }
+template <typename T, int BITS> static unsigned highest(unsigned a, unsigned b, unsigned c) {
+  unsigned out = 0;
+  for (int at = 0; at < 32; at += BITS) {
+    const T x = (T)(a >> at), y = (T)(b >> at), z = (T)(c >> at), most = x > y ? x > z ? x : z : y > z ? y : z;
+    out |= ((unsigned)most & (unsigned)((1ull << BITS) - 1)) << at;
+  }
+  return out;
+}
+template <bool HALVES> static unsigned largest(unsigned a, unsigned b, unsigned c) {
+  return HALVES ? highest<short, 16>(a, b, c) : highest<int, 32>(a, b, c);
+}
+template <bool HALVES> static unsigned farthest(unsigned a, unsigned b, unsigned c) {
+  return HALVES ? highest<unsigned short, 16>(a, b, c) : highest<unsigned, 32>(a, b, c);
+}
 
 static std::function<void()> body;
 static void enter() {

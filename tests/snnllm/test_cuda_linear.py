@@ -29,6 +29,7 @@ from snnllm.kernels.cuda import normed_source as cuda_normed_source
 from snnllm.kernels.cuda import rows_source as cuda_rows_source
 from snnllm.kernels.cuda import tiles_source as cuda_tiles_source
 from snnllm.kernels.cuda.attention_token_source import packed_mixing
+from snnllm.kernels.cuda.encode import layout_macros
 from snnllm.kernels.cuda.linear import Rows, Tiles, choose_shape, unsuitable, whole_tiles
 from snnllm.kernels.cuda.primitives import OUTPUTS
 from snnllm.kernels.triton.backend import TritonBackend, encode_plan, multiply
@@ -234,8 +235,16 @@ def test_blocks_have_the_registers_that_their_warps_share(
 @pytest.mark.parametrize(("groups", "mode"), [(1, 1), (2, 0), (2, 2)])
 def test_encoding_kernels_compile(out: int, groups: int, mode: int) -> None:
     names = {"GROUPS": groups, "RANGE_MODE": mode, "OFFSET": 1, "OUT": out}
-    more = groups - 1
-    row = {**names, "CHUNKS": 4 * groups, "ADDED": more, "GAIN": more}
+    more, runs = (
+        groups - 1,
+        [0, 4096, 4096, 0] if groups == 1 else [0, 512, 512, 7680, 512, 8192, 7680, 0],
+    )
+    row = {
+        **names,
+        **layout_macros(4096 * groups, 4096 * groups, runs),
+        "ADDED": more,
+        "GAIN": more,
+    }
     sources = [
         (cuda_gated_source.SOURCE, {**names, "CLUSTER": 2 * groups, "THREADS": 96}),
         (cuda_normed_source.SOURCE, row),

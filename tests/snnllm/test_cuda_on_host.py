@@ -87,8 +87,7 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n, const fl
 extern "C" void launch(int blocks, int threads, void** p, const int* n, const float* f) {
   run(blocks, threads, [&] {
     encode_normed(p[0], p[1], p[2], (const float*)p[3], (const float*)p[4], (const float*)p[5], p[6],
-                  (unsigned char*)p[7], (float*)p[8], (int*)p[9], (int*)p[10], f[0], n[0], n[1], n[2], n[3],
-                  n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11]);
+                  (unsigned char*)p[7], (float*)p[8], (int*)p[9], (int*)p[10], f[0], n[0], n[1]);
   });
 }
 """,
@@ -108,7 +107,7 @@ extern "C" void launch(int blocks, int threads, void** p, const int* n, const fl
 BODIES = {
     "rows": cuda_rows_source.BODY,
     "gated": cuda_encode_source.ENCODING + cuda_gated_source.BODY,
-    "normed": cuda_encode_source.ENCODING + cuda_normed_source.BODY,
+    "normed": cuda_encode_source.ENCODING + cuda_encode_source.LAYOUT + cuda_normed_source.BODY,
     "tiles": cuda_tiles_source.BODY,
     "attention": cuda_attention_source.BODY,
 }
@@ -411,8 +410,10 @@ ROTATED = {"rotation": "groups", "key_offset": True}
         (2, 1, 64, 69, {"kv_salient_steps": 1, "key_offset": True}, torch.float32),
         # Behind the end.
         (2, 1, 128, 70, {"salient_ratio": 0.5, "activation_bits": 3}, torch.bfloat16),
+        # Among the keys that a warp takes after its first ones.
+        (2, 1, 32, 550, {}, torch.bfloat16),
     ],
-    ids=["float", "bfloat", "half", "steps", "shared", "one", "many"],
+    ids=["float", "bfloat", "half", "steps", "shared", "one", "many", "late"],
 )
 @torch.no_grad()
 def test_attention_stores_the_new_token(
@@ -427,7 +428,8 @@ def test_attention_stores_the_new_token(
     """The payloads of the kernel that only stores, and the output of the one that only attends."""
     module, generator = with_random_groups(heads, kv_heads, dim, spike, seed=position)
     kernels = kernels_of(module)
-    batch, keys = 2, 70
+    batch, keys = 2, 600 if position > 70 else 70
+    multiprocessors = 1 if position > 70 else 4 * kv_heads
     projected = torch.randn(batch, 1, (heads + 2 * kv_heads) * dim, generator=generator)
     projected[..., dim // 2 :: dim] *= 20
     projected = projected.to(dtype)
@@ -445,7 +447,7 @@ def test_attention_stores_the_new_token(
     )
     seen = torch.arange(keys) <= position
     mask = torch.zeros(1, 1, 1, keys).masked_fill(~seen, torch.finfo(torch.float32).min)
-    expected = attend(build, kernels, (query, *stored), mask, dtype, 4 * kv_heads)
+    expected = attend(build, kernels, (query, *stored), mask, dtype, multiprocessors)
 
     mixed = () if kernels.order is None else mixing_of(tuple(kernels.blocks))[0]
     new = cuda_attention.NewToken(
@@ -453,7 +455,7 @@ def test_attention_stores_the_new_token(
         *(kernels.value_clip, place, own_length, mixed),
     )
     rows = projected.unflatten(2, (-1, dim)).transpose(1, 2)[:, :heads]
-    out = attend(build, kernels, (rows, *mine), mask, dtype, 4 * kv_heads, new)
+    out = attend(build, kernels, (rows, *mine), mask, dtype, multiprocessors, new)
     for ours, theirs in zip((*mine, own_length, out), (*stored, length, expected), strict=True):
         assert torch.equal(ours, theirs)
 

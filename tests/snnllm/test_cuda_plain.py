@@ -29,23 +29,6 @@ on_host = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 needs_compiler = pytest.mark.skipif(
     cuda_driver.compiler_missing() is not None, reason="NVRTC is not installed"
 )
-PLAIN_ON_HOST = r"""
-template <typename T, int BITS> static unsigned highest(unsigned a, unsigned b, unsigned c) {
-  unsigned out = 0;
-  for (int at = 0; at < 32; at += BITS) {
-    const T x = (T)(a >> at), y = (T)(b >> at), z = (T)(c >> at), most = x > y ? x > z ? x : z : y > z ? y : z;
-    out |= ((unsigned)most & (unsigned)((1ull << BITS) - 1)) << at;
-  }
-  return out;
-}
-static unsigned largest(unsigned a, unsigned b, unsigned c) {
-  return PAIRED ? highest<short, 16>(a, b, c) : highest<int, 32>(a, b, c);
-}
-static unsigned farthest(unsigned a, unsigned b, unsigned c) {
-  return PAIRED ? highest<unsigned short, 16>(a, b, c) : highest<unsigned, 32>(a, b, c);
-}
-static float high_of(unsigned pair) { return low_of(pair >> 16); }
-"""
 ENTRY = r"""
 extern "C" void launch(int blocks, int threads, void** p, const int* n, const float*) {
   run(blocks, threads, [&] {
@@ -72,7 +55,7 @@ OWN, ONE, GRID = range(3)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-BODY = encode_source.ENCODING + plain_source.LANES + PLAIN_ON_HOST + plain_source.BODY
+BODY = encode_source.ENCODING + encode_source.LAYOUT + plain_source.BODY
 
 
 @pytest.fixture(scope="module")

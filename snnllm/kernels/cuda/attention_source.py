@@ -14,7 +14,9 @@ channels and zero points are taken in separately:
 Warps are put together in shared memory, the blocks of a cluster through the shared memory of each other.
 
 With STORED it takes projections: warps encode queries, key and value of the new token (`attention_token_source`),
-the first block of a cluster writes the payloads to the cache, and each reads them from its own shared memory.
+the first block of a cluster writes the payloads to the cache, and each reads them from its own shared memory. The first
+keys of a warp are in its registers before the projections are there: behind these, the weights of the next linear would
+be in front of them in the queues of the memory. The kernel behind starts when the projections are encoded, therefore.
 
 Macros: D (32, 64 or 128), G, QUERY_GROUPS, ONE_RANGE (of all groups of Q), ROWS, KEY_BYTES and VALUE_BYTES (of
 a payload), PLANES (high bits of a salient count), KEY_PLANE and VALUE_PLANE (bytes of one of them, at most 4;
@@ -82,7 +84,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rank = blockIdx.x % CLUSTER, head_pair = blockIdx.x / CLUSTER;
   const int batch = head_pair / kv_heads, head = head_pair % kv_heads;
-  launch_dependents();
   key += (i64)batch * key_batch_stride + (i64)head * key_head_stride;
   value += (i64)batch * value_batch_stride + (i64)head * value_head_stride;
 
@@ -112,12 +113,25 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
   // later is sure to be seen behind it alone, and the kernel in front may be waiting itself: masks, old keys, layouts.
   load_biases(mine_first);
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = STORED; i < 4; i++) {
     const int n = 32 * (mine_first + i * NEXT) + lane;
     if (!(biases[i] > NOTHING)) continue;
     fetch(key + (i64)n * key_token_stride, KEY_BYTES);
     fetch(value + (i64)n * value_token_stride, VALUE_BYTES);
   }
+  unsigned row[KEY_BYTES / 4], tail[TAIL], words[W];  // of 32 keys
+  auto load_keys = [&](int n0) {
+    const int n = min(n0 + lane, keys - 1);
+    load_row(row, key + (i64)n * key_token_stride);
+    load_row(tail, value + (i64)n * value_token_stride + D / 2);
+#pragma unroll
+    for (int e = 0; e < W; e++) {
+      const int of = min(n0 + TOGETHER * e + lane / W, keys - 1);
+      words[e] = *(const unsigned*)(value + (i64)of * value_token_stride + 4 * word);
+    }
+  };
+  const bool held = STORED && any_of_warp(biases[0] > NOTHING);  // without STORED the kernel in front writes one
+  if (held) load_keys(32 * mine_first);
   const int own_slot = VALUE_PLANE ? value_slot[head * D + threadIdx.x % D] : -1;  // of what this thread writes
   int slot[PER_LANE];  // of the channels of a query
 #pragma unroll
@@ -208,6 +222,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
   }
   if (STORED && blockIdx.x == 0 && threadIdx.x == 0) *length = *position + 1;
   __syncthreads();
+  launch_dependents();
 
   float most[ROWS], total[ROWS], offset[ROWS][G], sums[ROWS][8], own[ROWS][OWN_PER_LANE];
 #pragma unroll
@@ -226,15 +241,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
     for (int i = 0; i < 4; i++) {
       const float bias = i == 0 ? biases[0] : i == 1 ? biases[1] : i == 2 ? biases[2] : biases[3];
       if (!any_of_warp(bias > NOTHING)) continue;
-      const int n0 = 32 * (first + i * NEXT), n = min(n0 + lane, keys - 1);
-      unsigned row[KEY_BYTES / 4], tail[TAIL], words[W];
-      load_row(row, STORED && n == place ? new_key : key + (i64)n * key_token_stride);
-      load_row(tail, (STORED && n == place ? new_value : value + (i64)n * value_token_stride) + D / 2);
+      const int n0 = 32 * (first + i * NEXT);
+      if (!held || first != mine_first || i > 0) load_keys(n0);
+      if (STORED && place >= n0 && place < n0 + 32) {  // the new one is not there yet
+        if (lane == place - n0) load_row(row, new_key), load_row(tail, new_value + D / 2);
 #pragma unroll
-      for (int e = 0; e < W; e++) {
-        const int of = min(n0 + TOGETHER * e + lane / W, keys - 1);
-        const unsigned char* at = STORED && of == place ? new_value : value + (i64)of * value_token_stride;
-        words[e] = *(const unsigned*)(at + 4 * word);
+        for (int e = 0; e < W; e++)
+          if (n0 + TOGETHER * e + lane / W == place) words[e] = *(const unsigned*)(new_value + 4 * word);
       }
       unsigned bits = 0, upper = 0;  // high bits of the salient channels of V of this lane's key
 #pragma unroll

@@ -18,13 +18,13 @@ from snnllm.hadamard import RADIX, rotation_blocks
 from snnllm.kernels.cuda import gated_source, normed_source
 from snnllm.kernels.cuda.driver import Launch, processors, without
 from snnllm.kernels.cuda.primitives import OUTPUTS
-from snnllm.norm import LANES
 
 _MOST_CLUSTER = 8
 _MOST_THREADS = 512
 _WARP = 32
 _MOST_CHANNELS = 8192  # channels: a thread holds 4 of every 1024
 _VECTOR = 4
+_LAYOUT = ("START0", "STOP0", "MANY0", "FIRST0", "START1", "STOP1", "MANY1", "FIRST1")
 
 
 def gated_unsuitable(
@@ -160,7 +160,7 @@ def gated_launch(
     cluster = min(_MOST_CLUSTER, 1 << (warps - 1).bit_length())
     threads = _WARP * -(-warps // cluster)
     macros = {
-        **layout_macros(gate, layout[0], runs, range_mode),
+        **encoding_macros(gate, layout[0], runs, range_mode),
         "CLUSTER": cluster,
         "THREADS": threads,
     }
@@ -181,22 +181,21 @@ def normed_launch(rows: NormedRows, outputs: tuple[Tensor, ...]) -> Launch:
     """
     (many, channels), runs = rows.x.shape, rows.runs or ()
     macros = {
-        **layout_macros(rows.x, rows.offset, runs, rows.range_mode),
-        "CHUNKS": -(-channels // LANES),
+        **encoding_macros(rows.x, rows.offset, runs, rows.range_mode),
+        **layout_macros(channels, outputs[1].shape[1], runs),
         "ADDED": int(rows.added is not None),
         "GAIN": int(rows.gain is not None),
     }
     operands = (rows.x, rows.added, rows.gain, rows.offset, rows.capacities, rows.clip)
     strides = (rows.x.stride(0), 0 if rows.added is None else rows.added.stride(0))
-    numbers = (float(rows.eps), *strides, channels, outputs[1].shape[1], *both_runs(runs))
     return Launch(
         *(normed_source.SOURCE, "encode_normed", macros, many, normed_source.THREADS),
         normed_source.SHARED_BYTES,
-        (*operands, *outputs, *numbers),
+        (*operands, *outputs, float(rows.eps), *strides),
     )
 
 
-def layout_macros(
+def encoding_macros(
     x: Tensor, offset: Tensor | None, runs: Sequence[int], range_mode: int
 ) -> dict[str, int]:
     """Macros of `encode_source.ENCODING`."""
@@ -206,6 +205,12 @@ def layout_macros(
         "OFFSET": int(offset is not None),
         "OUT": OUTPUTS[x.dtype],
     }
+
+
+def layout_macros(channels: int, positions: int, runs: Sequence[int]) -> dict[str, int]:
+    """Macros of `encode_source.LAYOUT`."""
+    known = dict(zip(_LAYOUT, both_runs(runs), strict=True))
+    return {"CHANNELS": channels, "POSITIONS": positions, **known}
 
 
 def both_runs(runs: Sequence[int]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from neurons.backends.device import EARLY_ROWS
 from snnllm.kernels.cuda import plain_source
 from snnllm.kernels.cuda.driver import Launch, processors, without
-from snnllm.kernels.cuda.encode import both_runs, groups_unsuitable, layout_macros
+from snnllm.kernels.cuda.encode import encoding_macros, groups_unsuitable, layout_macros
 
 _MOST_CHANNELS = 16384
 _WARP = 32
@@ -21,7 +21,6 @@ _VECTOR = 4
 _WIDE = 8
 _WIDEST = 16
 _ALIGNMENT = 16  # bytes of a load of a wide vector
-_LAYOUT = ("START0", "STOP0", "MANY0", "FIRST0", "START1", "STOP1", "MANY1", "FIRST1")
 _HELD = 48  # words of a row in a thread, at most, where rows are many
 _OTHERS = 40  # registers of a thread besides
 _LEAST = 56  # registers of a thread
@@ -122,10 +121,8 @@ def plain_launch(
         multiprocessors, shifted = processors(rows.x.device), rows.offset is not None
         shape = choose_shape(many, channels, rows.x.element_size(), multiprocessors, shifted)
     macros = {
-        **layout_macros(rows.x, rows.offset, runs, rows.range_mode),
-        "CHANNELS": channels,
-        "POSITIONS": outputs[0].shape[1],
-        **dict(zip(_LAYOUT, both_runs(runs), strict=True)),
+        **encoding_macros(rows.x, rows.offset, runs, rows.range_mode),
+        **layout_macros(channels, outputs[0].shape[1], runs),
         "ROW_THREADS": shape.threads,
         "RESIDENT": shape.resident,
         "VECTOR": _vector(rows, shape.threads),

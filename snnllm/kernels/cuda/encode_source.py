@@ -3,10 +3,11 @@
 The integers are those of `neurons.backends.triton_encode`; quotients are made of correctly rounded inverses. A row
 has one or two groups of neighbouring channels (`neurons.backends.triton_encode_tiles.runs_of`). Macros: GROUPS (1 or
 2), RANGE_MODE (of two groups: 0 own ranges, 1 one for both, 2 own ones with commensurate thresholds), OFFSET, OUT
-(dtype of the row).
+(dtype of the row). Those of `LAYOUT`, where the layout is part of the compiled kernel: CHANNELS, POSITIONS, START0 ..
+FIRST1 (`Run`).
 """
 
-__all__ = ["ENCODING"]
+__all__ = ["ENCODING", "LAYOUT"]
 
 ENCODING = r"""
 // Positions start .. stop of counts hold the many channels behind first, then zeros.
@@ -40,12 +41,21 @@ INLINE void store_four(void* to, i64 at, const float (&x)[4]) {
   *(uint2*)((unsigned short*)to + at) = {pair(x[0], x[1]), pair(x[2], x[3])};
 #endif
 }
-INLINE void widen(unsigned (&range)[4], const float (&x)[4], int group) {  // below and above of each group
-  unsigned below = 0, above = 0;
+// Of the bits of floats, or of two 16-bit ones (HALVES). As signed integers the largest is that of the largest float, 0
+// at least; as unsigned ones it is that of the least float, if one is below 0. NaN is beyond infinity in both.
+struct Ends { unsigned above, below; };
+template <bool HALVES, int N> INLINE void widen_ends(Ends& e, const unsigned (&w)[N]) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) below = max(below, bits_above(-x[i])), above = max(above, bits_above(x[i]));
-  if (RANGE_MODE == 1 || group == 0) range[0] = max(range[0], below), range[1] = max(range[1], above);
-  else range[2] = max(range[2], below), range[3] = max(range[3], above);
+  for (int i = 0; i < N; i += 2)
+    e.above = largest<HALVES>(w[i], w[i + 1], e.above), e.below = farthest<HALVES>(w[i], w[i + 1], e.below);
+}
+// Magnitudes below and above 0, as bits of floats, of a group.
+template <bool HALVES> INLINE void take_range(unsigned (&range)[4], int group, const Ends& e) {
+  if (HALVES) {
+    const unsigned far = max(e.below & 0xffffu, e.below >> 16);
+    range[2 * group] = far > 0x8000u ? (unsigned)__float_as_int(low_of(far & 0x7fffu)) : 0u;
+    range[2 * group + 1] = (unsigned)__float_as_int(low_of(max(e.above & 0xffffu, e.above >> 16)));
+  } else range[2 * group] = e.below > 0x80000000u ? e.below & 0x7fffffffu : 0u, range[2 * group + 1] = e.above;
 }
 // Of both groups: capacities, their inverses, clip factors, capacities in both halves of a word. If thresholds are
 // commensurate: the largest multiples, those tried (of the second group one in each lane of four), and their inverses.
@@ -165,13 +175,9 @@ INLINE unsigned find_near_spikes(Spikes (&spikes)[2], const float (&below)[2], c
   if (GROUPS == 1) spikes[1] = spikes[0];
   return 0;
 }
-// The parameters of both groups, in every lane, from the ranges of WARPS warps (or blocks), a power of two.
-template <int WARPS>
-INLINE void spikes_of_all(Spikes (&spikes)[2], const unsigned* ranges, const Tops& tops, const float* capacity,
+// The parameters of both groups, in every lane, from the ranges of a row.
+INLINE void spikes_of_row(Spikes (&spikes)[2], const unsigned (&range)[4], const Tops& tops, const float* capacity,
                           const float* clip) {
-  unsigned range[4] = {};
-#pragma unroll
-  for (int i = 0; i < (OWN_RANGES ? 4 : 2); i++) range[i] = maximum_of_warp(ranges[threadIdx.x % WARPS * 4 + i]);
   const Reach reach = reach_of(range, tops);
   float threshold[2];
   if (__builtin_expect(find_thresholds(threshold, reach, tops), 1)) {
@@ -236,5 +242,12 @@ __noinline__ __device__ int2 far_counts_of(float4 x, Spikes s) {
   int sum = 0;
   const unsigned word = counts_of(four, s, sum);
   return {(int)word, sum};
+}
+"""
+
+LAYOUT = r"""
+INLINE bool in_second(int c) { return GROUPS == 2 && c >= FIRST1 && c < FIRST1 + MANY1; }
+INLINE unsigned char* place_of(unsigned char* count, int g, int c) {
+  return count + c + (g ? START1 - FIRST1 : START0 - FIRST0);
 }
 """

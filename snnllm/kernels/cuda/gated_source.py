@@ -101,7 +101,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   const float root = size == 256 ? 0.0625f : size == 128 ? 0.08838834764831845f : size == 64 ? 0.125f
                    : size == 32 ? 0.1767766952966369f : 0.25f;
   float parts[4][4];
-  unsigned range[4] = {0, 0, 0, 0};
+  Ends ends = {0, 0};  // of the one group of this thread
 #pragma unroll
   for (int v = 0; v < 4; v++) {
 #pragma unroll
@@ -109,8 +109,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       parts[v][i] = inside ? __fmul_rn(x[4 * v + i], root) : 0.0f;
       if (OFFSET && inside) parts[v][i] = __fadd_rn(parts[v][i], -off[v][i]);
     }
-    widen(range, parts[v], group);
+    unsigned bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) bits[i] = (unsigned)__float_as_int(parts[v][i]);
+    widen_ends<false>(ends, bits);
   }
+  unsigned range[4] = {};
+  if (OWN_RANGES && group) take_range<false>(range, 1, ends);
+  else take_range<false>(range, 0, ends);
 #pragma unroll
   for (int i = 0; i < 4; i++)
     if (i < 2 || OWN_RANGES) {
@@ -129,7 +135,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   if (CLUSTER > 1) cluster_arrives(), cluster_waits();
   else __syncthreads();
   Spikes spikes[2];
-  spikes_of_all<CLUSTER>(spikes, of_blocks, tops, capacity, clip);
+  unsigned all[4] = {};
+#pragma unroll
+  for (int i = 0; i < (OWN_RANGES ? 4 : 2); i++) all[i] = maximum_of_warp(of_blocks[threadIdx.x % CLUSTER * 4 + i]);
+  spikes_of_row(spikes, all, tops, capacity, clip);
   const Spikes mine = of_group(spikes, group);
   int sum[2] = {0, 0}, total = 0;
   unsigned words[4];
@@ -176,10 +185,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   if (rank != 0) return;  // nobody writes to this block from here on
   if (CLUSTER > 1) cluster_waits();
   if (threadIdx.x < GROUPS) {
-    int all = 0;
+    int together = 0;
 #pragma unroll
-    for (int of = 0; of < CLUSTER; of++) all += sums[2 * of + threadIdx.x];
-    count_sum[row * GROUPS + threadIdx.x] = all;
+    for (int of = 0; of < CLUSTER; of++) together += sums[2 * of + threadIdx.x];
+    count_sum[row * GROUPS + threadIdx.x] = together;
   }
 }
 """

@@ -1,70 +1,96 @@
 """CUDA C++ that encodes the norm of few rows, which may start before the kernel in front ends.
 
 A block of 256 threads has a row, to which something is added first. A thread has four neighbouring channels of every
-1024, so that squares are added as `snnllm.norm` does, and reads them once. Macros besides those of
-`encode_source.ENCODING`: CHUNKS (channels / 1024, up), ADDED, GAIN.
+1024, so that squares are added as `snnllm.norm` does, and reads them once. The layout is part of the compiled kernel.
+The linear behind starts when the row is there: its weights would be in front of it in the queues of the memory.
+
+Macros besides those of `encode_source.ENCODING` and `LAYOUT`: ADDED, GAIN.
 """
 
-from snnllm.kernels.cuda.encode_source import ENCODING
+from snnllm.kernels.cuda.encode_source import ENCODING, LAYOUT
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
 
 __all__ = ["BODY", "SHARED_BYTES", "SOURCE", "THREADS"]
 
 THREADS = 256
 """Eight warps."""
-SHARED_BYTES = THREADS // 32 * (4 + 2 + 1) * 4
-"""Shared memory of a block: ranges, sums and squares of its warps."""
+SHARED_BYTES = (4 + 2 + THREADS // 32) * 4
+"""Shared memory of a block: ranges and sums of the row, squares of its warps."""
 
 BODY = r"""
+constexpr int CHUNKS = (CHANNELS + 1023) / 1024, WORDS = OUT == 0 || OFFSET ? 4 : 2;
+constexpr bool HALVES = WORDS == 2;       // ranges of words of two channels
+constexpr bool KEPT = CHUNKS <= 4;        // gains and offsets wait in registers
+
+// To the type of the row; and the words of that.
+INLINE void round_words(unsigned (&w)[WORDS], float (&x)[4]) {
+  if constexpr (HALVES) {
+    w[0] = pair(x[0], x[1]), w[1] = pair(x[2], x[3]);
+    x[0] = low_of(w[0]), x[1] = high_of(w[0]), x[2] = low_of(w[1]), x[3] = high_of(w[1]);
+  } else {
+    round_four(x);
+#pragma unroll
+    for (int i = 0; i < 4; i++) w[i] = (unsigned)__float_as_int(x[i]);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(256) encode_normed(
     const void* x, const void* added, const void* gain, const float* offset, const float* capacity,
     const float* clip, void* stream, unsigned char* count, float* threshold, int* zero_point, int* count_sum,
-    float eps, int x_stride, int added_stride, int channels, int positions, int start0, int stop0, int many0,
-    int first0, int start1, int stop1, int many1, int first1) {
-  constexpr bool KEPT = CHUNKS <= 4;  // gains and offsets wait in registers
+    float eps, int x_stride, int added_stride) {
   extern __shared__ __align__(128) unsigned char memory[];
-  unsigned* ranges = (unsigned*)memory;     // [8][4], of the warps
-  int* sums = (int*)(ranges + 8 * 4);       // [8][2]
-  float* squares = (float*)(sums + 8 * 2);  // [8]
-  launch_dependents();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  unsigned* ranges = (unsigned*)memory;  // [4], of all warps
+  int* sums = (int*)(ranges + 4);        // [2], likewise
+  float* squares = (float*)(sums + 2);   // [8], of the warps
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const i64 row = blockIdx.x;
-  const Run runs[2] = {{start0, stop0, many0, first0}, {start1, stop1, many1, first1}};
-  count += row * positions;
-  auto channel = [&](int v) { return 1024 * v + 4 * (int)threadIdx.x; };
-  auto group_of = [&](int c) { return GROUPS == 2 && c >= first1 && c < first1 + many1; };
+  count += row * POSITIONS;
+  auto channel = [&](int v) { return 1024 * v + 4 * thread; };
+  auto inside = [&](int v) { return 1024 * (v + 1) <= CHANNELS || channel(v) < CHANNELS; };
+  auto group_of = [&](int v) {  // known to the compiler unless both groups meet there
+    const int low = 1024 * v, high = min(low + 1024, CHANNELS);
+    if (GROUPS == 1 || high <= FIRST1 || low >= FIRST1 + MANY1) return 0;
+    if (low >= FIRST1 && high <= FIRST1 + MANY1) return 1;
+    return (int)in_second(channel(v));
+  };
   float own[CHUNKS][4], gains[CHUNKS][4], offsets[CHUNKS][4];
   auto load_constants = [&] {
 #pragma unroll
     for (int v = 0; v < CHUNKS; v++) {
-      if (channel(v) >= channels) continue;
+      if (!inside(v)) continue;
       if (GAIN) load_four(gains[v], gain, channel(v));
       if (OFFSET) load_floats(offsets[v], offset + channel(v));
     }
   };
   if (KEPT) load_constants();
+  if (thread < 6) ranges[thread] = 0;
   const Tops tops = tops_of(capacity, clip);
   REHEARSED(true) {
     if (real) wait_for_kernel_in_front();
 
     float more[CHUNKS][4];  // read before anything is written: the compiler cannot know that these are other places
+    unsigned loaded = 0;
 #pragma unroll
     for (int v = 0; v < CHUNKS; v++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) own[v][i] = more[v][i] = 0.0f;
-      if (channel(v) >= channels || !real) continue;
+      if (!inside(v) || !real) continue;
       load_four(own[v], x, row * x_stride + channel(v));
       if (ADDED) load_four(more[v], added, row * added_stride + channel(v));
     }
+#pragma unroll
+    for (int v = 0; v < CHUNKS; v++)
+      loaded |= (unsigned)__float_as_int(own[v][0]) | (unsigned)__float_as_int(more[v][0]);
+    if (real) launch_dependents_behind(loaded);
     float lanes[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int v = 0; v < CHUNKS; v++) {
-      if (channel(v) >= channels) continue;
+      if (!inside(v)) continue;
       if (ADDED) {
 #pragma unroll
         for (int i = 0; i < 4; i++) own[v][i] = __fadd_rn(own[v][i], more[v][i]);
         round_four(own[v]);
-        if (real) store_four(stream, row * channels + channel(v), own[v]);
+        if (real) store_four(stream, row * CHANNELS + channel(v), own[v]);
       }
 #pragma unroll
       for (int i = 0; i < 4; i++) lanes[i] = __fadd_rn(lanes[i], __fmul_rn(own[v][i], own[v][i]));
@@ -79,81 +105,92 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
     all = squares[lane % 8];
 #pragma unroll
     for (int step = 1; step < 8; step *= 2) all = __fadd_rn(all, of_partner(all, step));
-    const float variance = __fdiv_rn(all, __int2float_rn(channels));
+    constexpr bool POWER = (CHANNELS & CHANNELS - 1) == 0;  // of two: a product is the quotient
+    const float variance = POWER ? __fmul_rn(all, 1.0f / CHANNELS) : __fdiv_rn(all, (float)CHANNELS);
     const float scale = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(variance, eps)));
-    unsigned range[4] = {0, 0, 0, 0};
+    Ends ends[2] = {{0, 0}, {0, 0}};
 #pragma unroll
     for (int v = 0; v < CHUNKS; v++) {
-      if (channel(v) >= channels) continue;
+      if (!inside(v)) continue;
+      unsigned words[WORDS];
 #pragma unroll
       for (int i = 0; i < 4; i++) own[v][i] = __fmul_rn(own[v][i], scale);
-      round_four(own[v]);
+      round_words(words, own[v]);
       if (GAIN) {
 #pragma unroll
         for (int i = 0; i < 4; i++) own[v][i] = __fmul_rn(own[v][i], gains[v][i]);
-        round_four(own[v]);
+        round_words(words, own[v]);
       }
-      if (OFFSET)
+      if constexpr (OFFSET != 0)
 #pragma unroll
-        for (int i = 0; i < 4; i++) own[v][i] = __fadd_rn(own[v][i], -offsets[v][i]);
-      widen(range, own[v], group_of(channel(v)));
+        for (int i = 0; i < 4; i++)
+          own[v][i] = __fadd_rn(own[v][i], -offsets[v][i]), words[i] = (unsigned)__float_as_int(own[v][i]);
+      const bool second = OWN_RANGES && group_of(v);
+      Ends e = second ? ends[1] : ends[0];
+      widen_ends<HALVES>(e, words);
+      if (second) ends[1] = e;
+      else ends[0] = e;
     }
+    constexpr int RANGES = OWN_RANGES ? 4 : 2;
+    unsigned range[4] = {}, one = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (i < 2 || OWN_RANGES) {
-        range[i] = maximum_of_warp(range[i]);
-        if (lane == 0) ranges[4 * warp + i] = range[i];
-      }
+    for (int g = 0; g < RANGES / 2; g++) take_range<HALVES>(range, g, ends[g]);
+#pragma unroll
+    for (int i = 0; i < RANGES; i++) {
+      range[i] = maximum_of_warp(range[i]);
+      if (lane == i) one = range[i];
+    }
+    if (lane < RANGES && real) raise(ranges + lane, one);
     __syncthreads();
+#pragma unroll
+    for (int i = 0; i < RANGES; i++) range[i] = ranges[i];
     Spikes spikes[2];
-    spikes_of_all<8>(spikes, ranges, tops, capacity, clip);
+    spikes_of_row(spikes, range, tops, capacity, clip);
     int sum[2] = {0, 0};
-    auto keep = [&](int v, int g, unsigned word) {
-      const Run run = g ? runs[1] : runs[0];
-      if (real) *(unsigned*)(count + run.start + channel(v) - run.first) = word;
+    auto keep = [&](int v, int g, unsigned word, int total) {
+      if (real) *(unsigned*)place_of(count, g, channel(v)) = word;
+      if (g) sum[1] = total;
+      else sum[0] = total;
     };
     if (__builtin_expect(are_near(spikes), 1)) {
       Divider dividers[2];
       dividers_of(dividers, spikes, tops);
 #pragma unroll
       for (int v = 0; v < CHUNKS; v++) {
-        if (channel(v) >= channels) continue;
-        const int g = group_of(channel(v));
-        const unsigned word = counts_by<OUT != 0 && !OFFSET>(own[v], of_group(dividers, g));
-        keep(v, g, word);
-        const int total = sum_4(word, g ? sum[1] : sum[0]);
-        if (g) sum[1] = total;
-        else sum[0] = total;
+        if (!inside(v)) continue;
+        const int g = group_of(v);
+        const unsigned word = counts_by<HALVES>(own[v], of_group(dividers, g));
+        keep(v, g, word, sum_4(word, g ? sum[1] : sum[0]));
       }
     } else {
 #pragma unroll
       for (int v = 0; v < CHUNKS; v++) {
-        if (channel(v) >= channels) continue;
-        const int g = group_of(channel(v));
+        if (!inside(v)) continue;
+        const int g = group_of(v);
         const int2 both = far_counts_of({own[v][0], own[v][1], own[v][2], own[v][3]}, of_group(spikes, g));
-        keep(v, g, (unsigned)both.x);
-        if (g) sum[1] += both.y;
-        else sum[0] += both.y;
+        keep(v, g, (unsigned)both.x, (g ? sum[1] : sum[0]) + both.y);
       }
     }
-    for (int g = 0; g < GROUPS; g++)
+    auto pad = [&](int i, int stop) {
 #pragma unroll 1
-      for (int i = runs[g].start + runs[g].many + threadIdx.x; i < runs[g].stop && real; i += 256) count[i] = 0;
-    sum[0] = sum_of_warp(sum[0]), sum[1] = sum_of_warp(sum[1]);
-    if (lane < 2) sums[2 * warp + lane] = lane ? sum[1] : sum[0];
+      for (i += 4 * thread; i < stop; i += 1024)
+        if (real) *(unsigned*)(count + i) = 0;
+    };
+    if (START0 + MANY0 < STOP0) pad(START0 + MANY0, STOP0);
+    if (GROUPS == 2 && START1 + MANY1 < STOP1) pad(START1 + MANY1, STOP1);
+    sum[0] = sum_of_warp(sum[0]);
+    if (GROUPS == 2) sum[1] = sum_of_warp(sum[1]);
+    if (lane < GROUPS && real) add_to(sums + lane, lane ? sum[1] : sum[0]);
     __syncthreads();
-    if (threadIdx.x < GROUPS && real) {
-      const Spikes of = of_group(spikes, threadIdx.x);
-      int together = 0;
-#pragma unroll
-      for (int w = 0; w < 8; w++) together += sums[2 * w + threadIdx.x];
-      threshold[row * GROUPS + threadIdx.x] = of.unit;
-      zero_point[row * GROUPS + threadIdx.x] = (int)(of.zero * of.multiple);
-      count_sum[row * GROUPS + threadIdx.x] = together;
+    if (thread < GROUPS && real) {
+      const Spikes of = of_group(spikes, thread);
+      threshold[row * GROUPS + thread] = of.unit;
+      zero_point[row * GROUPS + thread] = (int)(of.zero * of.multiple);
+      count_sum[row * GROUPS + thread] = sums[thread];
     }
     if (real) return;
   }
 }
 """
 
-SOURCE = PREAMBLE + PRIMITIVES + SHARED + ENCODING + BODY
+SOURCE = PREAMBLE + PRIMITIVES + SHARED + ENCODING + LAYOUT + BODY

@@ -14,43 +14,21 @@ right to 2^-47. It decides every count as the rounded quotient does, which was t
 at the thresholds next to each border (`tests/snnllm/test_cuda_plain.py`). Other x take a Newton step more, from a
 faithful quotient (Markstein 1990). Counts are in 1/256, so that the instruction that adds the bias also clips.
 
-Macros besides those of `encode_source.ENCODING`: CHANNELS, POSITIONS, START0 .. FIRST1 (`Run`), ROW_THREADS,
-RESIDENT (blocks on a multiprocessor, at least), VECTOR (4, 8 or 16), FEW (rows), REHEARSING (so many first blocks go
-through their work twice).
+Macros besides those of `encode_source.ENCODING` and `LAYOUT`: ROW_THREADS, RESIDENT (blocks on a multiprocessor, at
+least), VECTOR (4, 8 or 16), FEW (rows), REHEARSING (so many first blocks go through their work twice).
 """
 
-from snnllm.kernels.cuda.encode_source import ENCODING
+from snnllm.kernels.cuda.encode_source import ENCODING, LAYOUT
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES, SHARED
 
-__all__ = ["BODY", "INSTRUCTIONS", "LANES", "SHARED_BYTES", "SOURCE"]
+__all__ = ["BODY", "SHARED_BYTES", "SOURCE"]
 
 SHARED_BYTES = 32 + 64
 """Shared memory of a block: ranges and sums of a row, its parameters."""
 
-LANES = r"""
+BODY = r"""
 // Words of two channels are compared as they come, else floats.
 #define PAIRED (OUT != 0 && !OFFSET)
-"""
-
-INSTRUCTIONS = r"""
-INLINE unsigned largest(unsigned a, unsigned b, unsigned c) {  // signed
-  return PAIRED ? __vimax3_s16x2(a, b, c) : (unsigned)__vimax3_s32((int)a, (int)b, (int)c);
-}
-INLINE unsigned farthest(unsigned a, unsigned b, unsigned c) {  // unsigned
-  return PAIRED ? __vimax3_u16x2(a, b, c) : __vimax3_u32(a, b, c);
-}
-INLINE float high_of(unsigned pair) {
-#if OUT == 2
-  float v;
-  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high; }" : "=f"(v) : "r"(pair));
-  return v;
-#else
-  return __int_as_float(pair & 0xffff0000u);
-#endif
-}
-"""
-
-BODY = r"""
 constexpr int WORDS = OUT == 0 ? VECTOR : VECTOR / 2, VECTORS = CHANNELS / VECTOR, WARPS = ROW_THREADS / 32;
 constexpr int CHUNKS = (VECTORS + ROW_THREADS - 1) / ROW_THREADS;
 constexpr bool BY_ONE = WARPS > 4 && !FEW;  // elsewhere it is not faster
@@ -96,30 +74,6 @@ template <int N> INLINE void take_offset(float (&x)[N], const float* offset) {
     for (int j = 0; j < 4; j++) x[i + j] = __fadd_rn(x[i + j], -off[j]);
   }
 }
-// Of the bits of floats. As signed integers the largest is that of the largest float, 0 at least; as unsigned ones it
-// is that of the least float, if one is below 0. NaN is beyond infinity in both.
-struct Ends { unsigned above, below; };
-template <int N> INLINE void widen_ends(Ends& e, const unsigned (&w)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i += 2)
-    e.above = largest(w[i], w[i + 1], e.above), e.below = farthest(w[i], w[i + 1], e.below);
-}
-INLINE unsigned magnitude_above(unsigned bits) {  // as `bits_above`
-#if PAIRED
-  const unsigned low = bits & 0xffffu, high = bits >> 16;
-  return (unsigned)__float_as_int(low_of(max(low, high)));
-#else
-  return bits;
-#endif
-}
-INLINE unsigned magnitude_below(unsigned bits) {
-#if PAIRED
-  const unsigned far = max(bits & 0xffffu, bits >> 16);
-  return far > 0x8000u ? (unsigned)__float_as_int(low_of(far & 0x7fffu)) : 0u;
-#else
-  return bits > 0x80000000u ? bits & 0x7fffffffu : 0u;
-#endif
-}
 INLINE void store_words(unsigned char* to, const unsigned (&w)[VECTOR / 4]) {
   if constexpr (VECTOR == 16) *(uint4*)to = {w[0], w[1], w[2], w[3]};
   else if constexpr (VECTOR == 8) *(uint2*)to = {w[0], w[1]};
@@ -130,10 +84,6 @@ INLINE void row_meets() {
   else __syncthreads();
 }
 
-INLINE bool in_second(int c) { return GROUPS == 2 && c >= FIRST1 && c < FIRST1 + MANY1; }
-INLINE unsigned char* place_of(unsigned char* count, int g, int c) {
-  return count + c + (g ? START1 - FIRST1 : START0 - FIRST0);
-}
 // The parameters and counts of a row by divisions for all ranges, and the sums of counts in a thread. Not inlined:
 // instructions that are not run are not to lie between those that are.
 __noinline__ __device__ int2 encode_far(const void* x, i64 at, const float* offset, const float* capacity,
@@ -218,15 +168,15 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
           unsigned bits[VECTOR];
 #pragma unroll
           for (int i = 0; i < VECTOR; i++) bits[i] = (unsigned)__float_as_int(y[i]);
-          widen_ends(e, bits);
-        } else widen_ends(e, own[v]);
+          widen_ends<PAIRED>(e, bits);
+        } else widen_ends<PAIRED>(e, own[v]);
         if (second) ends[1] = e;
         else ends[0] = e;
       }
       if (WARP_OF_ONE && group) ends[0] = ends[1];
 #pragma unroll
       for (int g = 0; g < RANGES / 2; g++)
-        range[2 * g] = magnitude_below(ends[g].below), range[2 * g + 1] = magnitude_above(ends[g].above);
+        take_range<PAIRED>(range, g, ends[g]);
       unsigned one = 0;
 #pragma unroll
       for (int i = 0; i < RANGES; i++) {
@@ -343,4 +293,4 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
 }
 """
 
-SOURCE = PREAMBLE + PRIMITIVES + SHARED + ENCODING + LANES + INSTRUCTIONS + BODY
+SOURCE = PREAMBLE + PRIMITIVES + SHARED + ENCODING + LAYOUT + BODY

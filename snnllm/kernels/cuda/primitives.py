@@ -43,6 +43,12 @@ INLINE unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_
 // Programmatic dependent launch; both do nothing in a launch without it.
 INLINE void wait_for_kernel_in_front() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 INLINE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+// When a value is there (one that nothing makes would leave it to the end): what is asked for before the kernels behind
+// start does not wait for all that they ask the memory for.
+INLINE void launch_dependents_behind(unsigned value) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0x7ffffff1;\n"
+               "@p griddepcontrol.launch_dependents; }" ::"r"(value) : "memory");
+}
 template <int REGISTERS> INLINE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
@@ -212,6 +218,22 @@ INLINE unsigned pair(float low, float high) {  // two 16-bit floats
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
 #endif
   return v;
+}
+// Of three words, or of their halves, each: signed, and unsigned.
+template <bool HALVES> INLINE unsigned largest(unsigned a, unsigned b, unsigned c) {
+  return HALVES ? __vimax3_s16x2(a, b, c) : (unsigned)__vimax3_s32((int)a, (int)b, (int)c);
+}
+template <bool HALVES> INLINE unsigned farthest(unsigned a, unsigned b, unsigned c) {
+  return HALVES ? __vimax3_u16x2(a, b, c) : __vimax3_u32(a, b, c);
+}
+INLINE float high_of(unsigned pair) {
+#if OUT == 2
+  float v;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high; }" : "=f"(v) : "r"(pair));
+  return v;
+#else
+  return __int_as_float(pair & 0xffff0000u);
+#endif
 }
 INLINE float low_of(unsigned pair) {
 #if OUT == 2

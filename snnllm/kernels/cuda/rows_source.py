@@ -71,6 +71,9 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
   int* row_table = column_table + SEGMENTS * 3 * OUTPUTS;  // [SEGMENTS][3][ROWS]: s, z, sum of counts
   int* residual_table = row_table + SEGMENTS * 3 * ROWS;   // [ROWS][OUTPUTS] of the type of the outputs
 
+  // First position, group and group of weights of both segments: asked for before the weights, behind which it is late.
+  const int* last = segments + 4 * (SEGMENTS - 1);
+  const int second_at = last[0], group_of[2] = {segments[2], last[2]}, weight_group_of[2] = {segments[3], last[3]};
   const unsigned full = shared_address(barriers + warp * STAGES);
   // Where 16 bytes of 8 rows of 64 lie: boxes are swizzled.
   const int lane_at = IN_BOXES ? lane / 4 * 64 + (lane % 4 ^ lane / 8) * 16 : 16 * lane;
@@ -110,17 +113,17 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
 #pragma unroll
   for (int at = threadIdx.x; at < SEGMENTS * OUTPUTS; at += 256) {
     const int of = at / OUTPUTS, i = at % OUTPUTS;
-    const int n = min(n0 + i, columns - 1), j = n * weight_groups + segments[4 * of + 3];
+    const int n = min(n0 + i, columns - 1), j = n * weight_groups + (of ? weight_group_of[1] : weight_group_of[0]);
     const unsigned to = shared_address(column_table + of * 3 * OUTPUTS + i);
     copy_4(to, scale + j);
     copy_4(to + 4 * OUTPUTS, weight_zero + j);
     copy_4(to + 8 * OUTPUTS, row_sum + n * SEGMENTS + of);
     if (BIAS && of == 0) copy_4(shared_address(bias_table + i), bias + n);
   }
-  const int second = SUMS == 2 ? segments[4] / 128 : blocks;
+  const int second = SUMS == 2 ? second_at / 128 : blocks;
   wait_for_kernel_in_front();
   if (threadIdx.x < SEGMENTS * rows) {
-    const int of = threadIdx.x / rows, m = threadIdx.x % rows, group = segments[4 * of + 2];
+    const int of = threadIdx.x / rows, m = threadIdx.x % rows, group = of ? group_of[1] : group_of[0];
     const unsigned to = shared_address(row_table + of * 3 * ROWS + m);
     copy_4(to, threshold + m * groups + group);
     copy_4(to + 4 * ROWS, zero_point + m * groups + group);
