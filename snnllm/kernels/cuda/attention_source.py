@@ -2,26 +2,25 @@
 
     P = softmax(scaling * sum_g s_qg s_kg A_g + mask),   out = P (s_v (q_v - z_v))
 
-A cluster of CLUSTER blocks of threads has a KV head and all ROWS queries that share it; its warps take
-blocks of 32 keys in turn. For the scores a lane has a key: its payload is in registers, and A_g, an exact
-integer, is a sum of dp4a with the centred counts of Q, which every block encodes for itself. Scores are
-combined in the order of `snnllm.attention_products.spiking_scores`. For the product with V a lane has eight channels
-(a word of packed counts), and P times the threshold comes from the lane of the key. High bits of salient
-channels and zero points are taken in separately:
+A cluster of CLUSTER blocks of threads has a KV head and all ROWS queries that share it; its warps take 32 keys at a
+time in turn. For the scores a lane has a key: its payload is in registers, and A_g, an exact integer, is a sum of
+dp4a with the centred counts of Q, which every block encodes for itself. Scores are combined in the order of
+`snnllm.attention_products.spiking_scores`. For the product with V a lane has eight channels (a word of packed
+counts), and P times the threshold comes from the lane of the key. High bits of salient channels and zero points are
+taken in separately:
 
     sum_n P_n s_n (16 high_n + low_n - z_n) = 16 P' high + P' low - sum_n P'_n z_n
 
 Warps are put together in shared memory, the blocks of a cluster through the shared memory of each other.
 
-With STORED it takes projections: warps encode queries, key and value of the new token (`attention_token_source`),
-the first block of a cluster writes the payloads to the cache, and each reads them from its own shared memory. The first
-keys of a warp are in its registers before the projections are there: behind these, the weights of the next linear would
-be in front of them in the queues of the memory. The kernel behind starts when the projections are encoded, therefore.
+With STORED it takes projections: warps encode queries, key and value of the new token (`attention_token_source`), the
+first block of a cluster writes the payloads to the cache, and each reads them from its own shared memory. The first
+keys of a warp are in its registers before the projections are there: behind these, the weights of the next linear
+would be in front of them in the queues of the memory. So the kernel behind starts when projections are encoded.
 
-Macros: D (32, 64 or 128), G, QUERY_GROUPS, ONE_RANGE (of all groups of Q), ROWS, KEY_BYTES and VALUE_BYTES (of
-a payload), PLANES (high bits of a salient count), KEY_PLANE and VALUE_PLANE (bytes of one of them, at most 4;
-0 without), CLUSTER, QUERY, MASK and OUT (dtypes as `primitives.OUTPUTS`; MASK -1: none, 4: bool), STORED, and
-those of `attention_token_source`.
+Macros: D (32, 64 or 128), G, QUERY_GROUPS, ONE_RANGE (of all groups of Q), ROWS, KEY_BYTES and VALUE_BYTES (of a
+payload), PLANES (high bits of a salient count), KEY_PLANE and VALUE_PLANE (bytes of one of them, at most 4; or
+0), CLUSTER, QUERY, MASK, OUT (as `primitives.OUTPUTS`; MASK -1: none, 4: bool), STORED; `attention_token_source`'s.
 """
 
 from snnllm.kernels.cuda.attention_token_source import NEW_TOKEN
@@ -114,10 +113,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
   load_biases(mine_first);
 #pragma unroll
   for (int i = STORED; i < 4; i++) {
-    const int n = 32 * (mine_first + i * NEXT) + lane;
+    const i64 n = 32 * (mine_first + i * NEXT) + lane;
     if (!(biases[i] > NOTHING)) continue;
-    fetch(key + (i64)n * key_token_stride, KEY_BYTES);
-    fetch(value + (i64)n * value_token_stride, VALUE_BYTES);
+    fetch(key + n * key_token_stride, KEY_BYTES), fetch(value + n * value_token_stride, VALUE_BYTES);
   }
   unsigned row[KEY_BYTES / 4], tail[TAIL], words[W];  // of 32 keys
   auto load_keys = [&](int n0) {
@@ -224,17 +222,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
   __syncthreads();
   launch_dependents();
 
-  float most[ROWS], total[ROWS], offset[ROWS][G], sums[ROWS][8], own[ROWS][OWN_PER_LANE];
+  float most[ROWS], total[ROWS] = {}, offset[ROWS][G] = {}, sums[ROWS][8] = {}, own[ROWS][OWN_PER_LANE] = {};
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    most[r] = NOTHING, total[r] = 0.0f;
-#pragma unroll
-    for (int g = 0; g < G; g++) offset[r][g] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) sums[r][i] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < OWN_PER_LANE; i++) own[r][i] = 0.0f;
-  }
+  for (int r = 0; r < ROWS; r++) most[r] = NOTHING;
   for (int first = mine_first; first < blocks; first += 4 * NEXT) {
     if (first != mine_first) load_biases(first);
 #pragma unroll 1
@@ -265,15 +255,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
           dot[g] = 0;
 #pragma unroll
           for (int e = 0; e < W / 4; e++) {
-            const uint4 low = code[e], high = code[W / 4 + e];
-            dot[g] = dot_4(low.x, row[4 * e] & NIBBLES, dot[g]);
-            dot[g] = dot_4(low.y, row[4 * e + 1] & NIBBLES, dot[g]);
-            dot[g] = dot_4(low.z, row[4 * e + 2] & NIBBLES, dot[g]);
-            dot[g] = dot_4(low.w, row[4 * e + 3] & NIBBLES, dot[g]);
-            dot[g] = dot_4(high.x, row[4 * e] >> 4 & NIBBLES, dot[g]);
-            dot[g] = dot_4(high.y, row[4 * e + 1] >> 4 & NIBBLES, dot[g]);
-            dot[g] = dot_4(high.z, row[4 * e + 2] >> 4 & NIBBLES, dot[g]);
-            dot[g] = dot_4(high.w, row[4 * e + 3] >> 4 & NIBBLES, dot[g]);
+            const uint4 v = code[e], w = code[W / 4 + e];
+            const unsigned low[4] = {v.x, v.y, v.z, v.w}, high[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+            for (int i = 0; i < 4; i++) dot[g] = dot_4(low[i], row[4 * e + i] & NIBBLES, dot[g]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) dot[g] = dot_4(high[i], row[4 * e + i] >> 4 & NIBBLES, dot[g]);
           }
         }
         if (KEY_PLANE) {
