@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Contender", "Timing", "decode", "generate", "prefill", "time_contenders"]
+__all__ = [
+    "Contender",
+    "Timing",
+    "decode",
+    "generate",
+    "prefill",
+    "time_contenders",
+    "warm_ups_on",
+]
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,11 @@ def decode(model: Any, ids: Tensor, tokens: int, **options: Any) -> float:
     return (long - short) / tokens
 
 
+def warm_ups_on(device: torch.device) -> int:
+    """Repetitions that do not count: the first compiles kernels; on a GPU the second records prefills."""
+    return 2 if device.type == "cuda" else 1
+
+
 def time_contenders(
     contenders: Mapping[str, Contender],
     prompt: Tensor,
@@ -96,6 +109,7 @@ def time_contenders(
     tokens: int,
     repeat: int,
     patience: float = math.inf,
+    warm_ups: int = 1,
 ) -> dict[str, Timing]:
     """Time every contender, interleaved so that a busy machine troubles all of them alike.
 
@@ -104,9 +118,10 @@ def time_contenders(
         prompt: Ids of the prefill, `[B, S]`.
         context: Ids before the decoded tokens, `[B, S']`.
         tokens: Decoded tokens of a repetition.
-        repeat: Repetitions, at least 1; one more warms up.
-        patience: Seconds after which a contender is not repeated any more. If the warm-up alone takes so
+        repeat: Repetitions, at least 1.
+        patience: Seconds after which a contender is not repeated any more. If warming up alone takes so
             long, it is timed once, over a quarter of the tokens.
+        warm_ups: Repetitions before them (`warm_ups_on`).
 
     Returns:
         The medians by name.
@@ -118,7 +133,7 @@ def time_contenders(
         raise ValueError(f"tokens and repeat must be at least 1, got {tokens} and {repeat}.")
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     used = dict.fromkeys(contenders, 0.0)
-    for repetition in range(repeat + 1):
+    for repetition in range(warm_ups + repeat):
         for name, contender in contenders.items():
             if used[name] > patience and times[name]:
                 continue
@@ -130,7 +145,7 @@ def time_contenders(
                     decode(contender.model, context, decoded, **contender.options),
                 )
             used[name] += time.perf_counter() - start
-            if repetition > 0:  # the first compiles kernels
+            if repetition >= warm_ups:
                 times[name].append(pair)
     timings = {}
     for name, pairs in times.items():

@@ -9,7 +9,7 @@ import torch
 
 from snnllm import speed
 from snnllm.cli import bench
-from snnllm.speed import Contender, Timing, time_contenders
+from snnllm.speed import Contender, Timing, time_contenders, warm_ups_on
 
 IDS = torch.zeros(1, 4, dtype=torch.int64)
 
@@ -61,6 +61,16 @@ def test_without_a_limit_all_are_repeated_alike(clock: list[tuple[str, str]]) ->
     timings = time_contenders({n: Contender(n) for n in ("1", "30")}, IDS, IDS, 2, 3)
     assert [timing.repetitions for timing in timings.values()] == [3, 3]
     assert clock[:4] == [("1", "prefill"), ("1", "decode 2"), ("30", "prefill"), ("30", "decode 2")]
+
+
+def test_what_is_recorded_meanwhile_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, graphs = iter([90, 40, 3, 4, 5]), iter([90, 40, 6, 7, 8])
+    monkeypatch.setattr(speed, "prefill", lambda *_: next(kernels))
+    monkeypatch.setattr(speed, "decode", lambda *_: next(graphs))
+    warm_ups = warm_ups_on(torch.device("cuda"))
+    timings = time_contenders({"1": Contender("1")}, IDS, IDS, 2, 3, warm_ups=warm_ups)
+    assert timings == {"1": Timing(4, 7, 3)}
+    assert warm_ups_on(torch.device("cpu")) == 1
 
 
 @pytest.mark.parametrize(("tokens", "repeat"), [(0, 1), (1, 0)])
