@@ -230,11 +230,29 @@ def test_blocks_have_the_registers_that_their_warps_share(
     assert "setmaxnreg ignored" not in log
 
 
+def resources(
+    monkeypatch: pytest.MonkeyPatch, source: str, macros: dict[str, int]
+) -> tuple[int, int]:
+    """Registers of a thread of a kernel, and bytes of them in memory, functions that it calls included."""
+    options = cuda_driver._options
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            cuda_driver, "_options", lambda *given: [*options(*given), "--ptxas-options=-v"]
+        )
+        code, log = cuda_driver.compiled(source, tuple(macros.items()), "sm_90a")
+    assert code.startswith(b"\x7fELF")
+    (used,) = map(int, re.findall(r"Used (\d+) registers", log))
+    return used, max(map(int, re.findall(r"(\d+) bytes spill stores", log)))
+
+
 @needs_compiler
 @pytest.mark.parametrize("out", [0, 1, 2])
 @pytest.mark.parametrize(("groups", "mode"), [(1, 1), (2, 0), (2, 2)])
-def test_encoding_kernels_compile(out: int, groups: int, mode: int) -> None:
-    names = {"GROUPS": groups, "RANGE_MODE": mode, "OFFSET": 1, "OUT": out}
+@pytest.mark.parametrize("offset", [0, 1])
+def test_encoding_kernels_compile(
+    monkeypatch: pytest.MonkeyPatch, out: int, groups: int, mode: int, offset: int
+) -> None:
+    names = {"GROUPS": groups, "RANGE_MODE": mode, "OFFSET": offset, "OUT": out}
     more, runs = (
         groups - 1,
         [0, 4096, 4096, 0] if groups == 1 else [0, 512, 512, 7680, 512, 8192, 7680, 0],
@@ -250,22 +268,27 @@ def test_encoding_kernels_compile(out: int, groups: int, mode: int) -> None:
         (cuda_normed_source.SOURCE, row),
     ]
     for source, known in sources:
-        code, _ = cuda_driver.compiled(source, tuple(known.items()), "sm_90a")
-        assert code.startswith(b"\x7fELF")
+        registers, spilled = resources(monkeypatch, source, known)
+        assert registers <= 128  # two blocks of threads beside a linear
+        assert spilled == 0
 
 
 @needs_compiler
 @pytest.mark.parametrize("out", [0, 1, 2])
 @pytest.mark.parametrize(("channels", "stored", "cluster"), [(128, 1, 1), (64, 1, 4), (32, 0, 2)])
-def test_attention_compiles(out: int, channels: int, stored: int, cluster: int) -> None:
+def test_attention_compiles(
+    monkeypatch: pytest.MonkeyPatch, out: int, channels: int, stored: int, cluster: int
+) -> None:
     names = {"D": channels, "G": 2, "QUERY_GROUPS": 1, "ONE_RANGE": 0, "ROWS": cluster}
     names |= {"KEY_BYTES": 80, "VALUE_BYTES": 80, "PLANES": 2, "KEY_PLANE": 2, "VALUE_PLANE": 2}
     names |= {"CLUSTER": cluster, "QUERY": out, "MASK": out, "OUT": out, "STORED": stored}
     mixed = packed_mixing((channels,) * (channels.bit_length() - 2) + (0,)) * stored
     names |= {"ROTATED": stored, "OFFSET": stored, "MIXED": mixed}
-    source, macros = cuda_attention_source.SOURCE, tuple(names.items())
-    code, _ = cuda_driver.compiled(source, macros, "sm_90a")
-    assert code.startswith(b"\x7fELF")
+    held = int(stored and cluster == 1)
+    names |= {"HELD": held, "PLANES": 1 if held else 2}
+    registers, spilled = resources(monkeypatch, cuda_attention_source.SOURCE, names)
+    assert registers <= (176 if held else 255)  # beside a block of a linear of few rows, with 20480
+    assert spilled == 0
 
 
 @needs_compiler

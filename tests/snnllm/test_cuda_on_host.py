@@ -116,7 +116,7 @@ BODIES = {
 def compiler_for(
     folder: Path, bodies: dict[str, str], entries: dict[str, str]
 ) -> Callable[[str, dict[str, int]], Any]:
-    """What compiles a kernel with macros for the CPU, once for all that ask, and returns its entry."""
+    """What compiles a kernel with macros for the CPU, once for all that ask, and returns its library."""
     header = Path(__file__).with_name("cuda_on_host.h").read_text()
 
     def compiled(name: str, macros: dict[str, int]) -> Any:
@@ -136,7 +136,7 @@ def compiler_for(
             flags = [f"-D{key}={value}" for key, value in macros.items()]
             assert COMPILER is not None
             subprocess.run([COMPILER, *FLAGS, *flags, "-o", str(library), str(source)], check=True)
-        return ctypes.CDLL(str(library)).launch
+        return ctypes.CDLL(str(library))
 
     return compiled
 
@@ -147,12 +147,25 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, 
     return compiler_for(tmp_path_factory.mktemp("cuda"), BODIES, ENTRY)
 
 
-def launched(build: Any, name: str, planned: Launch) -> None:
-    """Run a planned launch: pointers, integers and floats of a kernel come in arrays of their own."""
+def launched(build: Any, name: str, planned: Launch, late: tuple[Tensor, ...] = ()) -> None:
+    """Run a planned launch: pointers, integers and floats of a kernel come in arrays of their own.
+
+    What comes late is there when the kernel has waited for the one in front; before that it is NaN, or -1.
+    """
     tensors = [x for x in planned.arguments if x is None or isinstance(x, Tensor)]
     integers = [x for x in planned.arguments if isinstance(x, int)]
     floats = [x for x in planned.arguments if isinstance(x, float)]
-    build(name, planned.macros)(
+    library = build(name, planned.macros)
+    kept = []
+    for storage in {x.untyped_storage().data_ptr(): x.untyped_storage() for x in late}.values():
+        bytes_of = torch.tensor([], dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+        kept.append(bytes_of.clone())
+        bytes_of.fill_(255)
+        library.arrives_late(
+            *map(ctypes.c_void_p, (bytes_of.data_ptr(), kept[-1].data_ptr())),
+            ctypes.c_longlong(len(bytes_of)),
+        )
+    library.launch(
         planned.blocks,
         planned.threads,
         (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors)),
@@ -224,7 +237,7 @@ def run(
             1 if shape["BN"] == 256 else 2,
             128 + 128 * shape["WORKERS"],
         )
-    build(name, macros)(blocks, threads, pointers, numbers)
+    build(name, macros).launch(blocks, threads, pointers, numbers)
     return out
 
 
@@ -327,7 +340,8 @@ def attend(
         *(query, key, value, (mask, *strides)),
         *((*slots, tables.query_capacity, tables.query_clip), sizes, out, multiprocessors, new),
     )
-    launched(build, "attention", launch)
+    late = (query, key, value) if new is None else (query, new.cos, new.sin, new.position)
+    launched(build, "attention", launch, late)
     return out
 
 
@@ -410,10 +424,12 @@ ROTATED = {"rotation": "groups", "key_offset": True}
         (2, 1, 64, 69, {"kv_salient_steps": 1, "key_offset": True}, torch.float32),
         # Behind the end.
         (2, 1, 128, 70, {"salient_ratio": 0.5, "activation_bits": 3}, torch.bfloat16),
-        # Among the keys that a warp takes after its first ones.
+        # Among the keys that a warp takes after its first ones; on a device that has no room to hold these.
+        (1, 1, 32, 2080, {}, torch.bfloat16),
         (2, 1, 32, 550, {}, torch.bfloat16),
+        (1, 1, 32, 8200, {}, torch.float32),  # in its second round
     ],
-    ids=["float", "bfloat", "half", "steps", "shared", "one", "many", "late"],
+    ids=["float", "bfloat", "half", "steps", "shared", "one", "many", "later", "full", "round"],
 )
 @torch.no_grad()
 def test_attention_stores_the_new_token(
@@ -428,8 +444,8 @@ def test_attention_stores_the_new_token(
     """The payloads of the kernel that only stores, and the output of the one that only attends."""
     module, generator = with_random_groups(heads, kv_heads, dim, spike, seed=position)
     kernels = kernels_of(module)
-    batch, keys = 2, 600 if position > 70 else 70
-    multiprocessors = 1 if position > 70 else 4 * kv_heads
+    batch, keys = 1 if position > 2000 else 2, 70 if position <= 70 else position + 30
+    multiprocessors = 1 if position == 550 else 16
     projected = torch.randn(batch, 1, (heads + 2 * kv_heads) * dim, generator=generator)
     projected[..., dim // 2 :: dim] *= 20
     projected = projected.to(dtype)
@@ -499,7 +515,7 @@ def test_gated_rows_are_rotated_and_encoded(
     launch = cuda_encode.gated_launch(
         gate, up, (offset, plan.capacities, plan.clip), outputs, plan.runs or (), mode
     )
-    launched(build, "gated", launch)
+    launched(build, "gated", launch, late=(gate, up))
     for mine, other in zip(outputs, expected, strict=True):
         assert torch.equal(mine, other)
 
@@ -510,39 +526,57 @@ def test_gated_rows_are_rotated_and_encoded(
         ((300,), torch.bfloat16, {}),
         ((1920, 168), torch.bfloat16, {"rows": 3}),  # padding, and a part of 1024 channels
         ((4224, 128), torch.float32, {}),  # constants read late
-        ((256, 128), torch.float32, {"mode": 1, "bare": True}),
+        ((256, 128), torch.float32, {"mode": 1, "without": "offset added gain"}),
         ((384, 128), torch.bfloat16, {"mode": 2, "rows": 2}),
         ((256, 128), torch.float16, {}),
+        # Ranges of words of two channels; groups that meet within 1024 channels.
+        ((1920, 168), torch.bfloat16, {"without": "offset gain", "rows": 2}),
+        ((4608, 512), torch.float16, {"without": "offset added"}),
+        ((384, 128), torch.bfloat16, {"mode": 2, "without": "offset"}),
+        ((300,), torch.float16, {"without": "offset added gain"}),
+        ((256, 128), torch.float32, {"near": True}),
     ],
-    ids=["one", "two", "long", "shared", "commensurate", "half"],
+    ids=[
+        *("one", "two", "long", "shared", "commensurate", "half", "words", "words-long"),
+        *("words-commensurate", "words-one", "near"),
+    ],
 )
 def test_normalised_rows_are_encoded(
     build: Any, sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     """The bits of the norm and of the encoder one after the other."""
     k, many, mode = sum(sizes), options.get("rows", 1), options.get("mode", 0)
-    bare = "bare" in options
+    without = options.get("without", "").split()
     generator = torch.Generator().manual_seed(k)
     x, added = ((torch.randn(many, k, generator=generator) * 3).to(dtype) for _ in range(2))
     gain = torch.rand(k, generator=generator).add(0.5).to(dtype)
-    offset = None if bare else torch.randn(k, generator=generator) / 8
+    total = x if "added" in without else x + added
+    normed = rms_norm(total, None if "gain" in without else gain, 1e-5)
+    offset = None if "offset" in without else torch.randn(k, generator=generator) / 8
+    if "near" in options:  # the row is far smaller than what a rehearsal makes of the offset
+        offset = normed[0].float() * 1.01
     capacities = (15, 30 if mode == 2 else 200)[: len(sizes)]
     kind = {"shared": mode == 1, "commensurate": mode == 2}
     spec = EncoderSpec(torch.arange(k), sizes, capacities, name="layer", **kind)
     linear = dataclasses.replace(spec_of(8, sizes, capacities, False), encoder=spec)
     plan = TritonBackend().prepare(linear).plan
-    total = x if bare else x + added
-    expected = encode_plan(rms_norm(total, None if bare else gain, 1e-5), plan, offset)
+    expected = encode_plan(normed, plan, offset)
     rows = cuda_encode.NormedRows(
-        *(x, None if bare else added, None if bare else gain, 1e-5, offset),
+        *(
+            x,
+            None if "added" in without else added,
+            None if "gain" in without else gain,
+            1e-5,
+            offset,
+        ),
         *(plan.capacities, plan.clip, plan.runs, mode),
     )
     assert "compute capability" in str(rows.unsuitable())
     outputs = (torch.zeros_like(x), *(torch.full_like(t, 77) for t in expected))
-    launched(build, "normed", cuda_encode.normed_launch(rows, outputs))
+    launched(build, "normed", cuda_encode.normed_launch(rows, outputs), late=(x, added))
     for mine, other in zip(outputs[1:], expected, strict=True):
         assert torch.equal(mine, other)
-    assert bare or torch.equal(outputs[0], total)
+    assert "added" in without or torch.equal(outputs[0], total)
 
 
 def test_a_rehearsal_reads_and_writes_nothing_of_others(build: Any) -> None:

@@ -118,7 +118,7 @@ def encoded(build: Any, rows: PlainRows, shape: Shape | None) -> tuple[Tensor, .
     many, groups = len(rows.x), len(rows.capacities)
     sizes = (((rows.runs or ())[-3], torch.uint8), (groups, FLOAT), *((groups, torch.int32),) * 2)
     outputs = tuple(torch.full((many, size), 77, dtype=dtype) for size, dtype in sizes)
-    launched(build, "plain", plain_launch(rows, outputs, shape))
+    launched(build, "plain", plain_launch(rows, outputs, shape), late=(rows.x,))
     return outputs
 
 
@@ -305,7 +305,7 @@ def test_quotients_by_few_bits_are_right_after_one_step(bits: int, build: Any) -
         x = ((whole + step) * 2.0**exponent).float()
         divisor, mine = d.float().expand_as(x).contiguous(), torch.empty_like(x)
         numbers = (ctypes.c_void_p(t.data_ptr()) for t in (x, divisor, mine))
-        build("quotients", {"OUT": 0})(*numbers, ctypes.c_int(x.numel()))
+        build("quotients", {"OUT": 0}).launch(*numbers, ctypes.c_int(x.numel()))
         assert torch.equal(mine, x / divisor)
 
 

@@ -28,6 +28,10 @@ _INT_MAX = 2**31 - 1
 class NewToken(NamedTuple):
     """What turns projections into a row of the cache, where the queries are projections, too.
 
+    Rows of earlier tokens, and the mask, are read before the kernel in front has ended: between a launch that
+    writes a row and the next one for the same cache there is a kernel that does not start early, as there is in
+    every step of a model.
+
     Attributes:
         cos: `[B or 1, 1, D]` in the dtype of the projections, contiguous.
         sin: Likewise.
@@ -130,6 +134,8 @@ def arguments(
         "MASK": kind,
         "OUT": OUTPUTS[out.dtype],
         "STORED": int(new is not None),
+        # In registers, of which the linears beside it need some: where its blocks have multiprocessors of their own.
+        "HELD": int(new is not None and share == 1 and cluster * pairs <= multiprocessors),
         "ROTATED": int(new is not None and new.order is not None),
         "OFFSET": int(new is not None and new.offset is not None),
         "MIXED": 0 if new is None else packed_mixing(new.mixed),

@@ -14,13 +14,13 @@ taken in separately:
 Warps are put together in shared memory, the blocks of a cluster through the shared memory of each other.
 
 With STORED it takes projections: warps encode queries, key and value of the new token (`attention_token_source`), the
-first block of a cluster writes the payloads to the cache, and each reads them from its own shared memory. The first
-keys of a warp are in its registers before the projections are there: behind these, the weights of the next linear
-would be in front of them in the queues of the memory. So the kernel behind starts when projections are encoded.
+first block of a cluster writes the payloads to the cache, and each reads them from its own shared memory. With HELD
+the first keys of a warp are in its registers before the projections are there: behind these, the weights of the next
+linear would be in front of them in the queues of the memory. So the kernel behind starts when they are encoded.
 
 Macros: D (32, 64 or 128), G, QUERY_GROUPS, ONE_RANGE (of all groups of Q), ROWS, KEY_BYTES and VALUE_BYTES (of a
 payload), PLANES (high bits of a salient count), KEY_PLANE and VALUE_PLANE (bytes of one of them, at most 4; or
-0), CLUSTER, QUERY, MASK, OUT (as `primitives.OUTPUTS`; MASK -1: none, 4: bool), STORED; `attention_token_source`'s.
+0), CLUSTER, QUERY, MASK, OUT (`primitives.OUTPUTS`; MASK -1: none, 4: bool), STORED, HELD; `attention_token_source`'s.
 """
 
 from snnllm.kernels.cuda.attention_token_source import NEW_TOKEN
@@ -112,7 +112,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
   // later is sure to be seen behind it alone, and the kernel in front may be waiting itself: masks, old keys, layouts.
   load_biases(mine_first);
 #pragma unroll
-  for (int i = STORED; i < 4; i++) {
+  for (int i = HELD; i < 4; i++) {
     const i64 n = 32 * (mine_first + i * NEXT) + lane;
     if (!(biases[i] > NOTHING)) continue;
     fetch(key + n * key_token_stride, KEY_BYTES), fetch(value + n * value_token_stride, VALUE_BYTES);
@@ -128,7 +128,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256
       words[e] = *(const unsigned*)(value + (i64)of * value_token_stride + 4 * word);
     }
   };
-  const bool held = STORED && any_of_warp(biases[0] > NOTHING);  // without STORED the kernel in front writes one
+  const bool held = HELD && any_of_warp(biases[0] > NOTHING);
   if (held) load_keys(32 * mine_first);
   const int own_slot = VALUE_PLANE ? value_slot[head * D + threadIdx.x % D] : -1;  // of what this thread writes
   int slot[PER_LANE];  // of the channels of a query

@@ -247,6 +247,12 @@ __noinline__ __device__ int2 far_counts_of(float4 x, Spikes s) {
 
 LAYOUT = r"""
 INLINE bool in_second(int c) { return GROUPS == 2 && c >= FIRST1 && c < FIRST1 + MANY1; }
+// Of channel c, which is in low .. high: known to the compiler unless both groups meet there.
+INLINE int group_between(int low, int high, int c) {
+  if (GROUPS == 1 || high <= FIRST1 || low >= FIRST1 + MANY1) return 0;
+  if (low >= FIRST1 && high <= FIRST1 + MANY1) return 1;
+  return (int)in_second(c);
+}
 INLINE unsigned char* place_of(unsigned char* count, int g, int c) {
   return count + c + (g ? START1 - FIRST1 : START0 - FIRST0);
 }

@@ -47,12 +47,7 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
   count += row * POSITIONS;
   auto channel = [&](int v) { return 1024 * v + 4 * thread; };
   auto inside = [&](int v) { return 1024 * (v + 1) <= CHANNELS || channel(v) < CHANNELS; };
-  auto group_of = [&](int v) {  // known to the compiler unless both groups meet there
-    const int low = 1024 * v, high = min(low + 1024, CHANNELS);
-    if (GROUPS == 1 || high <= FIRST1 || low >= FIRST1 + MANY1) return 0;
-    if (low >= FIRST1 && high <= FIRST1 + MANY1) return 1;
-    return (int)in_second(channel(v));
-  };
+  auto group_of = [&](int v) { return group_between(1024 * v, min(1024 * (v + 1), CHANNELS), channel(v)); };
   float own[CHUNKS][4], gains[CHUNKS][4], offsets[CHUNKS][4];
   auto load_constants = [&] {
 #pragma unroll

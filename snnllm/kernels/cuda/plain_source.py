@@ -122,11 +122,9 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
   const char* from = (const char*)x + (row * x_stride + VECTOR * thread) * (OUT == 0 ? 4 : 2);
   count += row * POSITIONS;
   auto inside = [&](int v) { return ROW_THREADS * (v + 1) <= VECTORS || ROW_THREADS * v + thread < VECTORS; };
-  auto group_of = [&](int v) {  // known to the compiler unless both groups meet there
+  auto group_of = [&](int v) {
     const int low = ROW_THREADS * VECTOR * v, high = min(low + ROW_THREADS * VECTOR, CHANNELS);
-    if (GROUPS == 1 || high <= FIRST1 || low >= FIRST1 + MANY1) return 0;
-    if (low >= FIRST1 && high <= FIRST1 + MANY1) return 1;
-    return (int)in_second(min(low + VECTOR * thread, CHANNELS - VECTOR));  // beyond the end as at it
+    return group_between(low, high, min(low + VECTOR * thread, CHANNELS - VECTOR));  // beyond the end as at it
   };
   const int group = OF_ONE ? group_of(0) : 0;
   const Tops tops = tops_of(capacity, clip);

@@ -43,8 +43,8 @@ INLINE unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_
 // Programmatic dependent launch; both do nothing in a launch without it.
 INLINE void wait_for_kernel_in_front() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 INLINE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
-// When a value is there (one that nothing makes would leave it to the end): what is asked for before the kernels behind
-// start does not wait for all that they ask the memory for.
+// When a value is there, in the first warp for which it is (one that nothing makes leaves it to the end of the block):
+// what is asked for before the kernels behind start does not wait for all that they ask the memory for.
 INLINE void launch_dependents_behind(unsigned value) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0x7ffffff1;\n"
                "@p griddepcontrol.launch_dependents; }" ::"r"(value) : "memory");
