@@ -13,15 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Contender",
-    "Timing",
-    "decode",
-    "generate",
-    "prefill",
-    "time_contenders",
-    "warm_ups_on",
-]
+__all__ = ["Contender", "Timing", "decode", "generate", "prefill", "time_contenders"]
 
 
 @dataclass(frozen=True)
@@ -97,11 +89,6 @@ def decode(model: Any, ids: Tensor, tokens: int, **options: Any) -> float:
     return (long - short) / tokens
 
 
-def warm_ups_on(device: torch.device) -> int:
-    """Repetitions that do not count: the first compiles kernels; on a GPU the second records prefills."""
-    return 2 if device.type == "cuda" else 1
-
-
 def time_contenders(
     contenders: Mapping[str, Contender],
     prompt: Tensor,
@@ -109,7 +96,6 @@ def time_contenders(
     tokens: int,
     repeat: int,
     patience: float = math.inf,
-    warm_ups: int = 1,
 ) -> dict[str, Timing]:
     """Time every contender, interleaved so that a busy machine troubles all of them alike.
 
@@ -118,10 +104,9 @@ def time_contenders(
         prompt: Ids of the prefill, `[B, S]`.
         context: Ids before the decoded tokens, `[B, S']`.
         tokens: Decoded tokens of a repetition.
-        repeat: Repetitions, at least 1.
+        repeat: Repetitions, at least 1; one more warms up, and on a GPU, where prefills are recorded then, another one.
         patience: Seconds after which a contender is not repeated any more. If warming up alone takes so
             long, it is timed once, over a quarter of the tokens.
-        warm_ups: Repetitions before them (`warm_ups_on`).
 
     Returns:
         The medians by name.
@@ -133,6 +118,7 @@ def time_contenders(
         raise ValueError(f"tokens and repeat must be at least 1, got {tokens} and {repeat}.")
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     used = dict.fromkeys(contenders, 0.0)
+    warm_ups = 2 if any(c.model.device.type == "cuda" for c in contenders.values()) else 1
     for repetition in range(warm_ups + repeat):
         for name, contender in contenders.items():
             if used[name] > patience and times[name]:
@@ -145,7 +131,7 @@ def time_contenders(
                     decode(contender.model, context, decoded, **contender.options),
                 )
             used[name] += time.perf_counter() - start
-            if repetition >= warm_ups:
+            if repetition >= warm_ups:  # kernels are compiled before, and prefills recorded
                 times[name].append(pair)
     timings = {}
     for name, pairs in times.items():

@@ -289,7 +289,7 @@ def _time(
     import torch
 
     from snnllm.block import device_bytes
-    from snnllm.speed import time_contenders, warm_ups_on
+    from snnllm.speed import time_contenders
 
     models = [contender.model for contender in contenders.values()]
     for model in models:
@@ -299,8 +299,7 @@ def _time(
         torch.cuda.reset_peak_memory_stats(device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, models[0].config.vocab_size, (batch, prompt), generator=generator)
-    warm_ups = warm_ups_on(device)
-    timings = time_contenders(contenders, ids, ids, args.tokens, args.repeat, warm_ups=warm_ups)
+    timings = time_contenders(contenders, ids, ids, args.tokens, args.repeat)
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     rows = [
         Row(

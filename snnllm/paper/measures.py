@@ -23,7 +23,7 @@ from snnllm.operations import count_operations
 from snnllm.paper.recipes import Baseline, Conversion, Measure
 from snnllm.paper.settings import Settings, short_name
 from snnllm.sources import Source, dense_model
-from snnllm.speed import Contender, time_contenders, warm_ups_on
+from snnllm.speed import Contender, time_contenders
 
 __all__ = ["Data", "Measures", "Subject", "standard_measures", "stated_steps"]
 
@@ -186,8 +186,7 @@ def _speed(settings: Settings, subject: Subject) -> dict[str, Any]:
     )
     context = prompt[:, : max(1, settings.speed_prompt // 4)]
     timings = time_contenders(
-        *(contenders, prompt, context, settings.speed_tokens, settings.repeat, _PATIENCE),
-        warm_ups=warm_ups_on(model.device),
+        *(contenders, prompt, context, settings.speed_tokens, settings.repeat, _PATIENCE)
     )
     return {
         "prompt": prompt.shape[1],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +32,7 @@ from snnllm.kernels.cuda.encode import layout_macros
 from snnllm.kernels.cuda.linear import Rows, Tiles, choose_shape, unsuitable, whole_tiles
 from snnllm.kernels.cuda.primitives import OUTPUTS
 from snnllm.kernels.triton.backend import TritonBackend, encode_plan, multiply
+from tests.snnllm.cuda_resources import resources
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(
@@ -216,33 +216,13 @@ def test_blocks_have_the_registers_that_their_warps_share(
     shape: Tiles, segments: int, merged: int, residual: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Warps that multiply take what the others give; they would wait for ever for what the block has not."""
-    options = cuda_driver._options
-    monkeypatch.setattr(
-        cuda_driver, "_options", lambda *given: [*options(*given), "--ptxas-options=-v"]
-    )
     names = {**macros(shape, 1, segments, merged), "OUT": 1, "RESIDUAL": residual}
-    _, log = cuda_driver.compiled(cuda_tiles_source.SOURCE, tuple(names.items()), "sm_90a")
-    used = int(re.findall(r"Used (\d+) registers", log)[0])
+    used, _, log = resources(monkeypatch, cuda_tiles_source.SOURCE, names)
     assert (
         used == {1: 128, 2: 168, 3: 128 if residual else 104}[shape.workers]
     )  # what the kernel divides
     assert used * (128 + 128 * shape.workers) <= 65536
     assert "setmaxnreg ignored" not in log
-
-
-def resources(
-    monkeypatch: pytest.MonkeyPatch, source: str, macros: dict[str, int]
-) -> tuple[int, int]:
-    """Registers of a thread of a kernel, and bytes of them in memory, functions that it calls included."""
-    options = cuda_driver._options
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            cuda_driver, "_options", lambda *given: [*options(*given), "--ptxas-options=-v"]
-        )
-        code, log = cuda_driver.compiled(source, tuple(macros.items()), "sm_90a")
-    assert code.startswith(b"\x7fELF")
-    (used,) = map(int, re.findall(r"Used (\d+) registers", log))
-    return used, max(map(int, re.findall(r"(\d+) bytes spill stores", log)))
 
 
 @needs_compiler
@@ -253,22 +233,15 @@ def test_encoding_kernels_compile(
     monkeypatch: pytest.MonkeyPatch, out: int, groups: int, mode: int, offset: int
 ) -> None:
     names = {"GROUPS": groups, "RANGE_MODE": mode, "OFFSET": offset, "OUT": out}
-    more, runs = (
-        groups - 1,
-        [0, 4096, 4096, 0] if groups == 1 else [0, 512, 512, 7680, 512, 8192, 7680, 0],
-    )
-    row = {
-        **names,
-        **layout_macros(4096 * groups, 4096 * groups, runs),
-        "ADDED": more,
-        "GAIN": more,
-    }
+    more, channels = groups - 1, 4096 * groups
+    runs = [0, 4096, 4096, 0] if groups == 1 else [0, 512, 512, 7680, 512, 8192, 7680, 0]
+    row = {**names, **layout_macros(channels, channels, runs), "ADDED": more, "GAIN": more}
     sources = [
         (cuda_gated_source.SOURCE, {**names, "CLUSTER": 2 * groups, "THREADS": 96}),
         (cuda_normed_source.SOURCE, row),
     ]
     for source, known in sources:
-        registers, spilled = resources(monkeypatch, source, known)
+        registers, spilled, _ = resources(monkeypatch, source, known)
         assert registers <= 128  # two blocks of threads beside a linear
         assert spilled == 0
 
@@ -286,7 +259,7 @@ def test_attention_compiles(
     names |= {"ROTATED": stored, "OFFSET": stored, "MIXED": mixed}
     held = int(stored and cluster == 1)
     names |= {"HELD": held, "PLANES": 1 if held else 2}
-    registers, spilled = resources(monkeypatch, cuda_attention_source.SOURCE, names)
+    registers, spilled, _ = resources(monkeypatch, cuda_attention_source.SOURCE, names)
     assert registers <= (176 if held else 255)  # beside a block of a linear of few rows, with 20480
     assert spilled == 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from snnllm.kernels.cuda.driver import without
 from snnllm.kernels.cuda.encode_plain import PlainRows, Shape, choose_shape, plain_launch
 from snnllm.kernels.cuda.primitives import PREAMBLE, PRIMITIVES
 from snnllm.kernels.triton.plain import encode_plain_rows
+from tests.snnllm.cuda_resources import resources
 from tests.snnllm.test_cuda_on_host import COMPILER, compiler_for, launched
 
 on_host = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -354,21 +354,13 @@ def test_the_kernel_compiles_without_many_spills(
     many: int,
     dtype: torch.dtype,
 ) -> None:
-    options = cuda_driver._options
-    monkeypatch.setattr(
-        cuda_driver, "_options", lambda *given: [*options(*given), "--ptxas-options=-v"]
-    )
     ones, x = torch.ones(len(sizes)), torch.empty(many, sum(sizes), dtype=dtype)
     offset = torch.empty(sum(sizes)) if shifted else None
     rows = PlainRows(x, offset, ones, ones, layout(sizes), GRID)
     shape = choose_shape(many, sum(sizes), dtype.itemsize, 132, shifted)
     planned = plain_launch(rows, (torch.empty(1, rows.runs[-3] if rows.runs else 0),), shape)
-    code, log = cuda_driver.compiled(planned.source, tuple(planned.macros.items()), "sm_90a")
-    assert code.startswith(b"\x7fELF")
-    spills = re.findall(r"(\d+) bytes spill stores", log)
-    assert spills
     known = shifted and dtype == HALF and many == 256  # up to 16 registers
-    assert max(map(int, spills)) <= 64 * known
+    assert resources(monkeypatch, planned.source, planned.macros).spilled <= 64 * known
 
 
 def operands(rows: PlainRows) -> tuple[Any, ...]:

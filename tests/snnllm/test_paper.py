@@ -296,9 +296,9 @@ def test_rows_at_once_give_the_same_results(command, tmp_path, monkeypatch):
     alone: list[bool] = []
     timed = measures.time_contenders
 
-    def time_contenders(*given: Any, **named: Any) -> Any:
+    def time_contenders(*given: Any) -> Any:
         alone.append(os.getpid() == leader and not multiprocessing.active_children())
-        return timed(*given, **named)
+        return timed(*given)
 
     monkeypatch.setattr(measures, "time_contenders", time_contenders)
     converted = []

@@ -57,6 +57,16 @@ template <bool HALVES> INLINE void take_range(unsigned (&range)[4], int group, c
     range[2 * group + 1] = (unsigned)__float_as_int(low_of(max(e.above & 0xffffu, e.above >> 16)));
   } else range[2 * group] = e.below > 0x80000000u ? e.below & 0x7fffffffu : 0u, range[2 * group + 1] = e.above;
 }
+// The largest of a warp of the first N; in lane i also as the result.
+template <int N> INLINE unsigned largest_of_warp(unsigned (&range)[4], int lane) {
+  unsigned one = 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    range[i] = maximum_of_warp(range[i]);
+    if (lane == i) one = range[i];
+  }
+  return one;
+}
 // Of both groups: capacities, their inverses, clip factors, capacities in both halves of a word. If thresholds are
 // commensurate: the largest multiples, those tried (of the second group one in each lane of four), and their inverses.
 struct Tops { float most[2], inverse[2], clip[2]; unsigned halves[2]; float multiple[2], tried[2], share[2]; };
@@ -255,5 +265,14 @@ INLINE int group_between(int low, int high, int c) {
 }
 INLINE unsigned char* place_of(unsigned char* count, int g, int c) {
   return count + c + (g ? START1 - FIRST1 : START0 - FIRST0);
+}
+// Calls `zero` of the positions behind the channels of each group, SIZE at a time, by so many threads.
+template <int SIZE, int THREADS_OF_ROW, typename Zero> INLINE void pad(Zero zero) {
+  auto between = [&](int i, int stop) {
+#pragma unroll 1
+    for (i += SIZE * threadIdx.x; i < stop; i += SIZE * THREADS_OF_ROW) zero(i);
+  };
+  if (START0 + MANY0 < STOP0) between(START0 + MANY0, STOP0);
+  if (GROUPS == 2 && START1 + MANY1 < STOP1) between(START1 + MANY1, STOP1);
 }
 """

@@ -64,7 +64,6 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
     if (real) wait_for_kernel_in_front();
 
     float more[CHUNKS][4];  // read before anything is written: the compiler cannot know that these are other places
-    unsigned loaded = 0;
 #pragma unroll
     for (int v = 0; v < CHUNKS; v++) {
 #pragma unroll
@@ -73,6 +72,7 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
       load_four(own[v], x, row * x_stride + channel(v));
       if (ADDED) load_four(more[v], added, row * added_stride + channel(v));
     }
+    unsigned loaded = 0;
 #pragma unroll
     for (int v = 0; v < CHUNKS; v++)
       loaded |= (unsigned)__float_as_int(own[v][0]) | (unsigned)__float_as_int(more[v][0]);
@@ -127,14 +127,10 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
       else ends[0] = e;
     }
     constexpr int RANGES = OWN_RANGES ? 4 : 2;
-    unsigned range[4] = {}, one = 0;
+    unsigned range[4] = {};
 #pragma unroll
     for (int g = 0; g < RANGES / 2; g++) take_range<HALVES>(range, g, ends[g]);
-#pragma unroll
-    for (int i = 0; i < RANGES; i++) {
-      range[i] = maximum_of_warp(range[i]);
-      if (lane == i) one = range[i];
-    }
+    const unsigned one = largest_of_warp<RANGES>(range, lane);
     if (lane < RANGES && real) raise(ranges + lane, one);
     __syncthreads();
 #pragma unroll
@@ -166,13 +162,9 @@ extern "C" __global__ void __launch_bounds__(256) encode_normed(
         keep(v, g, (unsigned)both.x, (g ? sum[1] : sum[0]) + both.y);
       }
     }
-    auto pad = [&](int i, int stop) {
-#pragma unroll 1
-      for (i += 4 * thread; i < stop; i += 1024)
-        if (real) *(unsigned*)(count + i) = 0;
-    };
-    if (START0 + MANY0 < STOP0) pad(START0 + MANY0, STOP0);
-    if (GROUPS == 2 && START1 + MANY1 < STOP1) pad(START1 + MANY1, STOP1);
+    pad<4, 256>([&](int i) {
+      if (real) *(unsigned*)(count + i) = 0;
+    });
     sum[0] = sum_of_warp(sum[0]);
     if (GROUPS == 2) sum[1] = sum_of_warp(sum[1]);
     if (lane < GROUPS && real) add_to(sums + lane, lane ? sum[1] : sum[0]);

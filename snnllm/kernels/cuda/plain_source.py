@@ -173,14 +173,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
       }
       if (WARP_OF_ONE && group) ends[0] = ends[1];
 #pragma unroll
-      for (int g = 0; g < RANGES / 2; g++)
-        take_range<PAIRED>(range, g, ends[g]);
-      unsigned one = 0;
-#pragma unroll
-      for (int i = 0; i < RANGES; i++) {
-        range[i] = maximum_of_warp(range[i]);
-        if (lane == i) one = range[i];
-      }
+      for (int g = 0; g < RANGES / 2; g++) take_range<PAIRED>(range, g, ends[g]);
+      const unsigned one = largest_of_warp<RANGES>(range, lane);
       if (WARPS == 1) return;
       if (lane < RANGES && real) raise(ranges + (WARP_OF_ONE && group ? 2 : 0) + lane, one);
       row_meets();
@@ -263,13 +257,9 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, RESIDENT) encode_plain
       sum[0] = sums_here.x, sum[1] = sums_here.y;
     }
     const unsigned nothing[VECTOR / 4] = {};
-    auto pad = [&](int i, int stop) {
-#pragma unroll 1
-      for (i += VECTOR * thread; i < stop; i += VECTOR * ROW_THREADS)
-        if (real) store_words(count + i, nothing);
-    };
-    if (START0 + MANY0 < STOP0) pad(START0 + MANY0, STOP0);
-    if (GROUPS == 2 && START1 + MANY1 < STOP1) pad(START1 + MANY1, STOP1);
+    pad<VECTOR, ROW_THREADS>([&](int i) {
+      if (real) store_words(count + i, nothing);
+    });
     if (WARP_OF_ONE) {
       sum[0] = sum_of_warp(sum[0] + sum[1]);  // one of them is 0
       if (lane == 0 && real) add_to(sums + group, sum[0]);
