@@ -165,7 +165,7 @@ def rotated(layer: TritonLinear) -> list[TritonLinear]:
     out = []
     for _ in range(copies_of(weight.numel())):
         copied = (weight.clone(), *layer.arguments[1:])
-        out.append(dataclasses.replace(layer, arguments=copied, ahead=[]))
+        out.append(dataclasses.replace(layer, arguments=copied))
     return out
 
 

@@ -28,8 +28,6 @@ from transformers.models.llama.modeling_llama import (
 
 from neurons.backends.spec import DTYPES
 from snnllm import shared_input
-from snnllm.kernels.cuda.driver import without
-from snnllm.kernels.triton.backend import TritonLinear, announce
 from snnllm.linear import SpikingLinear
 from snnllm.shared_input import Projected, SharedInput, hooked, share_input, stamp_of
 
@@ -44,8 +42,6 @@ _CONSTANT_FREQUENCIES = ("default", "linear", "llama3", "yarn")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _PACKED = ("_prepared", "_packed_weight", "_projections", "_gates", "_down")
 """Attributes that hold packed weights."""
-_AHEAD = 12
-"""Weights of the linears behind one may fill one of so many parts of the L2 cache while it ends."""
 
 
 class SpikingRMSNorm(LlamaRMSNorm):
@@ -287,27 +283,6 @@ def prepare(model: nn.Module) -> None:
             module.pack()
         elif isinstance(module, ProjectedAttention):
             module.prepare()
-    if fused and without(device) is None:  # nobody else reads what is announced
-        cached = torch.cuda.get_device_properties(device).L2_cache_size
-        announce(_in_turn(model), cached // _AHEAD)
-
-
-def _in_turn(model: nn.Module) -> list[TritonLinear]:
-    """The packed linears of the blocks in the order in which they run.
-
-    Without q, k and v, or gate and up, that run one by one, and without linears of other backends.
-    """
-    found: list[Any] = []
-    for block in model.modules():
-        if not isinstance(block, SpikingLlamaDecoderLayer):
-            continue
-        output, mlp = block.self_attn.o_proj, block.mlp
-        found.append(block.projections())
-        if isinstance(output, SpikingLinear) and output.runs_in_triton():
-            found.append(output.prepared()[1])
-        found += [block.gates(), mlp.down() if isinstance(mlp, SpikingLlamaMLP) else None]
-    layers = [part.layer if isinstance(part, SharedInput) else part for part in found]
-    return [layer for layer in layers if isinstance(layer, TritonLinear)]
 
 
 def device_bytes(model: nn.Module) -> int:

@@ -230,17 +230,8 @@ static void finish_stores() {
 static void stores_have_read() { finish_stores(); }
 static void show_to_stores() { me().shown = true; }
 
-static std::map<const unsigned char*, int> fetched;  // of a launch: where each begins, and its bytes
 static void fetch(const void* from, int bytes) {
   if (bytes <= 0 || bytes % 16 || (u64)from % 16) { fprintf(stderr, "bad fetch\n"); exit(6); }
-  if (!fetched.emplace((const unsigned char*)from, bytes).second) { fprintf(stderr, "fetched twice\n"); exit(6); }
-}
-// Whether some bytes have been fetched, once each, and are then forgotten.
-static bool fetched_whole(const void* from, int bytes) {
-  const unsigned char *at = (const unsigned char*)from, *end = at + bytes;
-  for (auto part = fetched.find(at); at < end && part != fetched.end() && part->first == at; part = fetched.erase(part))
-    at += part->second;
-  return at == end;
 }
 
 static void load_matrices(unsigned (&a)[4], unsigned at) {

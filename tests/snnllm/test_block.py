@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 from snnllm import shared_input
-from snnllm.block import CACHE_ARGUMENT, _in_turn, device_bytes, prepare
+from snnllm.block import CACHE_ARGUMENT, device_bytes, prepare
 from snnllm.config import SpikeConfig
 from snnllm.execution import View, use_view
-from snnllm.kernels.triton.backend import announce
 from snnllm.linear import SpikingLinear
 from snnllm.modeling import SpikingLlamaForCausalLM
 from snnllm.pipelines.rotated import RotatedOptions, rotated_config
@@ -362,26 +360,6 @@ def test_a_gpu_holds_a_weight_once(ids):
     assert all(m.weight_codes.device.type == "cpu" for m in linears_of(model))
     assert device_bytes(model) < others + 0.6 * weights
     assert torch.cuda.memory_allocated() - before < others + 0.7 * weights + 32e6
-
-
-@pytest.mark.usefixtures("fused")
-def test_linears_know_the_weights_that_come_next():
-    model = make()
-    prepare(model)
-    layers = _in_turn(model)
-    # q, k and v; o; gate and up; down
-    assert [layer.out_features for layer in layers] == [64, 32, 96, 32]
-    announce(layers, limit=512)  # bytes: o_proj has 4 bits of 32 x 128 positions
-    parts = [[part.numel() for part in layer.ahead] for layer in layers]
-    sizes = [layer.arguments[0].numel() for layer in layers]
-    assert parts[0] == [512]
-    assert parts[-1] == []
-    announce(layers, limit=sizes[1] + 100)
-    assert [part.numel() for part in layers[0].ahead] == [sizes[1], 96]  # whole vectors
-    assert layers[0].ahead[1].data_ptr() == layers[2].arguments[0].data_ptr()
-    elsewhere = replace(layers[1], arguments=(layers[1].arguments[0].to("meta"),))
-    announce([layers[0], elsewhere], limit=512)
-    assert layers[0].ahead == []
 
 
 def test_bytes_of_a_dense_model_are_those_of_its_parameters():

@@ -116,7 +116,6 @@ def launch(
     groups: int,
     weight_groups: int,
     early: bool,
-    ahead: tuple[Tensor | None, Tensor | None] = (None, None),
     merged: bool = False,
 ) -> None:
     """Launch on the current device.
@@ -130,7 +129,6 @@ def launch(
         groups: G.
         weight_groups: J.
         early: May start before the kernel in front ends; many rows always may.
-        ahead: Packed weights that are read soon after, for few rows.
         merged: The thresholds of all groups are equal, and J = 1: the outputs are made of one sum.
     """
     (rows, width), columns = count.shape, len(weight)
@@ -152,9 +150,8 @@ def launch(
     sizes: tuple[Any, ...] = (rows, columns, width, groups, weight_groups)
     if isinstance(shape, Rows):
         kernel = _rows_kernel(shape, rows, tuple(macros.items()), count.device)
-        soon = [value for w in ahead for value in (w, 0 if w is None else w.numel())]
         boxes = tensor_map(weight, 16 * shape.strips, 64)
-        arguments = (count, weight, boxes, *parameters, out, *sizes, *soon)
+        arguments = (count, weight, boxes, *parameters, out, *sizes)
         kernel(-(-columns // (16 * shape.strips)), arguments, early)
         return
     macros["JOINT"] = int(weight_groups == 1)

@@ -50,8 +50,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
     const unsigned char* count, const unsigned char* weight, const __grid_constant__ Map boxes, const float* threshold,
     const int* zero_point, const int* count_sum, const int* segments, const float* scale,
     const int* weight_zero, const int* row_sum, const float* bias,
-    const void* residual, void* out, int rows, int columns, int width, int groups, int weight_groups,
-    const unsigned char* ahead, int ahead_bytes, const unsigned char* further, int further_bytes) {
+    const void* residual, void* out, int rows, int columns, int width, int groups, int weight_groups) {
   constexpr int OUTPUTS = 16 * STRIPS, ROWS = 8 * ROWS8, CHUNKS = OUTPUTS / (OUT == 0 ? 4 : 8);
   constexpr int WEIGHT_BYTES = OUTPUTS * 64, STAGE_BYTES = WEIGHT_BYTES + ROWS * 128;
   constexpr int PITCH = OUTPUTS + 4, SLAB = ROWS * PITCH;  // 4 words against bank conflicts
@@ -181,14 +180,6 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) linear_rows(
     commit_copies();
     if (++stage == STAGES) stage = 0;
   }
-
-  auto fetch_share = [&](const unsigned char* from, int bytes) {
-    const int warps = 8 * gridDim.x, share = (bytes + 16 * warps - 1) / (16 * warps) * 16;
-    const int first = (8 * blockIdx.x + warp) * share;
-    if (lane == 0 && first < bytes) fetch(from + first, min(share, bytes - first));
-  };
-  fetch_share(ahead, ahead_bytes);
-  fetch_share(further, further_bytes);
 
   // The sums go where the rings were.
   finish_copies<0>();

@@ -30,12 +30,42 @@ WORKERS = r"""
       for (int j = 0; j < GROUPS; j++)
         load_matrices(packed[j], weights_here + j / 2 * (16 * 64) + chunk_at[j % 2]);
     };
-    auto multiply_block = [&](int i, bool more) {
+    // Sums of the second segment wait for those of the first: a piece is kept while the other one is multiplied.
+    auto far_at = [&](int position) {
+      return waiting + ((thread / 32) * (WAITING / 4) + (position - KEPT) / 4) * 32;
+    };
+    auto slabs_are_free = [&]() {
+      if (IN_BOXES && lane == 0) stores_have_read();
+      __syncwarp();
+    };
+    auto keep = [&](int p) {
+      if (p == 0) slabs_are_free();
+#pragma unroll
+      for (int v = 0; v < VALUES; v += 4) {
+        const int position = p * VALUES + v;
+        int four[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) four[e] = finished(acc[p][v + e]);
+        if (position < KEPT) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) kept[position + e] = four[e];
+        } else {
+          far_at(position)[lane] = make_int4(four[0], four[1], four[2], four[3]);
+        }
+      }
+    };
+    // A block of positions: the first of the tile, the first behind those of the second segment, or another.
+    enum Place { FIRST, NEXT, OTHER };
+    auto multiply_block = [&](Place place, bool more) {
       const u64 counts_here = descriptor + (u64)(stage * (STAGE_BYTES / 16));
 #pragma unroll
       for (int j = 0; j < GROUPS; j++) {
         finish<1>();  // the product that reads this operand
-        if (j == 1 && i > 0) release();
+        if (j == 1 && place != FIRST) release();
+        if (place == NEXT && j % 2 == 0) {
+          if (PIECES == 1) finish<0>();
+          keep(j / 2);
+        }
         unsigned(&a)[8] = operand[j % 2];
 #pragma unroll
         for (int e = 0; e < 4; e++) {
@@ -44,16 +74,20 @@ WORKERS = r"""
           a[4 + e] = packed[j][e] >> 4 & NIBBLES;
         }
         fence();
-        multiply(acc[j / 2], a, counts_here + 2 * (j % 2), i > 0 || j % 2 > 0);
+        multiply(acc[j / 2], a, counts_here + 2 * (j % 2), place == OTHER || j % 2 > 0);
         multiply(acc[j / 2], a + 4, counts_here + 2 * (j % 2) + 4, 1);
         commit();
       }
       if (++stage == STAGES) stage = 0, parity ^= 1;
       if (more) load_block();  // while the products run
     };
-    auto multiply_segment = [&](int count, auto meanwhile) {
+    auto multiply_tile = [&](auto meanwhile) {
       load_block();
-      for (int i = 0; i < count; i++) multiply_block(i, i + 1 < count);
+      const int second = blocks - base_blocks;  // blocks of the second segment, which comes first
+      for (int i = 0; i < second; i++) multiply_block(i ? OTHER : FIRST, true);
+      if (SUMS == 2) multiply_block(NEXT, base_blocks > 1);
+      for (int i = SUMS - 1; i < base_blocks; i++)
+        multiply_block(SUMS == 2 || i ? OTHER : FIRST, i + 1 < base_blocks);
       meanwhile();  // while the last products run
       finish<0>();
       release();
@@ -70,9 +104,6 @@ WORKERS = r"""
         if (at_m < rows && at_n < columns)
           added[p] = *(const uint4*)((const unsigned short*)residual + (i64)at_m * columns + at_n);
       }
-    };
-    auto far_at = [&](int position) {
-      return waiting + ((thread / 32) * (WAITING / 4) + (position - KEPT) / 4) * 32;
     };
     // Where the outputs of 16 rows, number j, are transposed: in places of their own, or where the sums of the 16 rows
     // before have waited, those of the last piece.
@@ -98,10 +129,6 @@ WORKERS = r"""
       }
       if (RESIDUAL && j + 1 < PARTS) load_residual(tile, j + 1);
     };
-    auto slabs_are_free = [&]() {
-      if (IN_BOXES && lane == 0) stores_have_read();
-      __syncwarp();
-    };
     // What the zero points take off a sum: q zu, z and the row sum of weights.
     auto centred = [&](int a, const int4& column, int row_sum, const int4& factors, const int4& counted, int s, int e) {
       const int second = e % 2 ? counted.w : counted.z;
@@ -114,28 +141,9 @@ WORKERS = r"""
     if (RESIDUAL) wait_for_kernel_in_front();
     for (int index = first_tile + blockIdx.x; index < last_tile; index += gridDim.x, table_parity ^= 1) {
       const Tile tile = tile_at(index, tiles_m, tiles_n, height);
-      if (SUMS == 2) {
-        multiply_segment(blocks - base_blocks, [] {});
-        slabs_are_free();
-#pragma unroll
-        for (int p = 0; p < PIECES; p++)
-#pragma unroll
-          for (int v = 0; v < VALUES; v += 4) {
-            const int position = p * VALUES + v;
-            int four[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++) four[e] = finished(acc[p][v + e]);
-            if (position < KEPT) {
-#pragma unroll
-              for (int e = 0; e < 4; e++) kept[position + e] = four[e];
-            } else {
-              far_at(position)[lane] = make_int4(four[0], four[1], four[2], four[3]);
-            }
-          }
-      }
       int4 of_column[PIECES][2][SUMS];  // zu and row sums with the sign that they are added with
       float add[PIECES][2];
-      multiply_segment(base_blocks, [&] {
+      multiply_tile([&] {
         barrier_wait(table_full, table_parity);
 #pragma unroll
         for (int p = 0; p < PIECES; p++)

@@ -7,8 +7,7 @@ outputs NaN or infinite.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -76,7 +75,6 @@ class TritonLinear(PreparedLinear):
             `operators.encoded_linear` takes them.
         bits: 2, 4 or 8, the width of a packed code.
         merged: `LinearSpec.merged`.
-        ahead: packed weights, or parts of them, of up to two linears that run next (`announce`).
     """
 
     name: str
@@ -86,7 +84,6 @@ class TritonLinear(PreparedLinear):
     arguments: tuple[Any, ...]
     bits: int
     merged: bool
-    ahead: list[Tensor] = field(default_factory=list)
 
 
 class TritonBackend:
@@ -269,23 +266,8 @@ def multiply(
 
     count, *parameters = encoded
     arguments = (*parameters, *layer.arguments, layer.bits, dtype, residual)
-    out: Tensor = encoded_linear(count, *arguments, layer.merged, *layer.ahead)
+    out: Tensor = encoded_linear(count, *arguments, layer.merged)
     return out
-
-
-def announce(layers: Sequence[TritonLinear], limit: int) -> None:
-    """Tell linears that run one after the other which weights come next: the first `limit` bytes of them.
-
-    A linear keeps these weights alive, until it is told others. Weights on another device are none that come next.
-    """
-    for index, layer in enumerate(layers):
-        layer.ahead.clear()
-        left = limit
-        for other in layers[index + 1 : index + 3]:
-            part = other.arguments[0].view(-1)[: left // 16 * 16]
-            if part.numel() and part.device == layer.arguments[0].device:
-                layer.ahead.append(part)
-            left -= part.numel()
 
 
 def _rows(x: Tensor, layer: TritonLinear) -> Tensor:

@@ -52,8 +52,6 @@ def encoded_linear(
     dtype: torch.dtype,
     residual: Tensor | None = None,
     merged: bool = False,
-    ahead: Tensor | None = None,
-    further: Tensor | None = None,
 ) -> Tensor:
     """`y` of encoded rows, plus a residual if one is given, or their centred accumulators.
 
@@ -78,9 +76,6 @@ def encoded_linear(
         residual: Added to the outputs once they are rounded, as torch adds it: `[M, N]` of the dtype,
             contiguous; or None.
         merged: The thresholds of all groups are equal, and J = 1: an output is made of one sum.
-        ahead: Packed weights uint8 that the next linear reads, or a part of them, contiguous: they may come
-            to the L2 cache; or None.
-        further: Likewise, of the linear behind it.
 
     Returns:
         `[M, N]`, or int32 `[S, M, N]`.
@@ -100,7 +95,7 @@ def encoded_linear(
     if cuda_linear.unsuitable(count.device, columns, bits, len(segments)) is None:
         with on(count.device):
             launched = (count, weight, (*parameters, bias, residual), out, *sizes, starts_early)
-            cuda_linear.launch(*launched, (ahead, further), merged=merged)
+            cuda_linear.launch(*launched, merged=merged)
         return out
     count = (count if shift is None else count ^ 128).view(torch.int8)
     config = choose_config(rows, columns)
@@ -168,8 +163,6 @@ def _(
     dtype: torch.dtype,
     residual: Tensor | None = None,
     merged: bool = False,
-    ahead: Tensor | None = None,
-    further: Tensor | None = None,
 ) -> Tensor:
     return _output(count, weight, segments, dtype)
 
