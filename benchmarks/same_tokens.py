@@ -8,8 +8,8 @@ and equal wherever the float numbers in front of the encoders are; these differ 
 rounding, so that a count at the border of two may differ by one, which the layers behind it carry on: in
 some checkpoints as far as noise of 1e-7 in the embeddings does (benchmarks/RESULTS.md). At the first
 difference the table says how far the two tokens were apart: `gap` is the logit of the token chosen on
-a device minus that of the other device's token, computed there. Without a checkpoint or the second device the exit status
-is 77 (skipped).
+a device minus that of the other device's token, computed there. Without a checkpoint or the second
+device the exit status is 77 (skipped).
 """
 
 from __future__ import annotations
