@@ -17,6 +17,7 @@ from snnllm.block import CACHE_ARGUMENT, device_bytes, prepare
 from snnllm.config import SpikeConfig
 from snnllm.execution import View, use_view
 from snnllm.linear import SpikingLinear
+from snnllm.model_state import ModelState
 from snnllm.modeling import SpikingLlamaForCausalLM
 from snnllm.pipelines.rotated import RotatedOptions, rotated_config
 from snnllm.random_model import Shape, llama_config, random_dense, random_spiking
@@ -360,6 +361,26 @@ def test_a_gpu_holds_a_weight_once(ids):
     assert all(m.weight_codes.device.type == "cpu" for m in linears_of(model))
     assert device_bytes(model) < others + 0.6 * weights
     assert torch.cuda.memory_allocated() - before < others + 0.7 * weights + 32e6
+
+
+@pytest.mark.usefixtures("fused")
+def test_packing_anew_for_another_backend_is_a_change():
+    """Recorded passes read what was packed before; nobody generates in between."""
+    model, state = make(attention="float"), ModelState()
+    layer, linears = model.model.layers[0], linears_of(model)
+    packed = layer.projections()
+    assert packed is not None
+    assert state.changed(model)
+    assert layer.projections() is packed
+    assert state.changed(model) is False
+    backends = [linear.backend for linear in linears]
+    for linear in linears:
+        linear.backend = "reference"
+    assert layer.projections() is None
+    for linear, backend in zip(linears, backends, strict=True):
+        linear.backend = backend
+    assert layer.projections() is not packed
+    assert state.changed(model)
 
 
 def test_bytes_of_a_dense_model_are_those_of_its_parameters():
