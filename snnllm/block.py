@@ -345,7 +345,7 @@ def _packed(owner: nn.Module, name: str, linears: tuple[nn.Module, ...]) -> Shar
             known is not None
         ):  # recorded passes may read what is dropped here: they are to see a change
             for linear in linears:
-                linear.invalidate()
+                cast(SpikingLinear, linear).invalidate()
             stamp = stamp_of(linears)
         known = (stamp, share_input(linears))
         owner.__dict__[name] = known

@@ -91,6 +91,7 @@ def convert(
     allocation: Mapping[str, Tensor] | None = None,
     options: Options | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
     restart: bool = False,
     max_memory_mib: float | None = None,
 ) -> ConversionReport:
@@ -113,6 +114,7 @@ def convert(
         options: `RotatedOptions`, `OmniQuantOptions` or `GptqOptions`; None for the defaults of the
             pipeline.
         on_block: Called after each block, for progress.
+        on_stage: Called with what comes next, as "block 3: o_proj"; several times a block.
         restart: Discard the work folder of an interrupted conversion.
         max_memory_mib: Keep activations in a file when they would exceed this; None never does.
 
@@ -141,7 +143,7 @@ def convert(
     if options is not None:
         provenance["options"] = dataclasses.asdict(options)
     check_finite(source)  # the last check, because it takes longest
-    run = Run(windows, seed, torch.device(device))
+    run = Run(windows, seed, torch.device(device), on_stage=on_stage)
     work = WorkFolder(target, make_job(source, spike, run, provenance, allocation or {}), restart)
     provenance["job_sha256"] = work.job_sha256
     spill = plan(source, spike, windows.shape, pipeline, max_memory_mib).spills

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from snnllm.card import write_card
 from snnllm.cli.checks import check_at_least_one, check_calibration, check_usable, checked_device
 from snnllm.cli.options import (
+    ConversionBar,
     add_spike_options,
     calibration_windows,
     chosen_pipeline,
@@ -98,13 +97,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{source.name}: {blocks} blocks, {spike.label}, {len(windows)} calibration windows")
         _print_estimate(need, args.output)
         return 0
-    with tqdm(total=blocks, desc="convert", unit="block") as bar:
-
-        def on_block(block: Any) -> None:
-            loss = f"loss {block.loss_after:.3g}, " if block.loss_after is not None else ""
-            bar.set_postfix_str(f"{loss}SQNR {block.sqnr_db:.1f} dB")
-            bar.update()
-
+    with ConversionBar(blocks) as bar:
         report = convert(
             source,
             args.output,
@@ -114,9 +107,10 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             device=device,
             options=options,
-            on_block=on_block,
             restart=args.restart,
             max_memory_mib=args.max_memory,
+            on_block=bar.on_block,
+            on_stage=bar.on_stage,
         )
     measured = summary(report)
     measured["peak memory"] += f" (estimated {need.memory_mib:.0f} MiB)"

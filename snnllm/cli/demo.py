@@ -11,14 +11,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from snnllm.card import write_card
 from snnllm.checkpoint import check_output
 from snnllm.cli.checks import check_at_least_one, check_calibration, check_prompt, check_usable
 from snnllm.cli.convert import summary
 from snnllm.cli.options import (
     CALIBRATION_WINDOW,
+    ConversionBar,
     add_spike_options,
     calibration_windows,
     open_model,
@@ -212,7 +211,7 @@ def _convert(
 ) -> ConversionReport:
     from snnllm.conversion import convert
 
-    with tqdm(total=source.config.num_hidden_layers, desc="convert", unit="block") as bar:
+    with ConversionBar(source.config.num_hidden_layers) as bar:
         return convert(
             source,
             checkpoint,
@@ -221,7 +220,8 @@ def _convert(
             pipeline=args.pipeline,
             options=options,
             seed=args.seed,
-            on_block=lambda _: bar.update(),
+            on_block=bar.on_block,
+            on_stage=bar.on_stage,
         )
 
 

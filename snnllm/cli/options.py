@@ -7,6 +7,7 @@ help and simple errors come at once.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from snnllm.views import View
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from snnllm.pipelines.report import BlockReport
     from snnllm.sources import Source
 
 CALIBRATION_WINDOW = 512
@@ -336,6 +338,25 @@ def open_model(name: str, args: argparse.Namespace, only_spiking: bool = False) 
         if args.view is not None:
             set_view(model, args.view)
     return model.to(device).eval(), tokenizer
+
+
+class ConversionBar(tqdm):
+    """A progress bar over the blocks of a conversion; its methods are what `convert` calls."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__(total=blocks, desc="convert", unit="block")
+        self._measured: tuple[str, ...] = ()
+
+    def on_stage(self, stage: str) -> None:
+        """Show what comes next; in a log only beside a finished block."""
+        self.set_postfix_str(", ".join([*self._measured, stage]), refresh=sys.stderr.isatty())
+
+    def on_block(self, report: BlockReport) -> None:
+        """Show what was measured of a finished block."""
+        loss = () if report.loss_after is None else (f"loss {report.loss_after:.3g}",)
+        self._measured = (*loss, f"SQNR {report.sqnr_db:.1f} dB")
+        self.set_postfix_str(", ".join(self._measured))
+        self.update()
 
 
 def progress(label: str, total: int | None = None, unit: str = "window") -> Any:

@@ -70,6 +70,7 @@ def find_basis(source: Source, spike: SpikeConfig, run: Run) -> Basis:
     keys, values, down = [], [], []
     ratio = spike.salient_ratio
     for index in range(source.config.num_hidden_layers):
+        run.on_stage(f"scores of block {index}")
         block = load_block(source, index, device)
         statistics = BlockStatistics(block, source.config, spike)
         with statistics.observing():

@@ -24,7 +24,7 @@ from snnllm.modeling import spiking_linear
 from snnllm.pipelines.fitting import Moments
 from snnllm.pipelines.gptq_options import GptqOptions as GptqOptions
 from snnllm.pipelines.gptq_options import check_budget
-from snnllm.pipelines.inputs import InputData, bias_of, each_input
+from snnllm.pipelines.inputs import InputData, bias_of, each_input, stage_of
 from snnllm.pipelines.report import (
     BlockReport,
     SpikeRateMeter,
@@ -147,6 +147,7 @@ def convert_blocks(
         job = _Job(spike, options, generator)
         floating = StagedBlock(dense, target)
         for paths, data in each_input(StagedBlock(block, stream), floating, index, spike):
+            run.on_stage(stage_of(index, paths))
             _convert_input(block, index, paths, data, groups, job, encode)
         round_to_storage(block, source.tensor("model.norm.weight").dtype)
         with SpikeRateMeter(block) as rate:

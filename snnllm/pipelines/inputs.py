@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,11 @@ class InputData:
             for k, (x, w) in zip(kept, self.encoder_inputs(module), strict=True)
         ]
         return torch.cat([x for x, _ in parts]), torch.cat([w for _, w in parts])
+
+
+def stage_of(index: int, paths: Sequence[str]) -> str:
+    """What `Run.on_stage` is told before linears of a block are converted."""
+    return f"block {index}: {', '.join(path.rpartition('.')[2] for path in paths)}"
 
 
 def each_input(

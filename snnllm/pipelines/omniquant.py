@@ -168,6 +168,7 @@ def _convert(
 ) -> tuple[nn.Module, Any]:
     """Train one block and freeze it; moves `target` behind the block."""
     options, device, generator = job.options, job.run.device, job.run.generator(index)
+    job.run.on_stage(f"block {index}: inputs")
     statistics = BlockStatistics(dense, job.source.config, job.spike)
     second = None
     with statistics.observing():
@@ -199,7 +200,7 @@ def _convert(
                 unit.low = torch.bfloat16
     context = (*stream.context["position_embeddings"], stream.context["attention_mask"])
     samples = Samples(stream.hidden, target.hidden, second, context, device)
-    trained = train(block, samples, generator, f"block {index}")
+    trained = train(block, samples, generator, f"block {index}", job.run.on_stage)
     freeze(block, frame, modules)
     round_to_storage(frame, job.source.tensor("model.norm.weight").dtype)
     return frame, trained

@@ -72,7 +72,11 @@ def block_loss(options: OmniQuantOptions, out: Tensor, target: Tensor) -> Tensor
 
 
 def train(
-    block: TrainableBlock, samples: Samples, generator: torch.Generator, name: str
+    block: TrainableBlock,
+    samples: Samples,
+    generator: torch.Generator,
+    name: str,
+    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Trained:
     """Learn everything in `block` that has a learning rate.
 
@@ -81,6 +85,7 @@ def train(
         samples: What it reads and should give.
         generator: Order of the windows.
         name: Block name for messages.
+        on_stage: Told which epoch comes next, for progress.
 
     Raises:
         FloatingPointError: The loss is NaN or infinite.
@@ -93,6 +98,7 @@ def train(
     with _fast_matmuls(samples.device):
         trainer = Trainer(block, samples, math.ceil(len(places) / options.batch))
         for epoch in range(options.epochs):
+            on_stage(f"{name}: epoch {epoch + 1} of {options.epochs}")
             order = torch.randperm(len(places), generator=generator).tolist()
             for first in range(0, len(order), options.batch):
                 trainer.run([places[i] for i in order[first : first + options.batch]])

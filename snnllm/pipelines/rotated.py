@@ -34,7 +34,7 @@ from snnllm.modeling import spiking_linear
 from snnllm.pipelines import Pipeline, check_makes
 from snnllm.pipelines.basis import Basis, find_basis, rotate_source
 from snnllm.pipelines.fitting import Moments, clip_ratios, weighted_mean
-from snnllm.pipelines.inputs import InputData, bias_of, each_input
+from snnllm.pipelines.inputs import InputData, bias_of, each_input, stage_of
 from snnllm.pipelines.report import (
     BlockReport,
     SpikeRateMeter,
@@ -161,6 +161,7 @@ def convert_blocks(
         if attention is not None and job.spike.key_offset:
             attention.set_key_offset(spiking.keys())
         for paths, data in each_input(spiking, floating, index, spike):
+            run.on_stage(stage_of(index, paths))
             _fit_input(block, index, paths, data, job)
         round_to_storage(block, source.tensor("model.norm.weight").dtype)
         with SpikeRateMeter(block) as rate:

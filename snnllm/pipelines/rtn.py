@@ -58,6 +58,7 @@ def convert_blocks(
             yield block, saved.report
             continue
         start = time.perf_counter()
+        run.on_stage(f"block {index}")
         dense = load_block(source, index, run.device)
         statistics = BlockStatistics(dense, source.config, spike)
         with statistics.observing():

@@ -70,6 +70,7 @@ class Run:
         device: Where a block runs.
         spill: Folder for activations that do not fit into memory; None keeps them there.
         saved: The finished block of an index, or None if it is still to be converted.
+        on_stage: Told what comes next, as "block 3: o_proj", for progress.
     """
 
     windows: Tensor
@@ -77,6 +78,7 @@ class Run:
     device: torch.device = _CPU
     spill: Path | None = None
     saved: Callable[[int], SavedBlock | None] = lambda index: None
+    on_stage: Callable[[str], None] = lambda stage: None
 
     def generator(self, *where: int) -> torch.Generator:
         """Random numbers of one place (a block, say): the same ones after an interruption."""

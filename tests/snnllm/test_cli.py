@@ -256,14 +256,14 @@ def test_an_interrupted_conversion_resumes_or_restarts(
     stories_dir, text_file, tmp_path, monkeypatch, capsys, caplog
 ):
     common = ["--calibration", text_file, *CALIBRATION]
-    blocks = cli_convert.tqdm.update
+    blocks = cli_convert.ConversionBar.update
 
     def interrupt(bar, count=1):
         blocks(bar, count)
         if bar.n == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_convert.tqdm, "update", interrupt)
+    monkeypatch.setattr(cli_convert.ConversionBar, "update", interrupt)
     arguments = ["convert", stories_dir, tmp_path / "out", *common]
     assert main([str(a) for a in arguments]) == 130
     monkeypatch.undo()
@@ -273,7 +273,7 @@ def test_an_interrupted_conversion_resumes_or_restarts(
     assert "resuming in" in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr(cli_convert.tqdm, "update", interrupt)
+    monkeypatch.setattr(cli_convert.ConversionBar, "update", interrupt)
     assert main([str(a) for a in arguments]) == 130
     monkeypatch.undo()
     run(*arguments, "--seed", "1", "--restart")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from snnllm.card import write_card
 from snnllm.checkpoint import read_manifest
 from snnllm.checks import check_windows
+from snnllm.cli.options import ConversionBar
 from snnllm.config import MaskScope, Score, SpikeConfig
 from snnllm.conversion import as_source, convert, estimate, with_allocation, write_report
 from snnllm.data import random_windows
@@ -21,10 +24,12 @@ from snnllm.linear import SpikingLinear
 from snnllm.modeling import load
 from snnllm.pipelines import Pipeline
 from snnllm.pipelines.omniquant_options import OmniQuantOptions
-from snnllm.pipelines.report import sqnr_db
+from snnllm.pipelines.report import BlockReport, sqnr_db
 from snnllm.pipelines.rotated import RotatedOptions
 from snnllm.pipelines.rtn import fill_linear
 from snnllm.sources import ModelSource, dense_model, open_source
+
+INPUTS = ("q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj", "down_proj")
 
 
 @torch.no_grad()
@@ -36,6 +41,46 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def dense(make_llama):
     return make_llama()
+
+
+@pytest.mark.parametrize(
+    ("preset", "arguments", "stages"),
+    [
+        ("W4A4T2", {"pipeline": "rtn"}, ["block 0", "block 1"]),
+        (
+            "W4A4T2",
+            {"pipeline": "rotated"},
+            ["scores of block 0", "scores of block 1"]
+            + [f"block {i}: {names}" for i in (0, 1) for names in INPUTS],
+        ),
+        ("TW1.4A16", {}, [f"block {i}: {names}" for i in (0, 1) for names in INPUTS]),
+        (
+            "W4A4T2",
+            {"pipeline": "omniquant", "options": OmniQuantOptions(epochs=2, rotate=False)},
+            [f"block {i}: {s}" for i in (0, 1) for s in ("inputs", "epoch 1 of 2", "epoch 2 of 2")],
+        ),
+    ],
+    ids=["rtn", "rotated", "gptq", "omniquant"],
+)
+def test_a_conversion_says_what_comes_next(dense, token_ids, tmp_path, preset, arguments, stages):
+    seen: list[str] = []
+    spike = SpikeConfig.preset(preset)
+    convert(dense, tmp_path / "out", spike, token_ids[:2], on_stage=seen.append, **arguments)
+    assert seen == stages
+
+
+def test_a_bar_shows_what_was_measured_and_what_comes_next(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", written)
+    with ConversionBar(2) as bar:
+        bar.on_stage("block 0: o_proj")
+        bar.on_block(BlockReport(0, 21.04, 0.5, 1.0, 10.0, loss_after=0.0123))
+        bar.on_stage("block 1: o_proj")
+    text = written.getvalue()
+    assert "block 0: o_proj" in text
+    assert "loss 0.0123, SQNR 21.0 dB, block 1: o_proj" in text
+    assert "1/2" in text
 
 
 def test_the_report_tells_what_was_done(dense, token_ids, tmp_path):
