@@ -341,9 +341,8 @@ def _packed(owner: nn.Module, name: str, linears: tuple[nn.Module, ...]) -> Shar
         return None
     known = owner.__dict__.get(name)
     if known is None or known[0] != stamp:
-        if (
-            known is not None
-        ):  # recorded passes may read what is dropped here: they are to see a change
+        if known is not None:
+            # Recorded passes may read what is dropped here: they are to see a change.
             for linear in linears:
                 cast(SpikingLinear, linear).invalidate()
             stamp = stamp_of(linears)
