@@ -405,45 +405,18 @@ def test_attention_of_one_token_is_that_of_torch(
 ROTATED = {"rotation": "groups", "key_offset": True}
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "position", "spike", "dtype"),
-    [
-        (2, 2, 128, 64, ROTATED, torch.float32),
-        (2, 2, 128, 64, ROTATED, torch.bfloat16),
-        (2, 2, 128, 64, ROTATED, torch.float16),
-        (
-            *(6, 2, 64, 40, {"rotation": "groups", "kv_salient_steps": 4, "query_groups": True}),
-            torch.float16,
-        ),
-        (
-            *(8, 1, 32, 0, {"rotation": "groups", "value_range": "shared", "query_groups": True}),
-            torch.bfloat16,
-        ),
-        (2, 1, 64, 69, {"kv_salient_steps": 1, "key_offset": True}, torch.float32),
-        # Behind the end.
-        (2, 1, 128, 70, {"salient_ratio": 0.5, "activation_bits": 3}, torch.bfloat16),
-        # Among the keys that a warp takes after its first ones; on a device that has no room to hold these.
-        (1, 1, 32, 2080, {}, torch.bfloat16),
-        (2, 1, 32, 550, {}, torch.bfloat16),
-        (1, 1, 32, 8200, {}, torch.float32),  # in its second round
-    ],
-    ids=["float", "bfloat", "half", "steps", "shared", "one", "many", "later", "full", "round"],
-)
-@torch.no_grad()
-def test_attention_stores_the_new_token(
+def store_and_attend(
     build: Any,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    position: int,
+    sizes: tuple[int, int, int],
+    cache: tuple[int, int, int],
     spike: dict[str, Any],
     dtype: torch.dtype,
+    multiprocessors: int = 16,
 ) -> None:
-    """The payloads of the kernel that only stores, and the output of the one that only attends."""
+    """Assert the payloads of the kernel that only stores, and the output of the one that only attends."""
+    (heads, kv_heads, dim), (batch, keys, position) = sizes, cache
     module, generator = with_random_groups(heads, kv_heads, dim, spike, seed=position)
     kernels = kernels_of(module)
-    batch, keys = 1 if position > 2000 else 2, 70 if position <= 70 else position + 30
-    multiprocessors = 1 if position == 550 else 16
     projected = torch.randn(batch, 1, (heads + 2 * kv_heads) * dim, generator=generator)
     projected[..., dim // 2 :: dim] *= 20
     projected = projected.to(dtype)
@@ -472,6 +445,55 @@ def test_attention_stores_the_new_token(
     out = attend(build, kernels, (rows, *mine), mask, dtype, multiprocessors, new)
     for ours, theirs in zip((*mine, own_length, out), (*stored, length, expected), strict=True):
         assert torch.equal(ours, theirs)
+
+
+# Heads, KV heads, channels; sequences, places in the cache, and that of the new token.
+@pytest.mark.parametrize(
+    ("heads", "cache", "spike", "dtype"),
+    [
+        ((2, 2, 128), (2, 70, 64), ROTATED, torch.float32),
+        ((2, 2, 128), (2, 70, 64), ROTATED, torch.bfloat16),
+        ((2, 2, 128), (2, 70, 64), ROTATED, torch.float16),
+        (
+            *((6, 2, 64), (2, 70, 40)),
+            {"rotation": "groups", "kv_salient_steps": 4, "query_groups": True},
+            torch.float16,
+        ),
+        (
+            *((8, 1, 32), (2, 70, 0)),
+            {"rotation": "groups", "value_range": "shared", "query_groups": True},
+            torch.bfloat16,
+        ),
+        (
+            *((2, 1, 64), (2, 70, 69)),
+            {"kv_salient_steps": 1, "key_offset": True},
+            torch.float32,
+        ),
+        (  # behind the end
+            *((2, 1, 128), (2, 70, 70)),
+            {"salient_ratio": 0.5, "activation_bits": 3},
+            torch.bfloat16,
+        ),
+        # Among the keys that a warp takes after its first ones; in its second round.
+        ((1, 1, 32), (1, 2110, 2080), {}, torch.bfloat16),
+        ((1, 1, 32), (1, 8230, 8200), {}, torch.float32),
+    ],
+    ids=["float", "bfloat", "half", "steps", "shared", "one", "many", "later", "round"],
+)
+@torch.no_grad()
+def test_attention_stores_the_new_token(
+    build: Any,
+    heads: tuple[int, int, int],
+    cache: tuple[int, int, int],
+    spike: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    store_and_attend(build, heads, cache, spike, dtype)
+
+
+@torch.no_grad()
+def test_attention_fetches_keys_that_a_device_has_no_room_to_hold(build: Any) -> None:
+    store_and_attend(build, (2, 1, 32), (2, 580, 550), {}, torch.bfloat16, multiprocessors=1)
 
 
 @pytest.mark.parametrize(
