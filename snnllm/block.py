@@ -334,6 +334,10 @@ def _fusable(norms: tuple[nn.Module, ...], x: Tensor) -> bool:
     )
 
 
+def _versions(stamp: tuple[Any, ...]) -> list[int]:
+    return [version for version, _ in stamp]
+
+
 def _packed(owner: nn.Module, name: str, linears: tuple[nn.Module, ...]) -> SharedInput | None:
     """The linears packed as one, kept in `owner` until they change."""
     stamp = stamp_of(linears)
@@ -341,8 +345,8 @@ def _packed(owner: nn.Module, name: str, linears: tuple[nn.Module, ...]) -> Shar
         return None
     known = owner.__dict__.get(name)
     if known is None or known[0] != stamp:
-        if known is not None:
-            # Recorded passes may read what is dropped here: they are to see a change.
+        if known is not None and known[1] is not None and _versions(known[0]) == _versions(stamp):
+            # Recorded passes may read what another backend drops here: no version has said so.
             for linear in linears:
                 cast(SpikingLinear, linear).invalidate()
             stamp = stamp_of(linears)

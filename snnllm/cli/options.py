@@ -348,14 +348,16 @@ class ConversionBar(tqdm):
         self._measured: tuple[str, ...] = ()
 
     def on_stage(self, stage: str) -> None:
-        """Show what comes next; in a log only beside a finished block."""
+        """Show what comes next, in a terminal."""
         self.set_postfix_str(", ".join([*self._measured, stage]), refresh=sys.stderr.isatty())
 
     def on_block(self, report: BlockReport) -> None:
         """Show what was measured of a finished block."""
         loss = () if report.loss_after is None else (f"loss {report.loss_after:.3g}",)
         self._measured = (*loss, f"SQNR {report.sqnr_db:.1f} dB")
-        self.set_postfix_str(", ".join(self._measured))
+        self.set_postfix_str(
+            ", ".join(self._measured), refresh=False
+        )  # with the count, if it is time
         self.update()
 
 

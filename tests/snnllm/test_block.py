@@ -15,6 +15,7 @@ from transformers import StaticCache
 from snnllm import shared_input
 from snnllm.block import CACHE_ARGUMENT, device_bytes, prepare
 from snnllm.config import SpikeConfig
+from snnllm.decoding import DecodeSteps
 from snnllm.execution import View, use_view
 from snnllm.linear import SpikingLinear
 from snnllm.model_state import ModelState
@@ -381,6 +382,17 @@ def test_packing_anew_for_another_backend_is_a_change():
         linear.backend = backend
     assert layer.projections() is not packed
     assert state.changed(model)
+
+
+@pytest.mark.usefixtures("fused")
+def test_a_change_is_one_change():
+    """What is recorded behind it is of use to the next generation."""
+    model, steps = make(attention="float"), DecodeSteps()
+    assert steps.ready(model)
+    assert steps._state.changed(model) is False
+    model.model.layers[0].self_attn.q_proj.invalidate()
+    assert steps.ready(model)
+    assert steps._state.changed(model) is False
 
 
 def test_bytes_of_a_dense_model_are_those_of_its_parameters():

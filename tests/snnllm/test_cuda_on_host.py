@@ -246,6 +246,7 @@ CASES = [
     ((700, 150), (127, 255), torch.int32, False),
     ((700, 150), (15, 30), torch.bfloat16, True),
     ((130, 33), (15, 60), torch.int32, True),
+    ((100, 30), (15, 30), torch.bfloat16, False),  # a block each
 ]
 ROWS = [
     (1, {"ROWS8": 1, "STRIPS": 2, "STAGES": 2, "RESIDENT": 1}),
@@ -265,8 +266,8 @@ SHAPES = [*(("rows", *case) for case in ROWS), *(("tiles", *case) for case in TI
 SHAPE_NAMES = ["rows1", "wide1", "rows13", "rows32", "tiles64", "tiles192", "tiles256", "narrow"]
 
 
-def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:
-    """Every case on every shape; of the shapes that take half a minute each, the quick tests run one case."""
+def everywhere(cases: list[Any], names: list[str], **quick: str) -> Any:
+    """Every case on every shape; of those that take half a minute each, the quick tests run the one that is named."""
     pairs = itertools.product(zip(SHAPE_NAMES, SHAPES, strict=True), zip(names, cases, strict=True))
     return pytest.mark.parametrize(
         ("shape", "case"),
@@ -275,8 +276,7 @@ def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:
                 shape,
                 case,
                 id=f"{where}-{name}",
-                marks=[pytest.mark.slow]
-                * (where in ("tiles64", "tiles192", "narrow") and name != quick),
+                marks=[pytest.mark.slow] * (name != quick.get(where, name)),
             )
             for (where, shape), (name, case) in pairs
         ],
@@ -284,7 +284,11 @@ def everywhere(cases: list[Any], names: list[str], quick: str) -> Any:
 
 
 @everywhere(
-    CASES, ["one", "two", "whole", "large", "commensurate", "charges"], quick="commensurate"
+    CASES,
+    ["one", "two", "whole", "large", "commensurate", "charges", "short"],
+    tiles64="short",
+    tiles192="two",
+    narrow="commensurate",
 )
 def test_kernels_have_the_integers_and_outputs_of_the_reference(
     build: Any, shape: Any, case: Any
@@ -649,7 +653,11 @@ RESIDUALS = {
 } | {"commensurate": ((130, 33), torch.bfloat16, True, True)}
 
 
-@everywhere(list(RESIDUALS.values()), list(RESIDUALS), quick="commensurate")
+@everywhere(
+    list(RESIDUALS.values()),
+    list(RESIDUALS),
+    **dict.fromkeys(("tiles64", "tiles192", "narrow"), "commensurate"),
+)
 def test_a_residual_is_added_to_rounded_outputs(build: Any, shape: Any, case: Any) -> None:
     name, rows, macros = shape
     sizes, dtype, bias, commensurate = case
