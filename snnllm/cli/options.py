@@ -343,8 +343,8 @@ def open_model(name: str, args: argparse.Namespace, only_spiking: bool = False) 
 class ConversionBar(tqdm):
     """A progress bar over the blocks of a conversion; its methods are what `convert` calls."""
 
-    def __init__(self, blocks: int) -> None:
-        super().__init__(total=blocks, desc="convert", unit="block")
+    def __init__(self, blocks: int, label: str = "convert", leave: bool = True) -> None:
+        super().__init__(total=blocks, desc=label, unit="block", leave=leave)
         self._measured: tuple[str, ...] = ()
 
     def on_stage(self, stage: str) -> None:
@@ -355,10 +355,8 @@ class ConversionBar(tqdm):
         """Show what was measured of a finished block."""
         loss = () if report.loss_after is None else (f"loss {report.loss_after:.3g}",)
         self._measured = (*loss, f"SQNR {report.sqnr_db:.1f} dB")
-        self.set_postfix_str(
-            ", ".join(self._measured), refresh=False
-        )  # with the count, if it is time
-        self.update()
+        self.set_postfix_str(", ".join(self._measured), refresh=False)
+        self.update()  # which shows both if it is time
 
 
 def progress(label: str, total: int | None = None, unit: str = "window") -> Any:

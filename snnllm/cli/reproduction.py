@@ -16,7 +16,7 @@ from tqdm import tqdm
 # As `snnllm simulate`: the command line reaches up to the scripts (architecture test).
 from sims import paper as drawing
 from snnllm.cli.checks import checked_device
-from snnllm.cli.options import progress
+from snnllm.cli.options import ConversionBar, progress
 from snnllm.cli.reproduce import ALL, QUICK_EPOCHS, settings_of
 from snnllm.durations import duration
 from snnllm.paper.jobs import Job, jobs_of
@@ -160,11 +160,10 @@ def _state(done: bool, seconds: float | None, runner: Runner, job: Job, step: st
 
 def _block_bar(label: str, blocks: int) -> Callable[[BlockReport], None]:
     """A progress bar over the blocks of a conversion."""
-    bar = tqdm(total=blocks, desc=label, unit="block", leave=False)
+    bar = ConversionBar(blocks, label, leave=False)
 
     def update(report: BlockReport) -> None:
-        bar.set_postfix_str(f"SQNR {report.sqnr_db:.1f} dB")
-        bar.update()
+        bar.on_block(report)
         if bar.n >= blocks:
             bar.close()
 

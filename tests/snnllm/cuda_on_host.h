@@ -230,8 +230,10 @@ static void finish_stores() {
 static void stores_have_read() { finish_stores(); }
 static void show_to_stores() { me().shown = true; }
 
+static std::map<const void*, int> fetched;
 static void fetch(const void* from, int bytes) {
   if (bytes <= 0 || bytes % 16 || (u64)from % 16) { fprintf(stderr, "bad fetch\n"); exit(6); }
+  if (!fetched.emplace(from, bytes).second) { fprintf(stderr, "fetched twice\n"); exit(6); }
 }
 
 static void load_matrices(unsigned (&a)[4], unsigned at) {
